@@ -1,0 +1,1 @@
+"""Configuration, placement and the training loop: the only package that sees all the others."""

@@ -1,0 +1,1 @@
+"""From rewarded groups to new weights."""

@@ -1,0 +1,112 @@
+"""How the policy is updated."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Objective = Literal["grpo", "dapo", "gspo", "rank_grpo", "reinforce"]
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 1e-5
+    # Peak learning rate.
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # Shape after the warm-up.
+    warmup_ratio: float = 0.03
+    # Share of all steps in which the rate rises from 0; rounded up to whole steps.
+    betas: tuple[float, float] = (0.9, 0.999)
+    # Decay of the two moments.
+    eps: float = 1e-8
+    # Added to the root of the second moment.
+    weight_decay: float = 0.0
+    # Decoupled weight decay.
+    gradient_clipping: float = 0.3
+    # Largest global gradient norm; 0 turns clipping off.
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (peft). Merged into the weights on export."""
+
+    rank: int = 0
+    # Rank of the adapters; 0 trains all weights.
+    alpha: float = 16.0
+    # Scale: alpha / rank.
+    dropout: float = 0.0
+    # Dropout on the adapters' input.
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    # Module names, or "all-linear".
+
+
+@dataclass
+class SftConfig:
+    """Supervised warm-up on the training split."""
+
+    epochs: int = 10
+    # At most this many passes; 0 skips SFT.
+    batch_size: int = 128
+    # Examples per update, over all ranks.
+    patience: int = 3
+    # Epochs without a better validation loss before stopping.
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, gradient_clipping=1.0)
+    )
+    # Optimizer of the warm-up.
+
+
+@dataclass
+class LearnerConfig:
+    """Objective, packing and distribution of the policy update."""
+
+    objective: str = "grpo"
+    # A file of learner/objectives, or an import path "package.module:function".
+    clip_low: float | None = None
+    # Lower clipping bound of the ratio (1 - clip_low); None does not clip.
+    clip_high: float | None = None
+    # Upper clipping bound of the ratio (1 + clip_high); None does not clip.
+    beta: float = 1e-3
+    # Weight of the KL term; 0 loads no reference model.
+    kl_on: Literal["all", "informative"] = "all"
+    # informative: groups whose advantages are all zero are left out of the KL term, and so cost nothing.
+    normalize_std: bool = True
+    # Divide advantages by the group's standard deviation.
+    importance_cap: float | None = 2.0
+    # Truncation of the importance weight against the rollout's log-probabilities; used when staleness > 0.
+    updates_per_batch: int = 1
+    # Optimizer steps per batch of groups.
+    reference_sync_every: int = 512
+    # Optimizer steps between two updates of the reference model; 0 never.
+    reference_sync_alpha: float = 0.6
+    # reference = alpha * policy + (1 - alpha) * reference.
+    reference_offload: bool = False
+    # Keep the reference model in host memory between uses.
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    # Optimizer of the RL phase.
+    packing: Literal["tree", "padded"] = "tree"
+    # tree: prompt once, then the trie of candidates. padded: one row per candidate, the oracle.
+    micro_batch_tokens: int = 4096
+    # Packed tokens of one forward pass.
+    logit_chunk_tokens: int = 1024
+    # Rows of the vocabulary projection that exist at once.
+    ranks: int = 1
+    # Data-parallel learner ranks (Ray actors).
+    threads: int = 0
+    # CPU threads per rank; 0 divides the cores by the ranks.
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    # DeepSpeed ZeRO stage.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Precision of weights and computation.
+    gradient_checkpointing: bool = False
+    # Recompute activations in the backward pass.
+    offload_optimizer: bool = False
+    # Keep optimizer state in host memory (ZeRO 1 to 3).
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    # Adapters instead of full weights.
+    sft: SftConfig = field(default_factory=SftConfig)
+    # The warm-up before RL.
+    timeout_s: float = 1800.0
+    # Longest wait for one step of a rank.
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    # More DeepSpeed configuration, merged over ours.

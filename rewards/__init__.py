@@ -1,0 +1,1 @@
+"""From groups to one number per candidate."""

@@ -1,0 +1,1 @@
+"""From prompts to groups of candidate titles, each with its log-probabilities."""

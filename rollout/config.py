@@ -1,0 +1,46 @@
+"""How candidates are generated."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Strategy = Literal["beam", "sample", "dynamic", "stochastic_beam", "unconstrained"]
+LogprobSpace = Literal["vocabulary", "trie"]
+
+
+@dataclass
+class RolloutConfig:
+    """How groups are generated, and by how many workers."""
+
+    engine: Literal["worker", "requests"] = "worker"
+    # worker: the search runs inside the vLLM worker. requests: public vLLM API, the fallback and oracle.
+    strategy: Strategy = "beam"
+    # beam: constrained beam search. sample: independent constrained samples. dynamic: oversample, then keep the
+    # target and the most frequent. stochastic_beam: sampling without replacement. unconstrained: no trie.
+    group_size: int = 16
+    # Candidates per prompt (G).
+    temperature: float = 1.0
+    # Of the sampling strategies; beam search ignores it.
+    oversample: float = 1.5
+    # dynamic: samples drawn per candidate kept.
+    logprob_space: LogprobSpace = "vocabulary"
+    # vocabulary: log-softmax over all tokens, as published. trie: renormalised over the allowed tokens.
+    max_completion_tokens: int = 128
+    # Limit of the unconstrained strategy; constrained titles end by themselves.
+    workers: int = 1
+    # Number of rollout workers (Ray actors, one vLLM engine each).
+    tensor_parallel: int = 1
+    # Devices per worker.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Precision of the rollout weights and KV cache.
+    kv_cache_gib: float = 1.0
+    # KV cache memory per device, in GiB.
+    max_batched_tokens: int = 4096
+    # Tokens of one forward pass; longer prefills are chunked.
+    groups_per_table: int = 8
+    # Groups that a worker searches together and streams as one table.
+    queue_tables: int = 2
+    # Finished tables that may wait per worker before it pauses.
+    timeout_s: float = 600.0
+    # Longest wait for one table.
+    vllm: dict[str, Any] = field(default_factory=dict)
+    # More vLLM engine arguments, passed as they are.

@@ -1,0 +1,35 @@
+"""What every rollout engine offers."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from rollout.groups import Candidates
+
+
+class RolloutEngine(Protocol):
+    """Generates groups with the weights of one policy version.
+
+    >>> engine = WorkerEngine(model_path, trie, config)
+    >>> groups = engine.generate(prompts, seeds, target_classes)
+    >>> loaded = engine.load_weights(buckets)          # == the exporter's checksum
+    """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], target_classes: Sequence[int]
+    ) -> list[Candidates]:
+        """One group per prompt: a pure function of the weights, the prompts and the seeds.
+
+        prompts: token ids. seeds: one per prompt, used by the sampling strategies. target_classes: one per prompt,
+        used by `dynamic` only.
+        """
+        ...
+
+    def load_weights(self, buckets: Sequence[dict[str, np.ndarray]]) -> int:
+        """Load Hugging Face named tensors, drop every cached key and value, return the checksum of what was loaded."""
+        ...
+
+    def shutdown(self) -> None:
+        """Free the engine's memory and processes."""
+        ...

@@ -1,0 +1,99 @@
+"""The group table: what crosses from rollouts to rewards and on to the learner."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+GROUP_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.int64(), nullable=False),
+        pa.field("policy_version", pa.int64(), nullable=False),
+        pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("target_class", pa.int32(), nullable=False),
+        pa.field("candidate_class", pa.list_(pa.int32()), nullable=False),
+        pa.field("candidate_tokens", pa.list_(pa.list_(pa.int32())), nullable=False),
+        pa.field("candidate_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
+        pa.field("score", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""One row per group: a prompt with its candidates in the order of the search, rank 0 first.
+
+candidate_class is -1 for a candidate that is no title (unconstrained rollouts only). candidate_tokens include the
+end-of-sequence token, candidate_logprobs has one value for each of them under the policy of policy_version, and
+score orders the candidates. Rewards add columns of list<float32>, one value per candidate.
+"""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of one group, rank 0 first. All four have length G (fewer where the catalogue is smaller)."""
+
+    tokens: Sequence[np.ndarray]
+    """int32 [T_i] each, end-of-sequence included."""
+    logprobs: Sequence[np.ndarray]
+    """float32 [T_i] each, log-probability of every token under the rollout policy."""
+    item_class: np.ndarray
+    """int32 [G], -1 where the tokens are no title."""
+    score: np.ndarray
+    """float32 [G], what the candidates are ordered by: the summed log-probability for beam search."""
+
+
+class GroupTableError(ValueError):
+    """A group table breaks its schema; the message names the column and the row."""
+
+
+def group_table(
+    example_ids: Sequence[int],
+    policy_version: int,
+    prompts: Sequence[Sequence[int]],
+    target_classes: Sequence[int],
+    groups: Sequence[Candidates],
+) -> pa.Table:
+    """One table of len(groups) rows in GROUP_SCHEMA; all sequences have that length."""
+    columns = {
+        "example_id": example_ids,
+        "policy_version": [policy_version] * len(groups),
+        "prompt_tokens": prompts,
+        "target_class": target_classes,
+        "candidate_class": [group.item_class for group in groups],
+        "candidate_tokens": [list(group.tokens) for group in groups],
+        "candidate_logprobs": [list(group.logprobs) for group in groups],
+        "score": [group.score for group in groups],
+    }
+    arrays = [pa.array(columns[field.name], type=field.type) for field in GROUP_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=GROUP_SCHEMA)
+
+
+def validate_groups(table: pa.Table) -> None:
+    """Raise GroupTableError unless `table` has GROUP_SCHEMA's columns (more may follow) and consistent lengths.
+
+    Looks at offsets only, so it costs microseconds per table.
+    """
+    for field in GROUP_SCHEMA:
+        if field.name not in table.column_names:
+            raise GroupTableError(f"group table: column {field.name!r} is missing; it has {table.column_names}")
+        if table.schema.field(field.name).type != field.type:
+            found = table.schema.field(field.name).type
+            raise GroupTableError(f"group table: column {field.name!r} is {found}, expected {field.type}")
+        if table.column(field.name).null_count:
+            raise GroupTableError(f"group table: column {field.name!r} has nulls")
+    sizes = _list_sizes(table, "candidate_class")
+    for name in table.column_names:
+        if name in ("prompt_tokens", "candidate_class") or not pa.types.is_list(table.schema.field(name).type):
+            continue
+        wrong = np.flatnonzero(_list_sizes(table, name) != sizes)
+        if len(wrong):
+            row = int(wrong[0])
+            raise GroupTableError(
+                f"group table: row {row} (example {table['example_id'][row]}) has {sizes[row]} candidates "
+                f"but {_list_sizes(table, name)[row]} values in {name!r}"
+            )
+    tokens, logprobs = (table[name].combine_chunks().flatten() for name in ("candidate_tokens", "candidate_logprobs"))
+    if not np.array_equal(tokens.value_lengths().to_numpy(), logprobs.value_lengths().to_numpy()):
+        raise GroupTableError("group table: candidate_tokens and candidate_logprobs differ in length")
+
+
+def _list_sizes(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].combine_chunks().value_lengths().to_numpy()
