@@ -1,0 +1,92 @@
+# Two commands do everything:  make launch   and   make test
+# Each makes the environment first, once.  `make help` lists the rest.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+# The GPU environment is chosen where an NVIDIA driver answers; DEVICE=cpu or DEVICE=gpu decides otherwise.
+DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+CLUSTER ?= local
+DATA ?= embedded
+MODEL ?= small
+ALGORITHM ?= rere
+NAME ?=
+STEPS ?=
+ARGS ?=
+OUT ?=
+
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready-$(DEVICE)
+ENV := DS_ACCELERATOR=$(if $(filter gpu,$(DEVICE)),cuda,cpu)
+
+.PHONY: help setup launch sweep test lint format bench bench-rollout bench-learner bench-step bench-rewards parity \
+	sasrec clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
+
+setup: $(READY)  ## make the environment (the other commands do it by themselves)
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11+ or set PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; set PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: the venv module is missing (Debian: python3-venv)"; exit 1; }
+
+# torch's CPU wheel comes from pip's configured sources where they have it, else from PyTorch's CPU index.
+$(VENV)/.ready-cpu: requirements-cpu.lock pyproject.toml | $(VENV)/bin/python
+	@echo "environment: installing $$(grep -c == requirements-cpu.lock) pinned packages (about 4 GB, a few minutes)"
+	@torch=$$(grep '^torch==' requirements-cpu.lock); \
+	  $(RUN) -m pip install -q --no-deps "$$torch" 2>/dev/null || \
+	  $(RUN) -m pip install -q --no-deps --extra-index-url $(TORCH_CPU_INDEX) "$$torch"
+	@$(RUN) -m pip install -q --no-deps -r requirements-cpu.lock 2> >(grep -v WARNING >&2)
+	@$(RUN) -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
+	@$(RUN) -m pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v WARNING >&2)
+	@$(RUN) -c 'import torch, vllm, ray, deepspeed, transformers' >/dev/null 2>&1 || \
+	  { $(RUN) -c 'import torch, vllm, ray, deepspeed, transformers'; exit 1; }
+	@touch $@
+
+$(VENV)/.ready-gpu: pyproject.toml | $(VENV)/bin/python
+	@echo "environment: installing the gpu and dev extras"
+	@$(RUN) -m pip install -q -e '.[gpu,dev]'
+	@touch $@
+
+launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="a.b=c" DRY_RUN=1 RESUME=1 OVERWRITE=1
+	@$(ENV) $(RUN) -m launch.cli train --cluster "$(CLUSTER)" --data "$(DATA)" --model "$(MODEL)" \
+	  --algorithm "$(ALGORITHM)" $(if $(NAME),--name "$(NAME)") $(if $(STEPS),--steps "$(STEPS)") \
+	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run) $(if $(filter-out 0,$(RESUME)),--resume) \
+	  $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
+
+test: $(READY)  ## run the tests
+	@$(ENV) $(RUN) -m pytest -q
+
+lint: $(READY)  ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: $(READY)  ## format the code
+	@$(RUN) -m ruff check --fix -q .
+	@$(RUN) -m ruff format .
+
+parity: $(READY)  ## compare with a golden set of the published code: GOLDEN=folder
+	@test -n "$(GOLDEN)" || { echo "error: name the golden set: make parity GOLDEN=folder"; exit 1; }
+	@$(ENV) $(RUN) -m learner.parity "$(GOLDEN)"
+
+sasrec: $(READY)  ## train the SASRec of the collaborative reward: DATA= OUT=
+	@$(ENV) $(RUN) -m launch.cli reward train-sasrec --data "$(DATA)" $(if $(OUT),--out "$(OUT)")
+
+bench: $(READY)  ## all benchmarks: SCALE=cpu|gpu OUT=file.json
+	@$(ENV) OUT="$(OUT)" MODEL="$(if $(filter-out small,$(MODEL)),$(MODEL))" DATA="$(if $(filter-out embedded,$(DATA)),$(DATA))" \
+	  SCALE="$(SCALE)" $(RUN) -m benchmarks.run_all
+
+bench-rollout bench-learner bench-step bench-rewards: bench-%: $(READY)  ## one benchmark: OUT=file.json
+	@$(ENV) OUT="$(OUT)" MODEL="$(if $(filter-out small,$(MODEL)),$(MODEL))" DATA="$(if $(filter-out embedded,$(DATA)),$(DATA))" \
+	  $(RUN) -m benchmarks.$(subst step,end_to_end,$*)
+
+clean:  ## remove runs and built catalogues (not the environment)
+	rm -rf runs .cache

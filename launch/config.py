@@ -1,0 +1,272 @@
+"""The whole configuration: dataclasses, the YAML groups that fill them, and the checks before anything starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from catalog.config import DataConfig
+from learner.config import LearnerConfig
+from rewards.config import RewardTerm
+from rollout.config import RolloutConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """An unknown key, a wrong type, a bad range or a missing file; the message names it and what is allowed."""
+
+
+@dataclass
+class ClusterConfig:
+    """The machines and how actors are placed on them."""
+
+    name: str = "local"
+    # Name of the profile.
+    address: str = "local"
+    # "local" starts a Ray of its own; "auto" or host:port joins a running cluster.
+    device: Literal["cpu", "gpu"] = "cpu"
+    # What rollout workers and learner ranks run on.
+    gpus: int = 0
+    # GPUs that the profile is written for, over all nodes.
+    gpus_per_node: int = 8
+    # GPUs of one node; a rollout worker's devices stay on one node.
+    object_store_gib: float = 1.0
+    # Shared memory for objects of a local Ray, in GiB.
+    start_timeout_s: float = 300.0
+    # Longest wait for the actors to be placed and ready.
+
+
+@dataclass
+class ModelConfig:
+    """The policy before training."""
+
+    path: str | None = None
+    # Hugging Face directory, or None for a small Qwen2 from random weights with a tokenizer of the catalogue.
+    vocabulary: int = 1024
+    # Tokens of the trained byte-level BPE.
+    hidden: int = 128
+    # Hidden size.
+    layers: int = 3
+    # Number of layers.
+    heads: int = 4
+    # Attention heads; the head size hidden / heads must be 32 or more for vLLM on CPU.
+    kv_heads: int = 2
+    # Key and value heads.
+    seed: int = 0
+    # Seed of the random weights.
+
+
+@dataclass
+class TrainConfig:
+    """The loop: how many steps of what size, how far apart rollouts and learner may be, and what is evaluated."""
+
+    steps: int | None = None
+    # RL steps; None: as many as `epochs` need.
+    epochs: float = 2.0
+    # Passes over the training examples when `steps` is None.
+    prompts_per_step: int = 32
+    # Prompts, and so groups, of one step.
+    staleness: int = 0
+    # Policy versions that a rollout may be older than the learner. 0: roll out, learn, sync, repeat.
+    seed: int = 0
+    # Seed of the data order and the sampling strategies.
+    eval_examples: int = 1000
+    # Test examples evaluated before and after, evenly spaced over the split; 0: all.
+    eval_beams: int = 20
+    # Width of the evaluation's beam search.
+    eval_ks: list[int] = field(default_factory=lambda: [1, 3, 5, 10])
+    # Cut-offs of HR@K and NDCG@K; at most eval_beams.
+    checkpoint_every: int = 100
+    # Steps between checkpoints; the last step always has one.
+    checkpoints_kept: int = 2
+    # Older checkpoints are deleted.
+    rollouts_every: int = 10
+    # Steps between saved rollout samples (rollouts/*.parquet).
+
+
+@dataclass
+class Config:
+    """Everything a run needs; saved resolved as runs/<name>/config.yaml."""
+
+    name: str = "default"
+    # Name of the run and of its folder under `runs`.
+    runs: str = "runs"
+    # Folder of all runs.
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    # configs/cluster/*.yaml, CLUSTER=
+    data: DataConfig = field(default_factory=DataConfig)
+    # configs/data/*.yaml or a folder, DATA=
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # configs/model/*.yaml or a Hugging Face directory, MODEL=
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    # Generation of groups.
+    rewards: list[RewardTerm] = field(default_factory=lambda: [RewardTerm("rule"), RewardTerm("ranking")])
+    # Terms of the reward.
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    # Update of the policy.
+    train: TrainConfig = field(default_factory=TrainConfig)
+    # The loop.
+
+
+def compose(
+    cluster: str = "local",
+    data: str = "embedded",
+    model: str = "small",
+    algorithm: str = "rere",
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Defaults, then the YAML of each group, then `section.key=value` overrides; the later wins.
+
+    data and model are the name of a YAML or a folder. Raises ConfigError naming the file, key and value.
+    """
+    tree = OmegaConf.structured(Config)
+    for group, choice in (("cluster", cluster), ("data", data), ("model", model), ("algorithm", algorithm)):
+        tree = _merge(tree, *_group(group, choice))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: write section.key=value")
+        tree = _merge(tree, _dotlist(override), f"override {override!r}")
+    config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    check(config)
+    return config
+
+
+def load(path: Path) -> Config:
+    """The resolved configuration of a run. Raises ConfigError naming the file."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; there is no run to continue")
+    config: Config = OmegaConf.to_object(  # type: ignore[assignment]
+        _merge(OmegaConf.structured(Config), _yaml(path), str(path))
+    )
+    check(config)
+    return config
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved configuration."""
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a value that cannot work, naming its key."""
+    learner, rollout, train = config.learner, config.rollout, config.train
+    positive = {
+        "rollout.group_size": rollout.group_size,
+        "rollout.workers": rollout.workers,
+        "rollout.temperature": rollout.temperature,
+        "rollout.kv_cache_gib": rollout.kv_cache_gib,
+        "rollout.groups_per_table": rollout.groups_per_table,
+        "rollout.queue_tables": rollout.queue_tables,
+        "rollout.max_batched_tokens": rollout.max_batched_tokens,
+        "rollout.tensor_parallel": rollout.tensor_parallel,
+        "learner.ranks": learner.ranks,
+        "learner.micro_batch_tokens": learner.micro_batch_tokens,
+        "learner.logit_chunk_tokens": learner.logit_chunk_tokens,
+        "learner.updates_per_batch": learner.updates_per_batch,
+        "learner.optimizer.learning_rate": learner.optimizer.learning_rate,
+        "learner.sft.batch_size": learner.sft.batch_size,
+        "train.prompts_per_step": train.prompts_per_step,
+        "train.eval_beams": train.eval_beams,
+        "train.checkpoint_every": train.checkpoint_every,
+        "train.checkpoints_kept": train.checkpoints_kept,
+        "data.max_history": config.data.max_history,
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+    }
+    not_negative = {
+        "learner.beta": learner.beta,
+        "learner.reference_sync_every": learner.reference_sync_every,
+        "learner.sft.epochs": learner.sft.epochs,
+        "learner.optimizer.gradient_clipping": learner.optimizer.gradient_clipping,
+        "train.staleness": train.staleness,
+        "train.eval_examples": train.eval_examples,
+        "train.steps": train.steps or 0,
+    }
+    shares = {
+        "learner.reference_sync_alpha": learner.reference_sync_alpha,
+        "learner.optimizer.warmup_ratio": learner.optimizer.warmup_ratio,
+        "learner.clip_low": learner.clip_low or 0.0,
+    }
+    for key, value in positive.items():
+        _require(value > 0, key, value, "must be greater than 0")
+    for key, value in not_negative.items():
+        _require(value >= 0, key, value, "must not be negative")
+    for key, value in shares.items():
+        _require(0 <= value <= 1, key, value, "must lie between 0 and 1")
+    _require(rollout.group_size > 1, "rollout.group_size", rollout.group_size, "a group needs 2 candidates or more")
+    _require(rollout.oversample >= 1, "rollout.oversample", rollout.oversample, "must be 1 or more")
+    _require(
+        bool(train.eval_ks) and 1 <= min(train.eval_ks) and max(train.eval_ks) <= train.eval_beams,
+        "train.eval_ks",
+        train.eval_ks,
+        f"each cut-off must lie between 1 and train.eval_beams ({train.eval_beams})",
+    )
+    _require(bool(config.rewards), "rewards", config.rewards, "at least one reward is needed, such as [{name: rule}]")
+    _require(config.name == Path(config.name).name != "", "name", config.name, "must be a plain folder name")
+    _require(
+        rollout.tensor_parallel <= config.cluster.gpus_per_node,
+        "rollout.tensor_parallel",
+        rollout.tensor_parallel,
+        f"must fit on one node (cluster.gpus_per_node={config.cluster.gpus_per_node})",
+    )
+
+
+def _require(holds: bool, key: str, value: Any, expectation: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value}: {expectation}")
+
+
+def _group(group: str, choice: str) -> tuple[DictConfig, str]:
+    """The YAML of a group and its name for messages; a folder stands for itself in the groups data and model."""
+    path = CONFIGS / group / f"{choice}.yaml"
+    if path.is_file():
+        return _yaml(path), str(path.relative_to(CONFIGS.parent))
+    names = ", ".join(sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")))
+    if group in ("data", "model"):
+        if Path(choice).is_dir():
+            return OmegaConf.create({group: {"path": choice}}), f"{group.upper()}={choice}"
+        raise ConfigError(f"{group.upper()}={choice}: neither a folder nor one of configs/{group}: {names}")
+    raise ConfigError(f"{group.upper()}={choice}: not one of configs/{group}: {names}")
+
+
+def _yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser's own classes
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: must hold a mapping of sections")
+    return loaded
+
+
+def _dotlist(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # the YAML parser's own classes
+        raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from error
+
+
+def _merge(tree: DictConfig, addition: DictConfig, origin: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(tree, addition)  # type: ignore[return-value]
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{origin}: {reason}" + (f" ({_valid_keys(tree, key)})" if key else "")) from error
+
+
+def _valid_keys(tree: DictConfig, key: str) -> str:
+    """The keys beside `key`, for a message."""
+    parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
+    if not isinstance(parent, DictConfig):
+        return f"at {key}"
+    section = key.rpartition(".")[0] or "the top level"
+    return f"at {key}; keys of {section}: {', '.join(str(name) for name in parent)}"
