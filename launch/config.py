@@ -204,7 +204,7 @@ def check(config: Config) -> None:
     _require(rollout.group_size > 1, "rollout.group_size", rollout.group_size, "a group needs 2 candidates or more")
     _require(rollout.oversample >= 1, "rollout.oversample", rollout.oversample, "must be 1 or more")
     _require(
-        bool(train.eval_ks) and 1 <= min(train.eval_ks) and max(train.eval_ks) <= train.eval_beams,
+        bool(train.eval_ks) and min(train.eval_ks) >= 1 and max(train.eval_ks) <= train.eval_beams,
         "train.eval_ks",
         train.eval_ks,
         f"each cut-off must lie between 1 and train.eval_beams ({train.eval_beams})",

@@ -1,0 +1,109 @@
+"""The `rere` command: `rere train`, `rere reward check`, `rere reward train-sasrec`."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+OWN_PACKAGES = ("catalog", "rollout", "rewards", "learner", "launch")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded, 1 for an error that the user can mend, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    _quiet_libraries()
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; everything that was started has been ended", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if (message := _own_message(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["reward"]:
+        return _reward(arguments[1:])
+    options = _parser().parse_args(arguments)
+    overrides = [text for text in options.overrides if text != "--"]
+    if options.name:
+        overrides.append(f"name={options.name}")
+    if options.steps is not None:
+        overrides.append(f"train.steps={options.steps}")
+    from launch.config import compose
+
+    config = compose(options.cluster, options.data, options.model, options.algorithm, overrides)
+    if options.dry_run:
+        from launch.dry_run import dry_run
+
+        dry_run(config)
+        return 0
+    from launch.run import run
+
+    run(config, resume=options.resume, overwrite=options.overwrite)
+    return 0
+
+
+def _reward(arguments: list[str]) -> int:
+    if arguments[:1] == ["check"]:
+        from rewards.check import main as check
+
+        return check(arguments[1:])
+    if arguments[:1] == ["train-sasrec"]:
+        from launch.sasrec import main as train_sasrec
+
+        return train_sasrec(arguments[1:])
+    print("usage: rere reward check SPEC | rere reward train-sasrec --data DATA", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rere", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")
+    train = commands.add_parser("train", help="warm up, train and evaluate a recommender")
+    train.add_argument("--cluster", default="local", help="a file of configs/cluster")
+    train.add_argument("--data", default="embedded", help="a file of configs/data or a folder")
+    train.add_argument("--model", default="small", help="a file of configs/model or a Hugging Face directory")
+    train.add_argument("--algorithm", default="rere", help="a file of configs/algorithm")
+    train.add_argument("--name", help="name of the run; its folder is runs/NAME")
+    train.add_argument("--steps", type=int, help="RL steps")
+    train.add_argument("--dry-run", action="store_true", help="print placement, batch arithmetic and configuration")
+    train.add_argument("--resume", action="store_true", help="continue the run of this name")
+    train.add_argument("--overwrite", action="store_true", help="replace the run of this name")
+    train.add_argument("overrides", nargs="*", help="section.key=value")
+    return parser
+
+
+def _own_message(error: BaseException) -> str | None:
+    """The message of an error that this project raises on purpose, also when it comes out of an actor."""
+    from ray.exceptions import RayTaskError
+
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    package = type(cause).__module__.partition(".")[0]
+    return str(cause) if package in OWN_PACKAGES else None
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    """Defaults that keep other libraries' chatter off the progress lines; the environment wins."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

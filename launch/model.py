@@ -1,0 +1,97 @@
+"""The policy before training: a Hugging Face directory that exists, or a small one made for the catalogue."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from launch.config import Config, ConfigError, ModelConfig
+
+
+def check_model(path: Path) -> None:
+    """Raise ConfigError naming what a Hugging Face directory lacks, without loading weights."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model {path}: config.json is missing; MODEL= takes a Hugging Face directory")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise ConfigError(f"model {path}: no weights (*.safetensors) in it")
+    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+        raise ConfigError(f"model {path}: no tokenizer (tokenizer.json) in it")
+    try:
+        architecture = json.loads((path / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model {path}: config.json is not JSON: {error}") from error
+    if not architecture.get("architectures"):
+        raise ConfigError(f"model {path}: config.json names no architecture")
+    from transformers import AutoTokenizer
+
+    if AutoTokenizer.from_pretrained(path).eos_token_id is None:
+        raise ConfigError(
+            f"model {path}: its tokenizer has no end-of-sequence token, and titles must end with one; "
+            "set eos_token in tokenizer_config.json"
+        )
+
+
+def fresh_model(config: ModelConfig, texts: list[str], cache: Path) -> Path:
+    """A Qwen2 from random weights with a byte-level BPE trained on `texts`, made once per configuration and texts.
+
+    Raises ConfigError for a shape that no attention kernel takes.
+    """
+    if config.hidden % config.heads or config.heads % config.kv_heads:
+        raise ConfigError(
+            f"model.hidden={config.hidden}, model.heads={config.heads}, model.kv_heads={config.kv_heads}: "
+            "each must be a multiple of the next"
+        )
+    if config.hidden // config.heads < 32:
+        raise ConfigError(
+            f"model.hidden / model.heads = {config.hidden // config.heads}: the head size must be 32 or more"
+        )
+    key = hashlib.sha256(json.dumps([vars(config), texts]).encode()).hexdigest()[:16]
+    path = cache / f"qwen2-{key}"
+    if path.is_dir():
+        return path
+    temporary = cache / f".{path.name}.{os.getpid()}"
+    _write_fresh(config, texts, temporary)
+    try:
+        temporary.rename(path)
+    except OSError:  # another process made the same model first
+        shutil.rmtree(temporary)
+    return path
+
+
+def _write_fresh(config: ModelConfig, texts: list[str], path: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from catalog.tokenizer import train_byte_bpe
+
+    train_byte_bpe(texts, config.vocabulary, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    torch.manual_seed(config.seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=config.hidden,
+            intermediate_size=config.hidden * 3,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+    )
+    model.save_pretrained(path)
+
+
+def prepare_model(config: Config) -> Path:
+    """The directory of the policy before training; checks a given one and makes a fresh one."""
+    if config.model.path is not None:
+        check_model(Path(config.model.path))
+        return Path(config.model.path)
+    from catalog.build import catalog_texts
+
+    return fresh_model(config.model, catalog_texts(config.data), Path(config.data.cache).parent / "models")

@@ -1,0 +1,74 @@
+"""What a person sees while a run works: one live line per stage on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Stage:
+    """One stage: how far it is, what it last said, how long it has taken. Rich redraws it, so its clock goes on."""
+
+    def __init__(self, name: str, total: int | None) -> None:
+        self.name, self.total = name, total
+        self.done, self.detail, self.started = 0, "", time.monotonic()
+        self.printed_at = -PLAIN_INTERVAL_S
+        self.plain = False
+
+    def update(self, done: int | None = None, detail: str | None = None) -> None:
+        """`done` of the total units, and a few words on the latest one."""
+        self.done = self.done if done is None else done
+        self.detail = self.detail if detail is None else detail
+        if self.plain and time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
+            self.printed_at = time.monotonic()
+            print(self, flush=True)
+
+    def __str__(self) -> str:
+        count = f"{self.done}/{self.total}" if self.total else ""
+        return f"{self.name:<14}{count:>9}  {self.detail}  [{time.monotonic() - self.started:.1f} s]"
+
+    def __rich__(self) -> Text:
+        return Text(str(self))
+
+
+class Progress:
+    """Stages with a line each.
+
+    >>> with progress.stage("train", total=60) as stage:
+    ...     stage.update(1, "reward 0.21")
+    train         1/60  reward 0.21  [0.4 s]
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+
+    def line(self, text: str) -> None:
+        """One plain line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """A table; the first column is text, the others are figures."""
+        table = Table(title=title, title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """A stage of the run; its last line stays when it ends."""
+        stage = Stage(name, total)
+        if self.console.is_terminal:
+            with Live(stage, console=self.console, refresh_per_second=8):
+                yield stage
+        else:
+            stage.plain = True
+            yield stage
+            print(stage, flush=True)

