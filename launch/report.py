@@ -1,0 +1,104 @@
+"""What a run leaves for people and programs: the final table, summary.json and report.html."""
+
+import base64
+import html
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from launch.config import Config, to_yaml
+from launch.progress import Progress
+from launch.run_directory import RunDirectory, write_atomically
+
+CURVES = (
+    ("reward", "mean reward of the candidates"),
+    ("groups_with_hit", "share of groups with a hit"),
+    ("loss", "loss"),
+    ("kl", "KL to the reference"),
+    ("grad_norm", "gradient norm before clipping"),
+    ("mismatch/max_abs", "largest |rollout - learner| log-probability of a token"),
+)
+
+
+def print_metrics(progress: Progress, summary: dict[str, Any]) -> None:
+    """The table at the end of a run: SFT, RL, the gain, and the best possible where it is known."""
+    progress.table(f"{summary['name']}: test metrics", *_metric_table(summary))
+    gain = summary["ndcg@10_gain"]
+    if gain:
+        progress.line(f"NDCG@10 gain of RL over SFT: {_gain(gain)}")
+
+
+def write_report(run: RunDirectory, config: Config, summary: dict[str, Any]) -> None:
+    """report.html: the figures, the curves and the configuration on one self-contained page."""
+    columns, rows = _metric_table(summary)
+    timing = [[stage, f"{seconds:.3f}"] for stage, seconds in summary["timing_s"].items()]
+    steps = run.metrics("train")
+    curves = "".join(
+        f"<figure><img alt='{html.escape(title)}' src='{_curve(steps, name)}'>"
+        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+        for name, title in CURVES
+        if any(name in step for step in steps)
+    )
+    gain = f"<p>NDCG@10 gain of RL over SFT: {_gain(summary['ndcg@10_gain'])}</p>" if summary["ndcg@10_gain"] else ""
+    title = html.escape(summary["name"])
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right }}
+th:first-child, td:first-child {{ text-align: left }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem }}
+figure {{ margin: 0 }} figure img {{ width: 100% }} figcaption {{ color: #57606a; font-size: .9rem }}
+pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{html.escape(summary["data"])} · {html.escape(summary["model"])} · {summary["steps"]} steps ·
+{summary["groups"]} groups · {summary["invalid_candidates"]} invalid candidates</p>
+<h2>Test metrics</h2>{_html_table(columns, rows)}{gain}
+<h2>Mean seconds per step</h2>{_html_table(["stage", "seconds"], timing)}
+<h2>Curves</h2><div class="curves">{curves}</div>
+<h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre>
+</body></html>
+"""
+    write_atomically(run.path / "report.html", lambda path: path.write_text(page))
+
+
+def _metric_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    metrics = summary["metrics"]
+    columns = ["metric", "SFT", "RL", "gain"] + (["best possible"] if metrics["best_possible"] else [])
+    rows = []
+    for name, before in metrics["sft"].items():
+        after = metrics["rl"][name]
+        row = [name.upper(), f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
+        rows.append(row + ([f"{metrics['best_possible'][name]:.4f}"] if metrics["best_possible"] else []))
+    return columns, rows
+
+
+def _gain(gain: dict[str, float]) -> str:
+    return (
+        f"{gain['mean']:+.4f}  (95% interval {gain['low']:+.4f} to {gain['high']:+.4f}, paired bootstrap over users)"
+    )
+
+
+def _html_table(columns: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _curve(steps: list[dict[str, Any]], name: str) -> str:
+    """One metric over the steps as an inline PNG."""
+    figure, axes = plt.subplots(figsize=(4.2, 2.6), dpi=150)
+    axes.plot([step["step"] for step in steps if name in step], [step[name] for step in steps if name in step], lw=1.2)
+    axes.set_xlabel("step")
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    plt.close(figure)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,71 @@
+"""The configuration refuses what cannot work and names it."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.config import CONFIGS, ConfigError, compose, load, save
+
+
+def test_later_groups_and_overrides_win() -> None:
+    config = compose(cluster="8xA100", overrides=["learner.zero_stage=3", "train.eval_ks=[1,10]"])
+    assert config.rollout.workers == 4
+    assert config.learner.zero_stage == 3
+    assert config.train.eval_ks == [1, 10]
+
+
+@pytest.mark.parametrize("group", ["cluster", "data", "model", "algorithm"])
+def test_every_committed_group_composes(group: str) -> None:
+    for path in (CONFIGS / group).glob("*.yaml"):
+        compose(**{group: path.stem})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.zero_stag=3", "zero_stag"),
+        ("learner.zero_stage=7", "zero_stage"),
+        ("train.steps=many", "many"),
+        ("rollout.group_size=1", "rollout.group_size=1: a group needs 2 candidates or more"),
+        ("rollout.temperature=0", "rollout.temperature=0.0: must be greater than 0"),
+        ("train.eval_ks=[1,100]", "train.eval_beams"),
+        ("learner.optimizer.warmup_ratio=2", "learner.optimizer.warmup_ratio=2.0: must lie between 0 and 1"),
+        ("rewards=[]", "at least one reward"),
+        ("name=../elsewhere", "plain folder name"),
+        ("steps", "section.key=value"),
+        ("rewards.0.weight=3", "override 'rewards.0.weight=3'"),
+        ("learner={", "override 'learner={'"),
+    ],
+)
+def test_a_bad_override_is_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose(overrides=[override])
+    assert message in str(error.value)
+
+
+def test_an_unknown_key_lists_the_valid_ones() -> None:
+    with pytest.raises(ConfigError, match="learning_rate"):
+        compose(overrides=["learner.optimizer.lr=1"])
+
+
+def test_an_unknown_group_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"CLUSTER=9xB200.*8xA100.*local"):
+        compose(cluster="9xB200")
+    with pytest.raises(ConfigError, match=r"DATA=missing/folder: neither a folder nor one of"):
+        compose(data="missing/folder")
+
+
+def test_a_folder_stands_for_itself(tmp_path: Path) -> None:
+    config = compose(data=str(tmp_path), model=str(tmp_path))
+    assert config.data.path == config.model.path == str(tmp_path)
+
+
+def test_a_saved_config_loads_as_the_same(tmp_path: Path) -> None:
+    config = compose(overrides=["rewards=[{name: rule, weight: 2, args: {a: [1]}}]", "learner.clip_low=0.2"])
+    save(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+
+
+def test_a_missing_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
+        load(tmp_path / "config.yaml")

@@ -1,0 +1,29 @@
+"""The data order covers every example once per pass and depends on the seed and the step alone."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.data_order import DataOrder
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
+def test_each_pass_visits_every_example_once(num_examples: int, per_step: int, seed: int) -> None:
+    if num_examples < per_step:
+        with pytest.raises(ValueError, match="train.prompts_per_step"):
+            DataOrder(num_examples, per_step, seed)
+        return
+    order = DataOrder(num_examples, per_step, seed)
+    steps = 2 * num_examples
+    drawn = np.concatenate([order[step] for step in range(steps)])
+    for epoch in range(steps * per_step // num_examples):
+        part = drawn[epoch * num_examples : (epoch + 1) * num_examples]
+        assert sorted(part) == list(range(num_examples))
+
+
+def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
+    first, second = DataOrder(100, 7, 3), DataOrder(100, 7, 3)
+    later = second[40]
+    assert np.array_equal(first[40], later)
+    assert not np.array_equal(DataOrder(100, 7, 4)[40], later)

@@ -1,0 +1,28 @@
+"""Placement arithmetic, and refusal where devices are missing."""
+
+import pytest
+
+from launch.config import ConfigError, compose
+from launch.placement import check_devices, plan
+
+
+def test_eight_gpus_are_split_between_rollouts_and_learner() -> None:
+    placement = plan(compose(cluster="8xA100"))
+    assert placement.gpus == 8
+    assert len(placement.rollout) == len(placement.learner) == 4
+
+
+def test_more_actors_than_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.workers=5 .* need 9 GPUs; cluster\.gpus=8"):
+        plan(compose(cluster="8xA100", overrides=["rollout.workers=5"]))
+
+
+def test_missing_gpus_are_named() -> None:
+    config = compose(cluster="8xA100")
+    with pytest.raises(ConfigError, match=r"CLUSTER=8xA100 needs 8 GPU \(found 0\)"):
+        check_devices(config, plan(config), {"CPU": 64.0})
+
+
+def test_a_cpu_profile_needs_no_devices() -> None:
+    config = compose()
+    check_devices(config, plan(config), {"CPU": 2.0})
