@@ -1,0 +1,182 @@
+"""Prompts and titles as tokens: a title is tokenised where it will stand, behind the prompt's end."""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from catalog.errors import CatalogError
+from catalog.ragged import Ragged
+
+END_OF_TEXT = "<|endoftext|>"
+QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FINGERPRINT_PROBE = (
+    'Pack of 10, 3/8" x 36\', 12.5 kg – naïve Größe\n \n### Response:\n"工业 Ltd."\n\t\t  don\'t <|endoftext|>'
+)
+BATCH = 8192
+
+
+def train_byte_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:
+    """Train a byte-level BPE with Qwen2's pre-tokenisation and save it as a Hugging Face tokenizer in `out_dir`.
+
+    At most `vocab_size` tokens, fewer when the texts hold no more merges; the last is `<|endoftext|>`, which ends
+    sequences and pads them. There is no beginning-of-sequence token. Every text can be encoded without loss.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise CatalogError(f"a byte-level vocabulary needs at least {len(alphabet) + 1} tokens, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(str(out_dir))
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory. Raises CatalogError where it cannot serve title generation."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise CatalogError(f"{path}: no tokenizer could be loaded ({error}); give a Hugging Face directory") from error
+    if not tokenizer.is_fast:
+        raise CatalogError(f"{path}: a fast tokenizer (tokenizer.json) is needed; convert it with transformers")
+    if tokenizer.eos_token_id is None:
+        raise CatalogError(
+            f"{path}: the tokenizer has no end-of-sequence token, so no title could end; "
+            "set eos_token in tokenizer_config.json to the token that ends the model's answers"
+        )
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Sixteen hex digits of what the tokenizer does: its vocabulary, its special tokens and how it cuts a probe text.
+
+    Does not change when the tokenizer is saved and loaded again, nor with its padding and truncation settings.
+    """
+    content = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "eos": tokenizer.eos_token_id,
+        "start": start_tokens(tokenizer),
+        "probe": encode_batch(tokenizer, [FINGERPRINT_PROBE])[0].tolist(),
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: [bos], or nothing."""
+    special = tokenizer.encode("")
+    return special[:1] if special and special[0] == tokenizer.bos_token_id else []
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Ragged:
+    """Token ids of each text, without special tokens, padding or truncation."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return Ragged.concatenate(
+        Ragged.from_lists([encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)])
+        for batch in _batches(texts)
+    )
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Ragged:
+    """Token ids of each prompt; the beginning-of-sequence token first where the tokenizer itself adds one."""
+    tokens, start = encode_batch(tokenizer, prompts), start_tokens(tokenizer)
+    return (
+        Ragged(np.insert(tokens.flat, tokens.start[:-1], start[0]), tokens.start + np.arange(len(tokens) + 1))
+        if (start)
+        else tokens
+    )
+
+
+def encode_titles(
+    tokenizer: PreTrainedTokenizerBase, context: str, responses: Sequence[str], names: Sequence[str]
+) -> Ragged:
+    """Token ids of each response as it continues `context`, end-of-sequence last.
+
+    context: the constant text that ends every prompt. responses: the text to generate for each title.
+    names: what an error calls each of them. Raises CatalogError when a response merges with the context, cannot be
+    decoded to its own text, or contains the end-of-sequence token.
+    """
+    prefix = encode_batch(tokenizer, [context])[0]
+    parts, first = [], 0
+    for batch in _batches(responses):
+        tokens = encode_batch(tokenizer, [context + response for response in batch])
+        starts_right = _starts_with(tokens, prefix)
+        decoded = tokenizer.batch_decode(
+            [tokens[i] for i in range(len(tokens))], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        for i, response in enumerate(batch):
+            name = names[first + i]
+            if not starts_right[i]:
+                raise CatalogError(
+                    f"{name}: the tokenizer merges the start of {response!r} with the end of the prompt {context!r}; "
+                    "change template.response or template.prompt so that a token ends between them"
+                )
+            if not decoded[i].endswith((response, unicodedata.normalize("NFC", response))):
+                raise CatalogError(
+                    f"{name}: the tokenizer cannot round-trip {response!r}, it comes back as "
+                    f"{decoded[i][len(context) :]!r}; correct the title or use a byte-level tokenizer"
+                )
+        flat = np.delete(tokens.flat, (tokens.start[:-1, None] + np.arange(len(prefix))).ravel())
+        part = Ragged.from_lengths(flat, tokens.lengths - len(prefix))
+        for i in np.flatnonzero(np.add.reduceat(part.flat == tokenizer.eos_token_id, part.start[:-1])):
+            raise CatalogError(
+                f"{names[first + i]}: the text {batch[i]!r} contains the end-of-sequence token "
+                f"{tokenizer.eos_token!r}; remove it from the title"
+            )
+        parts.append(part)
+        first += len(batch)
+    return Ragged.concatenate(parts).append(tokenizer.eos_token_id)
+
+
+def check_prompt_ends(tokenizer: PreTrainedTokenizerBase, context: str, prompts: Ragged) -> None:
+    """Raise CatalogError unless all prompts end in the same tokens of `context`, on which the titles' tokens rest.
+
+    The first tokens of the context may merge with the history before it; a token boundary inside it must remain.
+    """
+    tail = encode_batch(tokenizer, [context])[0]
+    shared = len(tail)
+    ends = prompts.last(len(tail))
+    for back in range(1, len(tail) + 1):
+        reaches = ends.lengths >= back
+        if not (reaches.all() and (ends.flat[ends.start[1:] - back] == tail[-back]).all()):
+            shared = back - 1
+            break
+    if not shared:
+        raise CatalogError(
+            f"the text behind {{history}} in template.prompt, {context!r}, has no token of its own in every prompt; "
+            "end template.prompt with a fixed marker such as '### Response:\\n'"
+        )
+
+
+def _starts_with(tokens: Ragged, prefix: np.ndarray) -> np.ndarray:
+    """bool [n]: whether each list continues `prefix` by at least one token."""
+    starts = tokens.lengths > len(prefix)
+    for offset, token in enumerate(prefix):
+        at = np.minimum(tokens.start[:-1] + offset, len(tokens.flat) - 1)
+        starts &= tokens.flat[at] == token
+    return starts
+
+
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (texts[first : first + BATCH] for first in range(0, len(texts), BATCH))
