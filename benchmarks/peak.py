@@ -1,0 +1,56 @@
+"""What this machine can do at best: matrix peak in each precision and memory bandwidth, measured with torch."""
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from benchmarks.harness import threads
+
+SECONDS = 1.0
+
+
+@cache
+def matrix_peak(dtype: str, rows: int = 2048, inner: int = 2048, columns: int = 2048) -> float:
+    """FLOP/s of the best of repeated [rows, inner] x [inner, columns] products, weight-stationary as in a linear."""
+    torch.set_num_threads(threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left = torch.randn(rows, inner, device=device).to(getattr(torch, dtype))
+    weight = torch.randn(columns, inner, device=device).to(getattr(torch, dtype))
+    with torch.inference_mode():
+        return 2 * rows * inner * columns / _best(lambda: torch.nn.functional.linear(left, weight))
+
+
+@cache
+def memory_bandwidth(mebibytes: int = 512) -> float:
+    """Bytes/s of a copy much larger than the caches; reads and writes both counted."""
+    torch.set_num_threads(threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(mebibytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / _best(lambda: target.copy_(source))
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest call within SECONDS, after one to warm up."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    call()
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    for dtype in ("float32", "bfloat16"):
+        print(f"{dtype}: {matrix_peak(dtype) / 1e9:.0f} GFLOP/s with {threads()} threads")
+    print(f"memory: {memory_bandwidth() / 1e9:.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
