@@ -1,11 +1,10 @@
 """What every rollout engine offers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from rollout.groups import Candidates
+from rollout.weights import WeightBucket
 
 
 class RolloutEngine(Protocol):
@@ -26,8 +25,11 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, buckets: Sequence[dict[str, np.ndarray]]) -> int:
-        """Load Hugging Face named tensors, drop every cached key and value, return the checksum of what was loaded."""
+    def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
+        """Load all weights, drop every cached key and value, return the checksum of what the engine then holds.
+
+        Raises WeightsError for a tensor that is missing, unknown, or not of the engine's dtype.
+        """
         ...
 
     def shutdown(self) -> None:
