@@ -1,0 +1,38 @@
+"""Objectives: one file each, found by name."""
+
+from importlib import import_module
+from pathlib import Path
+
+from learner.objectives.base import CompletionBatch, Objective, objective
+
+__all__ = ["CompletionBatch", "Objective", "ObjectiveError", "names", "objective", "resolve"]
+
+
+class ObjectiveError(ValueError):
+    """A name that leads to no objective."""
+
+
+def names() -> list[str]:
+    """The objectives that come with the project."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+
+
+def resolve(name_or_path: str) -> Objective:
+    """The objective of a file of this folder ("grpo"), or of an import path ("package.module:function").
+
+    Raises ObjectiveError when there is none or it is not declared with @objective.
+    """
+    module, separator, attribute = name_or_path.partition(":")
+    if not separator:
+        if name_or_path not in names():
+            raise ObjectiveError(f"no objective {name_or_path!r}; known are {names()}, or 'package.module:function'")
+        module, attribute = f"{__name__}.{name_or_path}", name_or_path
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ObjectiveError(f"objective {name_or_path!r} cannot be imported: {error}") from error
+    if not isinstance(found, Objective):
+        raise ObjectiveError(
+            f"objective {name_or_path!r} is a {type(found).__name__}; declare it with @learner.objectives.objective"
+        )
+    return found

@@ -1,0 +1,120 @@
+"""What objectives share: the arrays they see, how their sum becomes a mean, and the terms they are made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from learner.advantages import Advantages, group_advantages
+from learner.config import LearnerConfig
+
+Normaliser = Literal["completions", "tokens"]
+Metrics = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CompletionBatch:
+    """The completions of one micro-batch: C rows of at most T tokens, end-of-sequence included."""
+
+    logp: torch.Tensor
+    """float32 [C, T], under the policy that is being trained; carries the gradient. 0 where mask is False."""
+    mask: torch.Tensor
+    """bool [C, T]"""
+    advantages: torch.Tensor
+    """float32 [C]"""
+    logp_old: torch.Tensor | None = None
+    """float32 [C, T], under the policy before this batch's first update. None: this is the first update."""
+    logp_ref: torch.Tensor | None = None
+    """float32 [C, T], under the reference model. None: beta is 0."""
+    logp_rollout: torch.Tensor | None = None
+    """float32 [C, T], under the policy that generated the candidates. None: that policy is the old one."""
+
+    @property
+    def old(self) -> torch.Tensor:
+        """[C, T]: logp_old, or the policy itself without its gradient."""
+        return self.logp.detach() if self.logp_old is None else self.logp_old
+
+    def token_mean(self, values: torch.Tensor) -> torch.Tensor:
+        """[C, T] -> [C], the mean over each completion's tokens."""
+        return self.token_sum(values) / self.mask.sum(-1).clamp(min=1)
+
+    def token_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """[C, T] -> [C], the sum over each completion's tokens."""
+        return values.masked_fill(~self.mask, 0.0).sum(-1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A policy-gradient objective.
+
+    >>> advantages = objective.advantages(rewards, config.normalize_std)
+    >>> contributions, metrics = objective(batch, config)           # [C], and [C] for each metric
+    >>> loss = contributions.sum() / objective.count(candidates_of_the_whole_update)
+
+    The count is that of the whole update - every group of every micro-batch of every rank, groups that were not fed
+    included - so that the losses of the micro-batches add up to the loss of the unsplit batch, however it is split.
+    """
+
+    name: str
+    contributions: Callable[[CompletionBatch, LearnerConfig], tuple[torch.Tensor, Metrics]]
+    normaliser: Normaliser
+    advantages: Callable[[Sequence[np.ndarray], bool], Advantages]
+
+    def __call__(self, batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, Metrics]:
+        """Loss contributions [C] to be summed and divided by `count`, and metrics [C] to be averaged."""
+        return self.contributions(batch, config)
+
+    def count(self, candidates: Sequence[Sequence[Sequence[int]]]) -> int:
+        """What the update's contributions are divided by. candidates[group][rank] are the tokens of a candidate."""
+        if self.normaliser == "completions":
+            return sum(len(group) for group in candidates)
+        return sum(len(tokens) for group in candidates for tokens in group)
+
+
+def objective(
+    *,
+    mean_over: Normaliser,
+    advantages: Callable[[Sequence[np.ndarray], bool], Advantages] = group_advantages,
+) -> Callable[[Callable[[CompletionBatch, LearnerConfig], tuple[torch.Tensor, Metrics]]], Objective]:
+    """Make an Objective of a function (batch, config) -> (contributions [C], metrics)."""
+
+    def declare(function: Callable[[CompletionBatch, LearnerConfig], tuple[torch.Tensor, Metrics]]) -> Objective:
+        return Objective(function.__name__, function, mean_over, advantages)
+
+    return declare
+
+
+def kl_penalty(batch: CompletionBatch) -> torch.Tensor:
+    """[C, T]: the k3 estimator exp(ref - lp) - (ref - lp) - 1 (Schulman 2020), never negative. 0 without reference."""
+    if batch.logp_ref is None:
+        return torch.zeros_like(batch.logp)
+    difference = batch.logp_ref - batch.logp
+    return torch.expm1(difference) - difference
+
+
+def clipped_surrogate(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, config: LearnerConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's min(ratio * A, clip(ratio) * A), and where the clip binds; shapes broadcast.
+
+    The bounds are 1 - clip_low and 1 + clip_high (DAPO, arXiv 2503.14476, eq. 8); a bound of None does not clip.
+    """
+    ratio = log_ratio.exp()
+    lower = None if config.clip_low is None else 1.0 - config.clip_low
+    upper = None if config.clip_high is None else 1.0 + config.clip_high
+    surrogate = ratio * advantages
+    if lower is None and upper is None:
+        return surrogate, torch.zeros_like(surrogate, dtype=torch.bool)
+    clipped = ratio.clamp(lower, upper) * advantages
+    return torch.minimum(surrogate, clipped), clipped.detach() < surrogate.detach()
+
+
+def importance_weight(log_weight: torch.Tensor, config: LearnerConfig) -> torch.Tensor:
+    """min(exp(log_weight), importance_cap) without gradient: truncated importance sampling (Ionides 2008).
+
+    log_weight is log pi_old - log pi_rollout of a token or of a completion.
+    """
+    weight = log_weight.detach().exp()
+    return weight if config.importance_cap is None else weight.clamp(max=config.importance_cap)
