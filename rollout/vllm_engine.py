@@ -1,0 +1,104 @@
+"""Creates the vLLM engine that both rollout engines drive."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rollout.config import RolloutConfig
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+CPU_BLOCK_SIZE = 32
+DEFAULT_MAX_MODEL_LEN = 2048
+
+
+class EngineError(RuntimeError):
+    """A rollout engine cannot be made, or cannot serve what it was asked; the message names the key to change."""
+
+
+def create_llm(
+    model_path: str | Path,
+    config: RolloutConfig,
+    *,
+    worker_extension: str | None = None,
+    logits_processors: Sequence[str | type] = (),
+    **overrides: Any,
+) -> "LLM":
+    """A synchronous vLLM engine on this process's devices, without a tokenizer: prompts and titles are token ids.
+
+    worker_extension: "module.Class" whose methods `llm.collective_rpc` may call on every worker. overrides: further
+    engine arguments; `config.vllm` wins over them. Sampling defaults of the model's generation_config are ignored.
+    Raises EngineError for a model without an end-of-sequence token or too little KV cache memory.
+    """
+    model_config = check_model(model_path)
+    on_gpu = torch.cuda.is_available()
+    _set_environment(on_gpu, needs_first_runner=worker_extension is not None)
+    from vllm import LLM
+
+    arguments: dict[str, Any] = {
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "max_num_batched_tokens": config.max_batched_tokens,
+        "max_num_seqs": min(1024, config.max_batched_tokens),
+        "max_model_len": min(
+            model_config.get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN), DEFAULT_MAX_MODEL_LEN
+        ),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "enforce_eager": not on_gpu,
+        "logits_processors": list(logits_processors) or None,
+        "worker_extension_cls": worker_extension or "",
+        **({} if on_gpu else {"block_size": CPU_BLOCK_SIZE}),
+        **overrides,
+        **config.vllm,
+    }
+    try:
+        return LLM(str(model_path), **arguments)
+    except ValueError as error:
+        if "kv" in str(error).lower() and "memory" in str(error).lower():
+            reason = str(error).split(" Try ")[0]
+            raise EngineError(
+                f"rollout.kv_cache_gib={config.kv_cache_gib} does not do: {reason} Change rollout.kv_cache_gib, or set "
+                f"rollout.vllm.max_model_len (now {arguments['max_model_len']})"
+            ) from error
+        raise
+
+
+def check_model(model_path: str | Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face directory. Raises EngineError where it is absent or names no end token."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        raise EngineError(f"{path} does not exist; the model must be a Hugging Face directory")
+    model_config: dict[str, Any] = json.loads(path.read_text())
+    sources = [model_config, model_config.get("text_config", {})]
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        other = path.with_name(name)
+        sources.append(json.loads(other.read_text()) if other.is_file() else {})
+    if all(source.get("eos_token_id") is None and source.get("eos_token") is None for source in sources):
+        raise EngineError(
+            f"{model_path}: the model has no end-of-sequence token; set eos_token_id in config.json to the token that "
+            "ends a title"
+        )
+    return model_config
+
+
+def _set_environment(on_gpu: bool, needs_first_runner: bool) -> None:
+    """vLLM reads its settings from the environment, some at import; what the user has set stays."""
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    if not on_gpu:
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if needs_first_runner:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
