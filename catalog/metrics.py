@@ -1,0 +1,65 @@
+"""HR@K and NDCG@K from the rank of the target among the recommended titles, and how sure a difference is."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MISS = -1
+"""Rank of a target that was not recommended."""
+RESAMPLES = 10_000
+RESAMPLES_AT_ONCE = 256
+
+
+def hr_at_k(ranks: np.ndarray, k: int) -> float:
+    """Hit rate: the share of targets among the first k. ranks int [n], 0 is the best, -1 a miss."""
+    return float(_hits(ranks, k).mean())
+
+
+def ndcg_at_k(ranks: np.ndarray, k: int) -> float:
+    """Mean of 1 / log2(rank + 2) over n examples, 0 for a target not among the first k. ranks int [n], -1 a miss.
+
+    With one relevant title per example the ideal DCG is 1, so DCG is NDCG.
+    """
+    return float(ndcg_per_example(ranks, k).mean())
+
+
+def ndcg_per_example(ranks: np.ndarray, k: int) -> np.ndarray:
+    """float64 [n]: the NDCG@k of each example; see ndcg_at_k."""
+    hits = _hits(ranks, k)
+    return np.where(hits, 1.0 / np.log2(np.where(hits, ranks, 0) + 2.0), 0.0)
+
+
+def ranking_metrics(hit_rank: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    """{"hr@1": ..., "ndcg@1": ..., ...} for each k of `ks`. hit_rank int [n], -1 a miss.
+
+    Raises ValueError for no examples or a k below 1.
+    """
+    hit_rank = np.asarray(hit_rank)
+    if not len(hit_rank):
+        raise ValueError("metrics of no examples are undefined")
+    if min(ks, default=1) < 1:
+        raise ValueError(f"cut-offs must be 1 or more, got {list(ks)}")
+    metrics = {f"hr@{k}": hr_at_k(hit_rank, k) for k in ks}
+    return metrics | {f"ndcg@{k}": ndcg_at_k(hit_rank, k) for k in ks}
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, float]:
+    """Mean of b - a with its 95% interval, from 10,000 resamples of the examples.
+
+    a, b: float [n], the metric of each example before and after; the pairs are resampled together.
+    Returns {"mean", "low", "high"}. Raises ValueError for different lengths or no examples.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"a paired bootstrap needs two equally long, non-empty rows, got {a.shape} and {b.shape}")
+    gain = b - a
+    draw = np.random.default_rng(seed)
+    sizes = [min(RESAMPLES_AT_ONCE, RESAMPLES - first) for first in range(0, RESAMPLES, RESAMPLES_AT_ONCE)]
+    means = np.concatenate([gain[draw.integers(len(gain), size=(size, len(gain)))].mean(axis=1) for size in sizes])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(gain.mean()), "low": float(low), "high": float(high)}
+
+
+def _hits(ranks: np.ndarray, k: int) -> np.ndarray:
+    ranks = np.asarray(ranks)
+    return (ranks >= 0) & (ranks < k)

@@ -1,0 +1,57 @@
+"""Ranking metrics against the definition, and the bootstrap against the normal approximation."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catalog.metrics import hr_at_k, ndcg_at_k, ndcg_per_example, paired_bootstrap, ranking_metrics
+
+
+@given(st.lists(st.integers(-1, 60), min_size=1, max_size=50), st.integers(1, 50))
+def test_metrics_equal_their_definition(ranks: list[int], k: int) -> None:
+    found = [rank for rank in ranks if 0 <= rank < k]
+    metrics = ranking_metrics(np.array(ranks), [k])
+    assert metrics[f"hr@{k}"] == pytest.approx(len(found) / len(ranks))
+    assert metrics[f"ndcg@{k}"] == pytest.approx(sum(1 / math.log2(rank + 2) for rank in found) / len(ranks))
+
+
+def test_first_place_is_worth_one_and_a_miss_nothing() -> None:
+    ranks = np.array([0, 1, 9, 10, -1])
+    assert ndcg_per_example(ranks, 10).tolist() == pytest.approx([1, 1 / math.log2(3), 1 / math.log2(11), 0, 0])
+    assert hr_at_k(ranks, 10) == pytest.approx(0.6)
+    assert hr_at_k(ranks, 1) == ndcg_at_k(ranks, 1) == pytest.approx(0.2)
+
+
+def test_metrics_of_nothing_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no examples"):
+        ranking_metrics(np.array([], int), [1])
+    with pytest.raises(ValueError, match="1 or more"):
+        ranking_metrics(np.array([0]), [0])
+
+
+def test_bootstrap_agrees_with_the_standard_error() -> None:
+    draw = np.random.default_rng(0)
+    a = draw.random(2000)
+    b = a + 0.05 + 0.1 * draw.standard_normal(2000)
+    interval = paired_bootstrap(a, b, seed=1)
+    error = (b - a).std(ddof=1) / math.sqrt(2000)
+    assert interval["mean"] == pytest.approx((b - a).mean())
+    assert interval["low"] == pytest.approx(interval["mean"] - 1.96 * error, abs=0.1 * error)
+    assert interval["high"] == pytest.approx(interval["mean"] + 1.96 * error, abs=0.1 * error)
+
+
+def test_bootstrap_resamples_pairs_and_is_repeatable() -> None:
+    a = np.random.default_rng(0).random(300)
+    shifted = paired_bootstrap(a, a + 0.25, seed=3)
+    assert shifted == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
+    assert paired_bootstrap(a, a**2, seed=3) == paired_bootstrap(a, a**2, seed=3)
+    assert paired_bootstrap(a, a**2, seed=3)["low"] != paired_bootstrap(a, a**2, seed=4)["low"]
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([], []), ([[1.0]], [[1.0]])])
+def test_bootstrap_refuses_what_is_not_paired(a: list, b: list) -> None:
+    with pytest.raises(ValueError, match="equally long"):
+        paired_bootstrap(np.array(a), np.array(b), seed=0)
