@@ -1,0 +1,255 @@
+"""The one place that imports DeepSpeed: a module whose optimizer state, gradients or weights are spread by ZeRO."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learner.config import LearnerConfig, OptimizerConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def quiet_deepspeed() -> Any:
+    """Import DeepSpeed without its banner, its compiled CPU all-reduce (80 s to build) and its progress lines."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls renamed functions
+    return deepspeed
+
+
+def join_process_group(
+    rank: int, world_size: int, master_host: str, master_port: int, local_rank: int, timeout_s: float
+) -> torch.device:
+    """Enter the learner's process group (nccl on GPUs, gloo elsewhere); returns this rank's device.
+
+    Blocks until all `world_size` ranks have called it, at most `timeout_s`.
+    """
+    os.environ.update(
+        MASTER_ADDR=master_host,
+        MASTER_PORT=str(master_port),
+        RANK=str(rank),
+        LOCAL_RANK=str(local_rank),
+        WORLD_SIZE=str(world_size),
+    )
+    deepspeed = quiet_deepspeed()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+    )
+    return torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+
+
+def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration for ours; `config.deepspeed` is merged over it, key by key."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # micro-batches are explicit, see ZeroEngine.backward
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.gradient_clipping,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.dtype == "bfloat16" and config.zero_stage:
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(ours, config.deepspeed)
+
+
+class ZeroEngine:
+    """One optimizer step from any number of micro-batches, the same under every ZeRO stage.
+
+    >>> engine = ZeroEngine(module, config, config.optimizer)
+    >>> for micro in range(n):                    # n must be equal on all ranks
+    ...     loss = objective(engine(batches[micro]))
+    ...     engine.backward(loss, last=micro == n - 1)
+    >>> grad_norm = engine.step(learning_rate)
+
+    Gradients are averaged over ranks and summed over micro-batches. With bfloat16 weights the optimizer works on
+    float32 copies and gradients accumulate in float32 under every stage.
+    """
+
+    def __init__(self, module: nn.Module, config: LearnerConfig, optimizer: OptimizerConfig):
+        deepspeed = quiet_deepspeed()
+        self.stage = config.zero_stage
+        self._deepspeed = deepspeed
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._adamw = torch.optim.AdamW(parameters, **_adamw_arguments(optimizer), fused=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self._adamw, config=zero_config(config, optimizer)
+            )
+        self._clips_itself = self.stage == 0 and config.dtype == "float32"
+        self._clipping = optimizer.gradient_clipping
+        if self.stage == 0:
+            # One rank has nothing to average; DeepSpeed would still copy every gradient into a flat buffer and back.
+            self._engine.enable_backward_allreduce = self._engine.world_size > 1
+            if config.dtype == "bfloat16":
+                for parameter in parameters:
+                    parameter.grad_dtype = torch.float32
+        self.restart_optimizer(optimizer)  # some stages have counted a step of zeros by now
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    @property
+    def rank(self) -> int:
+        return self._engine.global_rank
+
+    @property
+    def world_size(self) -> int:
+        return self._engine.world_size
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a scalar loss; `last` marks the step's final micro-batch, which averages over ranks."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the weights, drop the gradients; returns the global gradient norm before clipping.
+
+        Raises FloatingPointError where a gradient is not finite; go on from a checkpoint then.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._clip() if self._clips_itself else None
+        self._engine.step()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        if not norm < float("inf"):
+            raise FloatingPointError(
+                f"the gradient norm is {norm}: lower learner.optimizer.learning_rate, or look for extreme rewards "
+                "in the step's rollouts"
+            )
+        return norm
+
+    def _clip(self) -> float:
+        """DeepSpeed neither reports nor checks the norm of float32 gradients that no ZeRO stage owns."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self._engine.zero_grad()
+        elif self._clipping > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clipping, norm)
+        return float(norm)
+
+    def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """Forget the moments and take other hyperparameters, as a new AdamW over the present weights would."""
+        for group in self._engine.optimizer.param_groups:
+            group.update(_adamw_arguments(optimizer))
+        for state in self._adamw.state.values():
+            for value in state.values():
+                value.zero_()
+        self._clipping = optimizer.gradient_clipping
+        if hasattr(self._engine.optimizer, "clip_grad"):
+            self._engine.optimizer.clip_grad = optimizer.gradient_clipping
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Whole weights of `parameters` inside the context, on every rank; all ranks must enter."""
+        context: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(
+            list(parameters), modifier_rank=None, enabled=self.stage == 3
+        )
+        with context:
+            yield
+
+    def full_bytes(self, parameter: nn.Parameter) -> int:
+        """Size of the whole parameter, which ZeRO-3 may have left empty on this rank."""
+        return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+
+    def average(self, values: Sequence[float]) -> list[float]:
+        """Mean over ranks of each value."""
+        return [value / self.world_size for value in self.total(values)]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sum over ranks of each value."""
+        summed = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(summed)
+        return summed.tolist()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def save(self, path: Path) -> None:
+        """Write weights and optimizer state, each rank its own part; all ranks must call."""
+        self._engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote under the same stage and number of ranks; all ranks must call."""
+        self._load(path, universal=False)
+
+    def load_universal(self, path: Path) -> None:
+        """Read a universal checkpoint (see `to_universal`), written by any number of ranks."""
+        self._load(path, universal=True)
+
+    def _load(self, path: Path, universal: bool) -> None:
+        self._engine._config.load_universal_checkpoint = universal
+        loaded, _ = self._engine.load_checkpoint(str(path.parent), tag=path.name)
+        self._engine._config.load_universal_checkpoint = False
+        if loaded is None:
+            raise FileNotFoundError(f"{path}: DeepSpeed found no checkpoint here")
+
+    def destroy(self) -> None:
+        self._engine.destroy()
+
+
+def to_universal(path: Path, out: Path) -> None:
+    """Rewrite a ZeRO 1 to 3 checkpoint of any number of ranks as one that any number of ranks can load."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    main(
+        Namespace(
+            input_folder=str(path),
+            output_folder=str(out),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
+
+
+def _adamw_arguments(optimizer: OptimizerConfig) -> dict[str, Any]:
+    return {
+        "lr": optimizer.learning_rate,
+        "betas": tuple(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+    }
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,65 @@
+"""Whole weights of the policy under their Hugging Face names, whatever ZeRO stage holds them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from learner.engine import ZeroEngine
+from learner.lora import merged_parameters
+from rollout.weights import WeightBucket, combine, tensor_checksum
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def named_weights(
+    engine: ZeroEngine, model: nn.Module, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Buckets of (name, whole weight): adapters merged, tied weights once. All ranks must exhaust it together.
+
+    Under ZeRO-3 the tensors of a bucket are valid only until the next one is asked for.
+    """
+    bucket, size = [], 0
+    for entry in merged_parameters(model):
+        bucket.append(entry)
+        size += engine.full_bytes(entry[1])
+        if size >= bucket_bytes:
+            yield from _gathered(engine, bucket)
+            bucket, size = [], 0
+    if bucket:
+        yield from _gathered(engine, bucket)
+
+
+def weight_buckets(engine: ZeroEngine, model: nn.Module) -> Iterator[WeightBucket]:
+    """Copies of all weights in buckets, on rank 0; nothing on the other ranks, which must exhaust it too."""
+    for tensors in named_weights(engine, model):
+        if engine.rank == 0:
+            yield WeightBucket.pack(tensors)
+
+
+def weights_checksum(engine: ZeroEngine, model: nn.Module) -> int:
+    """rollout.weights.checksum of all weights; all ranks must call."""
+    return combine(tensor_checksum(*entry) for bucket in named_weights(engine, model) for entry in bucket)
+
+
+def save_huggingface(engine: ZeroEngine, model: nn.Module, tokenizer_path: str, path: Path) -> None:
+    """Write a Hugging Face directory (weights, configuration, tokenizer) on rank 0; all ranks must call."""
+    weights: dict[str, Tensor] = {}
+    for bucket in named_weights(engine, model):
+        if engine.rank == 0:
+            weights |= {name: tensor.to("cpu", copy=True) for name, tensor in bucket}
+    if engine.rank == 0:
+        from transformers import AutoTokenizer
+
+        model.save_pretrained(path, state_dict=weights)  # type: ignore[operator]
+        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(path)
+    engine.barrier()
+
+
+def _gathered(engine: ZeroEngine, bucket: list) -> Iterator[list[tuple[str, Tensor]]]:
+    needed = [weight for _, parameter, layer in bucket for weight in (parameter, *(layer.parameters if layer else ()))]
+    with engine.gathered(needed):
+        yield [
+            (name, layer.merged(parameter.detach()) if layer else parameter.detach())
+            for name, parameter, layer in bucket
+        ]

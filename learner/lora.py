@@ -1,0 +1,60 @@
+"""Low-rank adapters inside a Hugging Face model, and their merged weights."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from learner.config import LoraConfig
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """Freeze `model` and put trainable adapters into its linear layers (peft), keeping its class and its forward.
+
+    Raises ValueError naming the target modules when none of them is in the model.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    all_linear = config.target_modules == ["all-linear"]
+    inject_adapter_in_model(
+        PeftConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # only ever a factor
+            lora_dropout=config.dropout,
+            target_modules="all-linear" if all_linear else list(config.target_modules),
+        ),
+        model,
+    )
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, "Adapted | None"]]:
+    """(Hugging Face name, weight, its adapted layer or None) of every weight of the model without adapters.
+
+    Tied weights come once. Names are those that the model had before add_adapters.
+    """
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, base, rest = name.rpartition(".base_layer.")
+        adapted = Adapted(layers[owner]) if base and rest == "weight" else None
+        yield (f"{owner}.{rest}" if base else name), parameter, adapted
+
+
+class Adapted:
+    """A linear layer with an adapter."""
+
+    def __init__(self, layer: nn.Module):
+        self._layer = layer
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's own weights."""
+        return [parameter for name, parameter in self._layer.named_parameters() if "lora_" in name]
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """weight + scale * B A, summed in float32 and rounded once. [out, in]"""
+        (adapter,) = self._layer.active_adapters  # type: ignore[misc]
+        return (weight.float() + self._layer.get_delta_weight(adapter).float()).to(weight.dtype)  # type: ignore[operator]
