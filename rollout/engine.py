@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from rollout.config import Strategy
 from rollout.groups import Candidates
 from rollout.weights import WeightBucket
 
@@ -16,12 +17,18 @@ class RolloutEngine(Protocol):
     """
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], target_classes: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        target_classes: Sequence[int],
+        *,
+        group_size: int | None = None,
+        strategy: Strategy | None = None,
     ) -> list[Candidates]:
         """One group per prompt: a pure function of the weights, the prompts and the seeds.
 
         prompts: token ids. seeds: one per prompt, used by the sampling strategies. target_classes: one per prompt,
-        used by `dynamic` only.
+        used by `dynamic` only. group_size, strategy: replace the configured ones (evaluation: beam search, 50 beams).
         """
         ...
 
