@@ -64,7 +64,7 @@ def create_llm(
         if "kv" in str(error).lower() and "memory" in str(error).lower():
             reason = str(error).split(" Try ")[0]
             raise EngineError(
-                f"rollout.kv_cache_gib={config.kv_cache_gib} does not do: {reason} Change rollout.kv_cache_gib, or set "
+                f"rollout.kv_cache_gib={config.kv_cache_gib} is wrong here: {reason} Change rollout.kv_cache_gib or "
                 f"rollout.vllm.max_model_len (now {arguments['max_model_len']})"
             ) from error
         raise
