@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
+from rewards.group import Groups, TitleCatalog
 from rewards.layout import Layout
 
 
@@ -19,3 +20,15 @@ def rule_rewards(table: pa.Table) -> pa.ListArray:
     """
     layout = Layout.of(table)
     return layout.column(hits(table, layout))
+
+
+class Rule:
+    """The registered reward `rule`."""
+
+    light = True
+
+    def __init__(self, catalog: TitleCatalog) -> None:
+        pass
+
+    def __call__(self, groups: Groups) -> pa.ListArray:
+        return rule_rewards(groups.table)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewards.errors import RewardError
 from rewards.ranking import Formula, ranking_rewards
 from rewards.rule import rule_rewards
 
@@ -68,7 +69,7 @@ def test_nothing_but_hits_gets_no_ranking_reward() -> None:
 
 
 def test_an_unknown_formula_is_refused() -> None:
-    with pytest.raises(ValueError, match="formula 'papr' is none of published, paper"):
+    with pytest.raises(RewardError, match="formula 'papr' is none of published, paper"):
         ranking_rewards(groups([[1]], [1]), "papr")
 
 

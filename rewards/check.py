@@ -1,0 +1,91 @@
+"""`rere reward check SPEC`: run a reward on sample groups and show what it gave."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rewards.config import RewardTerm
+from rewards.group import Group, Groups
+from rewards.interface import make_reward, score
+from rewards.registry import resolve
+from rewards.samples import groups_of_catalog, sample_groups
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the reward that the command line names; 0 when it is fit for a run. Raises RewardError when it is not."""
+    options = _parser().parse_args(argv)
+    args = OmegaConf.to_container(OmegaConf.from_dotlist(options.args))
+    assert isinstance(args, dict)
+    if options.catalog:
+        from catalog.catalog import Catalog
+
+        groups = groups_of_catalog(Catalog.load(options.catalog), options.split, options.groups, options.candidates)
+    else:
+        groups = sample_groups()
+    check(options.spec, {str(key): value for key, value in args.items()}, groups, Console())
+    return 0
+
+
+def check(spec: str, args: dict[str, Any], groups: Groups, console: Console) -> pa.ListArray:
+    """Score `groups` with the reward `spec` as a run would, print each group with its rewards, return them.
+
+    Raises RewardError for a reward that cannot be made, raises, or returns nonsense.
+    """
+    key = RewardTerm(spec).key
+    rewards = score(key, make_reward(key, resolve(spec), groups.catalog, args), groups)
+    for group, values in zip(groups, rewards.to_pylist(), strict=True):
+        console.print(_table(group, key, values))
+    _summary(console, key, groups, rewards)
+    return rewards
+
+
+def _table(group: Group, key: str, values: list[float]) -> Table:
+    history = " | ".join(group.history_titles)
+    title = escape(
+        f"group {group.example_id}, user {group.user_id}\nhistory: {history}\ntarget:  {group.target_title}"
+    )
+    table = Table(title=title, title_justify="left", title_style="", show_edge=False, pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("candidate")
+    table.add_column("score", justify="right")
+    table.add_column(escape(key), justify="right")
+    for rank, (item_class, candidate, of_search, value) in enumerate(
+        zip(group.candidate_classes, group.candidate_titles, group.scores, values, strict=True)
+    ):
+        hit = item_class == group.target_class
+        shown = escape(candidate) or "(no title)"
+        table.add_row(str(rank), shown, f"{of_search:.2f}", f"{value:+.4f}", style="bold green" if hit else None)
+    return table
+
+
+def _summary(console: Console, key: str, groups: Groups, rewards: pa.ListArray) -> None:
+    values = groups.layout.flat(rewards)
+    flat = [row for row in rewards.to_pylist() if len(set(row)) == 1]
+    console.print(
+        f"\n{escape(key)}: {len(values)} candidates in {len(groups)} groups, mean {values.mean():+.4f}, "
+        f"std {np.std(values):.4f}, from {values.min():+.4f} to {values.max():+.4f}"
+    )
+    if flat:
+        console.print(
+            f"{len(flat)} of {len(groups)} groups got one and the same reward throughout: alone, this term would "
+            "teach nothing there"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rere reward check", description=__doc__)
+    parser.add_argument("spec", help="registered name, package.module:Name or path/file.py:name")
+    parser.add_argument("--args", nargs="*", default=[], metavar="KEY=VALUE", help="keyword arguments of the reward")
+    parser.add_argument("--catalog", type=Path, help="folder of a built catalogue; without it, a built-in sample")
+    parser.add_argument("--split", default="train", help="with --catalog: whose examples")
+    parser.add_argument("--groups", type=int, default=4, help="with --catalog: number of groups")
+    parser.add_argument("--candidates", type=int, default=8, help="with --catalog: candidates of a group")
+    return parser

@@ -1,0 +1,160 @@
+"""The two ways to write a reward, and the one way they are run.
+
+A function scores one group:            def my_reward(group: Group, **args) -> list[float]
+A class has state and scores a table:   class MyReward:
+                                            def __init__(self, catalog: TitleCatalog, **args): ...
+                                            def __call__(self, groups: Groups) -> list[list[float]]: ...
+
+Both return one finite float per candidate, in the order of the candidates.
+"""
+
+import inspect
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from rewards.errors import RewardError, name_examples
+from rewards.group import Group, Groups, TitleCatalog
+
+Returned: TypeAlias = Sequence[Sequence[float] | np.ndarray] | np.ndarray | pa.ListArray
+
+
+class Reward(Protocol):
+    """One sequence of floats per group, rank 0 first. Whole-table rewards may return a list<float32> array instead.
+
+    A class with `light = True` takes microseconds per group, and shares one actor with the other light terms.
+    """
+
+    def __call__(self, groups: Groups) -> Returned: ...
+
+
+class PerGroup:
+    """A plain function of one group as a reward of a whole table."""
+
+    def __init__(self, name: str, function: Callable[..., Sequence[float]], args: dict[str, Any]) -> None:
+        self.name = name
+        self.function = function
+        self.args = args
+
+    def __call__(self, groups: Groups) -> Returned:
+        return [self._one(group) for group in groups]
+
+    def _one(self, group: Group) -> Sequence[float]:
+        try:
+            return self.function(group, **self.args)
+        except Exception as error:
+            raise _raised(self.name, [group.example_id], error) from error
+
+
+def make_reward(name: str, written: Any, catalog: TitleCatalog, args: dict[str, Any]) -> Reward:
+    """The reward that a function or class stands for. Raises RewardError when the class cannot be made from `args`."""
+    if not callable(written):
+        raise RewardError(f"reward {name!r} is {_shown(written)}; it must be a function of one group or a class")
+    _check_arguments(name, written, args)
+    if not inspect.isclass(written):
+        return PerGroup(name, written, args)
+    try:
+        reward: Reward = written(catalog, **args)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward {name!r} could not be made with args {args}:\n{_own_frames(error)}") from error
+    if not callable(reward):
+        raise RewardError(f"reward {name!r}: class {written.__name__} needs a method __call__(self, groups)")
+    return reward
+
+
+def score(name: str, reward: Reward, groups: Groups) -> pa.ListArray:
+    """list<float32> of one row per group.
+
+    Raises RewardError with the groups' example ids when the reward raises or returns anything else than one finite
+    float per candidate.
+    """
+    try:
+        returned = reward(groups)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise _raised(name, groups.example_ids.tolist(), error) from error
+    values = _flat_values(name, returned, groups)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32, copy=False)
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        candidate = int(wrong[0])
+        example_id = int(groups.example_ids[groups.layout.group[candidate]])
+        raise RewardError(
+            f"reward {name!r} gave {values[candidate]} to the candidate at rank {groups.layout.rank[candidate]} of "
+            f"group {example_id}; every reward must be a finite float32"
+        )
+    return groups.layout.column(values)
+
+
+def _flat_values(name: str, returned: Any, groups: Groups) -> np.ndarray:
+    """[N]: what a reward returned for all candidates of a table."""
+    if isinstance(returned, pa.ListArray) and not returned.null_count and not returned.values.null_count:
+        if np.array_equal(returned.value_lengths().to_numpy(), groups.layout.sizes):
+            return groups.layout.flat(returned)
+        returned = returned.to_pylist()
+    try:
+        rows = list(returned)
+    except TypeError:
+        raise RewardError(
+            f"reward {name!r} returned {_shown(returned)} for {len(groups)} groups; expected a list for each"
+        ) from None
+    if len(rows) != len(groups):
+        raise RewardError(
+            f"reward {name!r} returned {len(rows)} lists for {len(groups)} groups "
+            f"({name_examples(groups.example_ids.tolist())})"
+        )
+    return np.concatenate([np.zeros(0), *(_row(name, row, groups, index) for index, row in enumerate(rows))])
+
+
+def _row(name: str, row: Any, groups: Groups, index: int) -> np.ndarray:
+    size = int(groups.layout.sizes[index])
+    try:
+        values = np.asarray(row)
+    except (TypeError, ValueError, RuntimeError):
+        values = np.asarray(None)
+    if values.shape != (size,) or (size and values.dtype.kind not in "biuf"):
+        found = f"{len(row)} values ({_shown(row)})" if isinstance(row, Sequence | np.ndarray) else _shown(row)
+        raise RewardError(
+            f"reward {name!r} returned {found} for group {groups.example_ids[index]}, which has {size} candidates; "
+            "expected one float for each"
+        )
+    return values
+
+
+def _check_arguments(name: str, written: Callable, args: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(written)
+    except ValueError:
+        return
+    try:
+        signature.bind(None, **args)
+    except TypeError as error:
+        kind, first = ("class", "catalog") if inspect.isclass(written) else ("function", "group")
+        raise RewardError(
+            f"reward {name!r}: {error}. Its {kind} is called as {written.__name__}({first}, **args) with args {args}; "
+            f"it takes {signature}"
+        ) from None
+
+
+def _raised(name: str, example_ids: list[int], error: Exception) -> RewardError:
+    return RewardError(f"reward {name!r} raised on {name_examples(example_ids)}:\n{_own_frames(error)}")
+
+
+def _own_frames(error: Exception) -> str:
+    """The traceback below this file: the frames that the author of the reward wrote or called."""
+    frames = error.__traceback__
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+
+
+def _shown(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."

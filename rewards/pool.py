@@ -1,0 +1,171 @@
+"""All reward terms of a run, as the driver sees them: references go in, references come out."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import RayActorError, RayTaskError
+
+from rewards.config import RewardTerm
+from rewards.errors import RewardError, RewardTimeoutError, name_examples
+from rewards.registry import resolve
+from rewards.stage import Pending, Replica, Stage
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A table on its way through the rewards."""
+
+    scored: ObjectRef
+    """The table with its rewards, once they are there."""
+    seconds: ObjectRef
+    """What each term took, small enough for the driver."""
+    table: ObjectRef
+    replica: Replica
+    """Where it is put together."""
+
+
+class RewardPool:
+    """Scores group tables in actors while the driver does other things.
+
+    >>> pool = RewardPool(config.rewards, catalog_path)    # finds every reward, or says which it cannot find
+    >>> pool.start()                                       # actors start while other things do
+    >>> pool.ready(timeout_s=300)                          # models are loaded, connections open
+    >>> handles = [pool.submit(table_ref, "train") for table_ref in stream]
+    >>> scored = list(pool.results(handles))               # references, in the order of the handles
+    >>> metrics = pool.metrics(scored)
+    >>> pool.close()
+
+    A scored table has the columns of the groups, `reward/<term>` (list<float32>) for every term, and `reward`, their
+    weighted sum. Terms run in parallel; light ones (rule, ranking) share the actor that adds up, so that they cost one
+    hop. A term that raises, hangs or returns nonsense surfaces in `results` as a RewardError.
+    """
+
+    def __init__(self, terms: Sequence[RewardTerm], catalog_path: str | Path) -> None:
+        """Raises RewardError for a term that does not exist, a bad range, or two terms of one label."""
+        _check(terms)
+        self.catalog_path = str(catalog_path)
+        self.root = str(Path.cwd())
+        self.weights = {term.key: term.weight for term in terms}
+        light = [term for term in terms if _is_light(term)]
+        self._light_terms = light
+        self._heavy_terms = [term for term in terms if term not in light]
+        self._heavy: list[Stage] = []
+        self._combining: Stage | None = None
+        self._seconds: dict[str, float] = {}
+        self._queued: dict[str, int] = {}
+
+    def start(self) -> "RewardPool":
+        """Create the actors; does not wait for them."""
+        self._heavy = [Stage([term], self.catalog_path, self.root) for term in self._heavy_terms]
+        self._combining = Stage(self._light_terms, self.catalog_path, self.root)
+        return self
+
+    def ready(self, timeout_s: float) -> None:
+        """Wait until every actor has loaded what it needs. Raises RewardError that names the term."""
+        waiting = {replica.actor.ready.remote(): stage for stage in self._stages for replica in stage.replicas}
+        done, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
+        for ref in done:
+            self._get(ref, f"reward {waiting[ref].names} could not start")
+        if late:
+            names = sorted({waiting[ref].names for ref in late})
+            raise RewardTimeoutError(f"rewards {', '.join(names)} are not ready after {timeout_s:g} s")
+
+    def submit(self, table: ObjectRef, split: str) -> Handle:
+        """Have the groups of `table`, examples of `split`, scored; returns at once."""
+        inputs = [self._score(stage, table, split) for stage in self._heavy]
+        replica = self._stages[-1].least_loaded()
+        scored, seconds = replica.actor.combine.options(num_returns=2).remote(
+            table, split, self.weights, *(done for _, done in inputs)
+        )
+        replica.pending.append(Pending(seconds, table, inputs))
+        self._note_queue(self._stages[-1])
+        return Handle(scored, seconds, table, replica)
+
+    def results(self, handles: Iterable[Handle]) -> Iterator[ObjectRef]:
+        """References to the scored tables, in order, each as soon as it is there. Raises RewardError."""
+        for handle in handles:
+            yield self.result(handle)
+
+    def result(self, handle: Handle) -> ObjectRef:
+        """Wait for one table. Raises RewardError, or RewardTimeoutError when a term exceeds its timeout_s."""
+        handle.replica.wait(handle.seconds)
+        for key, seconds in self._get(handle.seconds, "rewards failed", handle.table).items():
+            self._seconds[key] = self._seconds.get(key, 0.0) + seconds
+        return handle.scored
+
+    def metrics(self, scored: Sequence[ObjectRef]) -> dict[str, float]:
+        """rewards.metrics.reward_metrics of the scored tables, and what the terms cost since the last call.
+
+        rewards/<name>/seconds: time in the term's actors. rewards/<name>/queue: most tables that waited for them.
+        """
+        metrics = dict(
+            self._get(self._stages[-1].least_loaded().actor.metrics.remote(*scored), "reward metrics failed")
+        )
+        metrics |= {f"rewards/{key}/seconds": seconds for key, seconds in self._seconds.items()}
+        metrics |= {f"rewards/{key}/queue": float(queued) for key, queued in self._queued.items()}
+        self._seconds, self._queued = {}, {}
+        return metrics
+
+    def close(self) -> None:
+        """End the actors."""
+        for stage in self._heavy + ([self._combining] if self._combining else []):
+            stage.close()
+        self._heavy, self._combining = [], None
+
+    @property
+    def _stages(self) -> list[Stage]:
+        if self._combining is None:
+            raise RewardError("the reward actors do not run; call RewardPool.start() first")
+        return [*self._heavy, self._combining]
+
+    def _score(self, stage: Stage, table: ObjectRef, split: str) -> tuple[Replica, ObjectRef]:
+        replica = stage.least_loaded()
+        done = replica.actor.score.remote(table, split)
+        replica.pending.append(Pending(done, table, ()))
+        self._note_queue(stage)
+        return replica, done
+
+    def _note_queue(self, stage: Stage) -> None:
+        for term in stage.terms:
+            self._queued[term.key] = max(self._queued.get(term.key, 0), stage.queue)
+
+    def _get(self, ref: ObjectRef, what: str, table: ObjectRef | None = None) -> dict[str, float]:
+        """The value of a small result, or the RewardError that the actor raised, without Ray's wrapping."""
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            cause = error.cause
+            while isinstance(cause, RayTaskError):
+                cause = cause.cause
+            if isinstance(cause, RewardError):
+                raise cause from None
+            raise RewardError(f"{what}:\n{error}") from error
+        except RayActorError as error:
+            groups = f" on {name_examples(ray.get(table)['example_id'].to_pylist())}" if table else ""
+            raise RewardError(
+                f"{what}: the actor of {' or '.join(self.weights)} died again and again{groups}: {error}"
+            ) from error
+
+
+def _is_light(term: RewardTerm) -> bool:
+    return getattr(resolve(term.name), "light", False) and not term.num_gpus
+
+
+def _check(terms: Sequence[RewardTerm]) -> None:
+    for index, term in enumerate(terms):
+        if term.key in {earlier.key for earlier in terms[:index]}:
+            raise RewardError(f"two rewards are called {term.key!r}; give one of them another `label`")
+        if not math.isfinite(term.weight):
+            raise RewardError(f"reward {term.key!r}: weight={term.weight} must be finite")
+        for name in ("num_cpus", "num_gpus"):
+            if getattr(term, name) < 0:
+                raise RewardError(f"reward {term.key!r}: {name}={getattr(term, name)} must not be negative")
+        if term.replicas < 1 or term.timeout_s <= 0:
+            raise RewardError(
+                f"reward {term.key!r}: replicas={term.replicas} must be 1 or more and timeout_s={term.timeout_s} "
+                "greater than 0"
+            )
