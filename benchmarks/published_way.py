@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
@@ -130,10 +131,7 @@ class PublishedTrainer:
         device: str = "cuda" if torch.cuda.is_available() else "cpu",
     ) -> None:
         self.trie, self.group_size, self.beta, self.python_mask = trie, group_size, beta, python_mask
-        self.policy, self.reference = (
-            AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), device_map=device)
-            for _ in range(2)
-        )
+        self.policy, self.reference = (_load(model_path, dtype, device) for _ in range(2))
         self.reference.eval().requires_grad_(False)
         if gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -241,6 +239,11 @@ class PublishedTrainer:
         for parameter in [*self.weights, *self.master]:
             parameter.grad = None
         return float(norm)
+
+
+def _load(model_path: str, dtype: str, device: str) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+    return model.to(device)
 
 
 def advantages(rewards: torch.Tensor) -> torch.Tensor:
