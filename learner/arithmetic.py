@@ -1,0 +1,95 @@
+"""The arithmetic of a batch, printed and checked before anything starts."""
+
+import math
+from dataclasses import dataclass
+
+from learner.config import LearnerConfig
+
+
+class BatchError(ValueError):
+    """Batch sizes that cannot work together; the message names the keys."""
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """What one optimizer step of RL and of SFT consists of."""
+
+    prompts: int
+    """Groups per step, over all ranks."""
+    candidates: int
+    """Candidates per step: prompts x group size."""
+    prompts_per_rank: int
+    """The largest share of a rank."""
+    packed_tokens: int
+    """Upper bound of the tokens of one group in the learner's packing."""
+    micro_batches: int
+    """Estimated micro-batches (gradient accumulation) per rank and update."""
+    rl_updates: int
+    """Optimizer steps of the whole RL phase."""
+    warmup_steps: int
+    sft_examples_per_rank: int
+    sft_updates_per_epoch: int
+
+    def lines(self) -> list[str]:
+        """Readable lines for the start of a run."""
+        rl = (
+            f"RL: {self.prompts} prompts -> {self.candidates} candidates per step, "
+            f"{self.prompts_per_rank} prompts per rank in about {self.micro_batches} micro-batches "
+            f"of groups of up to {self.packed_tokens} tokens; {self.rl_updates} updates, {self.warmup_steps} warm-up"
+        )
+        sft = (
+            f"SFT: {self.sft_examples_per_rank} examples per rank and update, "
+            f"{self.sft_updates_per_epoch} updates per epoch"
+        )
+        return [rl, sft] if self.sft_updates_per_epoch else [rl]
+
+
+def describe_batch(
+    config: LearnerConfig,
+    *,
+    prompts_per_step: int,
+    group_size: int,
+    steps: int,
+    train_examples: int,
+    prompt_tokens: int,
+    title_tokens: int,
+) -> BatchArithmetic:
+    """Check the batch arithmetic of a run and return it.
+
+    prompt_tokens, title_tokens: the longest of the data. Raises BatchError naming the configuration keys where ranks
+    would have nothing to do, or where a single group or completion exceeds the token budget of a micro-batch.
+    """
+    if prompts_per_step < config.ranks:
+        raise BatchError(
+            f"train.prompts_per_step={prompts_per_step} gives some of learner.ranks={config.ranks} no group: "
+            "raise the one or lower the other"
+        )
+    if config.sft.epochs and config.sft.batch_size < config.ranks:
+        raise BatchError(
+            f"learner.sft.batch_size={config.sft.batch_size} is smaller than learner.ranks={config.ranks}"
+        )
+    if config.packing == "tree":
+        group_tokens = prompt_tokens + group_size * max(0, title_tokens - 1)
+    else:
+        group_tokens = group_size * (prompt_tokens + title_tokens)
+    smallest = prompt_tokens + title_tokens
+    if smallest > config.micro_batch_tokens:
+        raise BatchError(
+            f"learner.micro_batch_tokens={config.micro_batch_tokens} is less than one prompt with one title "
+            f"({prompt_tokens} + {title_tokens} tokens): raise it, or lower data.max_prompt_tokens"
+        )
+    if config.zero_stage == 0 and config.offload_optimizer:
+        raise BatchError("learner.offload_optimizer needs learner.zero_stage of 1, 2 or 3")
+    per_rank = math.ceil(prompts_per_step / config.ranks)
+    updates = steps * config.updates_per_batch
+    return BatchArithmetic(
+        prompts=prompts_per_step,
+        candidates=prompts_per_step * group_size,
+        prompts_per_rank=per_rank,
+        packed_tokens=group_tokens,
+        micro_batches=math.ceil(per_rank * group_tokens / max(config.micro_batch_tokens, group_tokens)),
+        rl_updates=updates,
+        warmup_steps=math.ceil(config.optimizer.warmup_ratio * updates),
+        sft_examples_per_rank=math.ceil(config.sft.batch_size / config.ranks) if config.sft.epochs else 0,
+        sft_updates_per_epoch=math.ceil(train_examples / config.sft.batch_size) if config.sft.epochs else 0,
+    )

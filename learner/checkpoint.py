@@ -1,0 +1,132 @@
+"""Checkpoint directories: written beside their place and renamed, checked before they are read.
+
+checkpoints/step-N/
+    model.safetensors, config.json, tokenizer.json ...   a Hugging Face directory of the policy, adapters merged
+    zero/                                                weights and optimizer state, each rank its part (DeepSpeed)
+    reference.safetensors                                the reference model, where there is one
+    rng-RANK.pt                                          random number generators of each rank
+    state.json                                           steps done, ranks, stage, and the driver's data position
+    manifest.json                                        size and SHA-256 of every other file
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+PREFIX = "step-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or of another kind of run; the message names it and an intact one."""
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a checkpoint is written before it takes its name; on the same file system."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def begin(path: Path) -> Path:
+    """An empty temporary folder for the checkpoint `path`; what an interrupted write left there is dropped."""
+    temporary = temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit(path: Path, state: dict[str, Any], keep: int | None = None) -> None:
+    """Seal the temporary folder with its state and manifest, and rename it to `path`.
+
+    keep: number of checkpoints beside `path` that stay, the newest ones; None keeps all.
+    """
+    temporary = temporary_path(path)
+    _write(temporary / STATE, json.dumps(state, indent=1))
+    files = sorted(file for file in temporary.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_sha256, files))
+    manifest = {
+        str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(files, digests, strict=True)
+    }
+    _write(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    if path.exists():  # the same step again, after a resume from an earlier one
+        shutil.rmtree(path)
+    temporary.rename(path)
+    _sync_folder(path.parent)
+    if keep is not None:
+        for old in steps(path.parent)[keep:]:
+            shutil.rmtree(old)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of an intact checkpoint. Raises CheckpointError naming the damaged file and the next intact one."""
+    if fault := find_fault(path):
+        others = [other for other in steps(path.parent) if other != path and find_fault(other) is None]
+        offer = f"{others[0]} is intact: delete {path.name} to go on from there" if others else "no other is intact"
+        raise CheckpointError(f"checkpoint {path}: {fault}; {offer}")
+    return json.loads((path / STATE).read_text())
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words that name the file; None when every byte is as written."""
+    if not path.is_dir():
+        return "does not exist"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or not readable"
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(manifest, pool.map(_sha256, (path / name for name in manifest)), strict=True):
+            if digest != manifest[name]["sha256"]:
+                return f"{name} is damaged (its SHA-256 is not that of the manifest)"
+    return None
+
+
+def steps(folder: Path) -> list[Path]:
+    """Complete checkpoints step-N in `folder`, the newest first."""
+    numbered = {number: path for path, number in _numbered(folder)}
+    return [numbered[number] for number in sorted(numbered, reverse=True)]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder, if any; whether it is intact is checked by read_state."""
+    return next(iter(steps(folder)), None)
+
+
+def _numbered(folder: Path) -> Iterator[tuple[Path, int]]:
+    for path in folder.glob(f"{PREFIX}*"):
+        number = path.name.removeprefix(PREFIX)
+        if number.isdigit() and path.is_dir():
+            yield path, int(number)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write(file: Path, text: str) -> None:
+    with file.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

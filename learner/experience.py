@@ -1,0 +1,72 @@
+"""Rewarded groups as the learner reads them: views into the Arrow tables of one step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rollout.groups import GroupTableError, validate_groups
+
+
+@dataclass(frozen=True)
+class Experience:
+    """n groups; everything is a read-only view into the tables."""
+
+    prompts: list[np.ndarray]
+    """int32 [P_i] each."""
+    candidates: list[list[np.ndarray]]
+    """candidates[i][rank]: int32 [T], end-of-sequence included."""
+    logprobs: list[list[np.ndarray]]
+    """float32 [T], as `candidates`: under the policy that generated them."""
+    rewards: list[np.ndarray]
+    """float32 [G_i] each."""
+    has_hit: np.ndarray
+    """bool [n]: the target is among the candidates."""
+    policy_version: np.ndarray
+    """int64 [n]"""
+
+    @classmethod
+    def from_tables(cls, tables: Sequence[pa.Table]) -> "Experience":
+        """Tables in GROUP_SCHEMA with a `reward` column. Raises GroupTableError naming the column that is missing."""
+        for table in tables:
+            validate_groups(table)
+            if "reward" not in table.column_names:
+                raise GroupTableError(f"group table: column 'reward' is missing; it has {table.column_names}")
+        names = [*tables[0].schema.names]
+        table = pa.concat_tables([table.select(names) for table in tables]).combine_chunks()
+        classes = _lists(table, "candidate_class")
+        targets = table["target_class"].to_numpy()
+        return cls(
+            prompts=_lists(table, "prompt_tokens"),
+            candidates=_nested(table, "candidate_tokens"),
+            logprobs=_nested(table, "candidate_logprobs"),
+            rewards=_lists(table, "reward"),
+            has_hit=np.fromiter(((c == t).any() for c, t in zip(classes, targets, strict=True)), bool, len(targets)),
+            policy_version=table["policy_version"].to_numpy(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def _column(table: pa.Table, name: str) -> pa.ListArray:
+    column = table[name]
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _cut(values: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
+    column = _column(table, name)
+    return _cut(column.values.to_numpy(), column.offsets.to_numpy())
+
+
+def _nested(table: pa.Table, name: str) -> list[list[np.ndarray]]:
+    outer = _column(table, name)
+    inner = outer.values
+    pieces = _cut(inner.values.to_numpy(), inner.offsets.to_numpy())
+    offsets = outer.offsets.to_numpy()
+    return [pieces[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
