@@ -3,12 +3,14 @@
 >>> row = compare("end-to-end", "tiny-64", ours=lambda: step(), theirs=lambda: published_step(), repeats=3)
 >>> row = replace(row, **memory_columns(peak_memory("benchmarks.x:ours", shape), peak_memory("benchmarks.x:theirs")))
 >>> write_rows([row], "Whole steps")                 # prints the table; JSON to $OUT if it is set
+
+A Side keeps an object in a process of its own, for comparisons whose time and memory are measured in the same run.
 """
 
-import argparse
 import importlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GIB = 2**30
+NVIDIA_SMI = shutil.which("nvidia-smi")
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,13 @@ def machine_name() -> str:
 
 
 class MemoryWatch:
-    """Peak of the summed proportional memory of this process and its descendants, sampled every 50 ms.
+    """Peak of the summed memory of this process and its descendants, sampled while they work.
 
     >>> with MemoryWatch() as watch: step()
     >>> watch.peak_gib
 
-    Proportional means that a page shared by k processes counts 1/k in each: the object store counts once.
+    On a GPU it is device memory, else proportional memory: a page shared by k processes counts 1/k in each, so that
+    the object store counts once. Sampling walks page tables, so it rests 50 times as long as it takes.
     """
 
     def __init__(self) -> None:
@@ -154,43 +158,109 @@ class MemoryWatch:
         self._stop.set()
         self._thread.join()
 
-    def _sample(self) -> None:
+    def measure(self) -> float:
+        """Memory now, in GiB; also counts for the peak."""
         root = psutil.Process()
-        while True:
-            processes = [root, *root.children(recursive=True)]
-            self.peak_gib = max(self.peak_gib, sum(_proportional_bytes(process.pid) for process in processes) / GIB)
-            if self._stop.wait(0.05):
-                return
+        pids = [process.pid for process in (root, *root.children(recursive=True))]
+        now = (_device_bytes(pids) if NVIDIA_SMI else sum(map(_proportional_bytes, pids))) / GIB
+        self.peak_gib = max(self.peak_gib, now)
+        return now
+
+    def _sample(self) -> None:
+        rest = 0.0
+        while not self._stop.wait(rest):
+            start = time.perf_counter()
+            self.measure()
+            rest = max(0.02, 50 * (time.perf_counter() - start))
 
 
-def peak_memory(function: str, *arguments: Any) -> dict[str, Any]:
-    """Call "package.module:function"(*arguments) in a fresh process: {"result", "peak_gib", "gpu_gib"}.
+@dataclass(frozen=True)
+class Call:
+    """What one call in another process returned and cost."""
 
-    arguments and the result must survive JSON. Raises CalledProcessError when the call fails.
+    result: Any
+    seconds: float
+    peak_gib: float
+    """Peak memory of that side since it started, in GiB: see MemoryWatch."""
+    idle_gib: float
+    """Memory before the first call: models and optimizer loaded, nothing computed."""
+
+
+class Side:
+    """One side of a comparison in a fresh process, so that its memory is its own; both sides may live at once.
+
+    >>> with Side("benchmarks.end_to_end:Ours", "tiny-64") as ours:      # an object, made there by that class
+    ...     call = ours.call("step", [1, 2, 3])                           # one of its methods, JSON in and out
     """
-    command = [sys.executable, "-m", "benchmarks.harness", function, json.dumps(arguments)]
-    output = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+
+    def __init__(self, factory: str, *arguments: Any) -> None:
+        command = [sys.executable, "-m", "benchmarks.harness", factory, json.dumps(arguments)]
+        self.factory = factory
+        self._process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer("start")
+
+    def call(self, method: str, *arguments: Any) -> Call:
+        """Raises RuntimeError when the process ended; its traceback is on the error stream."""
+        assert self._process.stdin is not None
+        print(json.dumps([method, arguments]), file=self._process.stdin, flush=True)
+        return Call(**self._answer(method))
+
+    def _answer(self, what: str) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.factory}: the process ended in {what} with status {self._process.wait()}")
+        return json.loads(line)
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.communicate()
 
 
-def memory_columns(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """Columns for dataclasses.replace(row, ...) out of two results of peak_memory."""
-    key = "gpu_gib" if ours["gpu_gib"] else "peak_gib"
-    return {"ours_gib": ours[key], "theirs_gib": theirs[key]}
+class _Function:
+    def __init__(self, function: str) -> None:
+        self._function = _resolve(function)
+
+    def call(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(description="call one function and print its result and peak memory as JSON")
-    parser.add_argument("function")
-    parser.add_argument("arguments", type=json.loads)
-    options = parser.parse_args()
-    module, _, name = options.function.partition(":")
+def peak_memory(function: str, *arguments: Any) -> Call:
+    """Call "package.module:function"(*arguments) once in a fresh process; both survive JSON."""
+    with Side("benchmarks.harness:_Function", function) as side:
+        return side.call("call", *arguments)
+
+
+def memory_columns(ours: Call, theirs: Call) -> dict[str, float]:
+    """Columns for dataclasses.replace(row, ...)."""
+    return {"ours_gib": ours.peak_gib, "theirs_gib": theirs.peak_gib}
+
+
+def _serve(factory: str, arguments: Sequence[Any]) -> None:
+    """The other end of Side: answers on standard output; what libraries print there goes to the error stream."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     with MemoryWatch() as watch:
-        result = getattr(importlib.import_module(module), name)(*options.arguments)
-    import torch
+        side = _resolve(factory)(*arguments)
+        idle_gib = watch.measure()
+        print(json.dumps({}), file=channel, flush=True)
+        for line in sys.stdin:
+            method, arguments = json.loads(line)
+            result: list[Any] = []
+            seconds = timed(lambda: result.append(getattr(side, method)(*arguments)))  # noqa: B023
+            watch.measure()
+            print(json.dumps(asdict(Call(result[0], seconds, watch.peak_gib, idle_gib))), file=channel, flush=True)
+        if hasattr(side, "close"):
+            side.close()
 
-    gpu_gib = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
-    print(json.dumps({"result": result, "peak_gib": watch.peak_gib, "gpu_gib": gpu_gib}), flush=True)
+
+def _resolve(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _proportional_bytes(pid: int) -> int:
@@ -202,6 +272,14 @@ def _proportional_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return 0
+
+
+def _device_bytes(pids: Sequence[int]) -> int:
+    """GPU memory that the driver attributes to the processes."""
+    command = [str(NVIDIA_SMI), "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    used = [[int(field) for field in line.split(",")] for line in lines if line.strip()]
+    return sum(mebibytes * 2**20 for pid, mebibytes in used if pid in pids)
 
 
 def _cpuinfo(key: str) -> str:
@@ -218,4 +296,4 @@ def _synchronize() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _serve(sys.argv[1], json.loads(sys.argv[2]))
