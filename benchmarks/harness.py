@@ -142,7 +142,7 @@ class MemoryWatch:
     >>> watch.peak_gib
 
     On a GPU it is device memory, else proportional memory: a page shared by k processes counts 1/k in each, so that
-    the object store counts once. Sampling walks page tables, so it rests 50 times as long as it takes.
+    the object store counts once. Sampling walks page tables, so it rests 50 times as long as it computes.
     """
 
     def __init__(self) -> None:
@@ -169,9 +169,9 @@ class MemoryWatch:
     def _sample(self) -> None:
         rest = 0.0
         while not self._stop.wait(rest):
-            start = time.perf_counter()
+            start = time.thread_time()
             self.measure()
-            rest = max(0.02, 50 * (time.perf_counter() - start))
+            rest = max(0.02, 50 * (time.thread_time() - start))
 
 
 @dataclass(frozen=True)
