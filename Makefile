@@ -50,9 +50,10 @@ $(VENV)/.ready-cpu: requirements-cpu.lock pyproject.toml | $(VENV)/bin/python
 	  { $(RUN) -c 'import torch, vllm, ray, deepspeed, transformers'; exit 1; }
 	@touch $@
 
-$(VENV)/.ready-gpu: pyproject.toml | $(VENV)/bin/python
-	@echo "environment: installing the gpu and dev extras"
-	@$(RUN) -m pip install -q -e '.[gpu,dev]'
+$(VENV)/.ready-gpu: requirements-gpu.lock pyproject.toml | $(VENV)/bin/python
+	@echo "environment: installing $$(grep -c == requirements-gpu.lock) pinned packages for GPUs (about 10 GB)"
+	@$(RUN) -m pip install -q --no-deps -r requirements-gpu.lock
+	@$(RUN) -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="a.b=c" DRY_RUN=1 RESUME=1 OVERWRITE=1

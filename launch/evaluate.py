@@ -1,0 +1,49 @@
+"""Ranking metrics of the current policy on the test split, by constrained beam search."""
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from catalog.catalog import Catalog
+from launch.config import Config
+from launch.progress import Stage
+from launch.rollout_fleet import RolloutFleet
+
+
+def eval_examples(config: Config, catalog: Catalog) -> np.ndarray:
+    """int64 [n]: the evaluated rows of the test split, evenly spaced in time; all of them where eval_examples is 0."""
+    available = len(catalog.examples("test"))
+    wanted = config.train.eval_examples or available
+    return np.unique(np.linspace(0, available - 1, min(wanted, available)).round().astype(np.int64))
+
+
+def evaluate(fleet: RolloutFleet, config: Config, example_ids: np.ndarray, stage: Stage) -> tuple[np.ndarray, int]:
+    """(int64 [n]: rank of each example's target in the beams or -1; number of candidates that are no title)."""
+    flight = fleet.launch("test", example_ids, config.train.seed, group_size=config.train.eval_beams, strategy="beam")
+    rank_of: dict[int, int] = {}
+    invalid = 0
+    for table in fleet.land(flight):
+        ids, ranks, wrong = ray.get(_hit_ranks.remote(table))
+        rank_of.update(zip(ids.tolist(), ranks.tolist(), strict=True))
+        invalid += wrong
+        stage.update(len(rank_of))
+    return np.array([rank_of[int(example)] for example in example_ids], np.int64), invalid
+
+
+def hit_ranks(groups: pa.Table) -> np.ndarray:
+    """int64 [n]: the first rank at which each group holds its target, -1 where it does not."""
+    classes = groups["candidate_class"].combine_chunks()
+    sizes = classes.value_lengths().to_numpy()
+    start = np.cumsum(sizes) - sizes
+    hit = np.flatnonzero(classes.flatten().to_numpy() == np.repeat(groups["target_class"].to_numpy(), sizes))
+    group = np.repeat(np.arange(len(sizes)), sizes)[hit]
+    ranks = np.full(len(sizes), -1, np.int64)
+    ranks[group[::-1]] = (hit - start[group])[::-1]  # reversed, so that the first hit of a group is written last
+    return ranks
+
+
+@ray.remote(num_cpus=0)
+def _hit_ranks(groups: pa.Table) -> tuple[np.ndarray, np.ndarray, int]:
+    """The only numbers of an evaluation that reach the driver: (example ids, hit ranks, invalid candidates)."""
+    invalid = int((groups["candidate_class"].combine_chunks().flatten().to_numpy() < 0).sum())
+    return groups["example_id"].to_numpy(), hit_ranks(groups), invalid

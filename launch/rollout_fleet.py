@@ -1,0 +1,131 @@
+"""All rollout workers of a run, as the loop sees them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from catalog.catalog import Catalog
+from rollout.actor import RolloutWorker
+from rollout.assign import assign
+from rollout.config import RolloutConfig, Strategy
+from rollout.streams import PublishedWeights, RolloutStream, RolloutTimeout, collect, stream_rollout
+
+RESTARTS = 3
+
+
+@dataclass
+class Flight:
+    """Groups on their way: one stream per worker, all of one policy version."""
+
+    streams: list[RolloutStream]
+    weights: PublishedWeights
+
+
+class RolloutFleet:
+    """Deals examples to the workers and gathers their tables by reference.
+
+    >>> fleet = RolloutFleet(config, catalog, model_path, worker_options)
+    >>> fleet.ready(timeout_s=300)
+    >>> fleet.publish(weights)                                  # version 0, and again after every learner step
+    >>> flight = fleet.launch("train", example_ids, seed=0)
+    >>> for table_ref in fleet.land(flight): ...                # as they finish, each once, whatever dies meanwhile
+
+    Calls on a worker run in the order of their submission, so a rollout launched before `publish` keeps the older
+    weights and one launched after it has the newer, without the driver waiting in between.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, catalog: Catalog, model_path: Path, worker_options: Sequence[dict[str, object]]
+    ) -> None:
+        self.config, self.catalog = config, catalog
+        self.workers: list[ActorHandle] = [
+            RolloutWorker.options(max_restarts=RESTARTS, **options).remote(  # type: ignore[attr-defined]
+                rank, str(model_path), str(catalog.path), config
+            )
+            for rank, options in enumerate(worker_options)
+        ]
+        self._weights: PublishedWeights | None = None
+        self._loads: dict[tuple[int, int], ray.ObjectRef] = {}
+
+    def ready(self, timeout_s: float) -> None:
+        """Wait until every engine is up. Raises RolloutTimeout naming the workers that are not, or what one raised."""
+        waiting = {worker.ready.remote(): rank for rank, worker in enumerate(self.workers)}
+        done, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
+        ray.get(done)
+        if late:
+            raise RolloutTimeout(
+                f"rollout workers {sorted(waiting[ref] for ref in late)} not ready after {timeout_s:g} s"
+            )
+
+    def publish(self, weights: PublishedWeights) -> None:
+        """Have every worker load `weights` after the rollouts that it was already given; does not wait."""
+        self._weights = weights
+        self._loads = {(rank, weights.version): weights.load(worker) for rank, worker in enumerate(self.workers)} | {
+            key: ref for key, ref in self._loads.items() if key[1] == weights.version - 1
+        }
+
+    def loaded(self) -> None:
+        """Wait until every worker holds the published weights and has confirmed their checksum."""
+        assert self._weights is not None
+        for rank in range(len(self.workers)):
+            self._confirm(rank, self._weights)
+
+    def launch(
+        self,
+        split: str,
+        example_ids: np.ndarray,
+        seed: int,
+        *,
+        group_size: int | None = None,
+        strategy: Strategy | None = None,
+    ) -> Flight:
+        """Start rolling out one group per example with the published weights."""
+        assert self._weights is not None
+        examples = self.catalog.examples(split)
+        lengths = [len(examples.prompt_tokens(int(i))) for i in example_ids]
+        shares = assign(lengths, len(self.workers), self.config.groups_per_table)
+        streams = [
+            stream_rollout(
+                worker,
+                rank,
+                split,
+                [int(example_ids[i]) for i in share],
+                self._weights.version,
+                seed,
+                self.config,
+                group_size=group_size,
+                strategy=strategy,
+            )
+            for rank, (worker, share) in enumerate(zip(self.workers, shares, strict=True))
+        ]
+        return Flight(streams, self._weights)
+
+    def land(self, flight: Flight) -> Iterator[ray.ObjectRef]:
+        """Table references of a flight as they finish."""
+        for stream in flight.streams:
+            if self._confirm(stream.rank, flight.weights):
+                stream.start()  # its first start was refused: the worker had died and lost its weights
+        for _, table in collect(flight.streams, self.config.timeout_s, flight.weights):
+            yield table
+
+    def _confirm(self, rank: int, weights: PublishedWeights) -> bool:
+        """Wait for a load; True when it had to be repeated because the worker died. Raises ChecksumMismatch."""
+        load = self._loads.pop((rank, weights.version), None)
+        if load is None:
+            return False
+        try:
+            ray.get(load, timeout=self.config.timeout_s)
+        except GetTimeoutError as error:
+            raise RolloutTimeout(
+                f"rollout worker {rank} did not load version {weights.version} in {self.config.timeout_s:g} s"
+            ) from error
+        except RayActorError:
+            ray.get(self.workers[rank].ready.remote(), timeout=self.config.timeout_s)
+            ray.get(weights.load(self.workers[rank]), timeout=self.config.timeout_s)
+            return True
+        return False
