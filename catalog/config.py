@@ -11,6 +11,8 @@ class GeneratedConfig:
     # Number of items.
     users: int = 2400
     # Number of users; each contributes a sequence of interactions.
+    duplicates: float = 0.01
+    # Share of items that bear the title of another item, as some do in real catalogues.
     seed: int = 0
     # Seed of titles, preferences and transitions.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ class Ragged:
     @classmethod
     def from_lists(cls, lists: Sequence[Sequence[int] | np.ndarray]) -> "Ragged":
         lengths = np.fromiter((len(values) for values in lists), np.int64, len(lists))
-        flat = np.fromiter((value for values in lists for value in values), np.int32, int(lengths.sum()))
+        flat = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
         return cls.from_lengths(flat, lengths)
 
     @classmethod
@@ -78,3 +79,7 @@ class Ragged:
     def append(self, value: int) -> "Ragged":
         """Every list with `value` behind it."""
         return Ragged(np.insert(self.flat, self.start[1:], value), self.start + np.arange(len(self.start)))
+
+    def prepend(self, value: int) -> "Ragged":
+        """Every list with `value` before it."""
+        return Ragged(np.insert(self.flat, self.start[:-1], value), self.start + np.arange(len(self.start)))

@@ -21,6 +21,7 @@ FINGERPRINT_PROBE = (
     'Pack of 10, 3/8" x 36\', 12.5 kg – naïve Größe\n \n### Response:\n"工业 Ltd."\n\t\t  don\'t <|endoftext|>'
 )
 BATCH = 8192
+WHOLE_PROMPTS = 256
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:
@@ -123,7 +124,9 @@ def encode_titles(
         tokens = encode_batch(tokenizer, [context + response for response in batch])
         starts_right = _starts_with(tokens, prefix)
         decoded = tokenizer.batch_decode(
-            [tokens[i] for i in range(len(tokens))], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            [tokens[i].tolist() for i in range(len(tokens))],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
         )
         for i, response in enumerate(batch):
             name = names[first + i]
@@ -167,6 +170,30 @@ def check_prompt_ends(tokenizer: PreTrainedTokenizerBase, context: str, prompts:
             f"the text behind {{history}} in template.prompt, {context!r}, has no token of its own in every prompt; "
             "end template.prompt with a fixed marker such as '### Response:\\n'"
         )
+
+
+def check_titles_follow(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    prompt_tokens: Ragged,
+    responses: Sequence[str],
+    title_tokens: Ragged,
+) -> None:
+    """Raise CatalogError unless prompt + title is prompt tokens + title tokens, for up to 256 whole prompts.
+
+    prompts and prompt_tokens go together, and so do responses and title_tokens (end-of-sequence last).
+    """
+    rows = np.linspace(0, len(prompts) - 1, min(len(prompts), WHOLE_PROMPTS)).astype(np.int64)
+    titles = rows * 31 % len(responses)
+    whole = encode_prompts(
+        tokenizer, [prompts[row] + responses[title] for row, title in zip(rows, titles, strict=True)]
+    )
+    for i, (row, title) in enumerate(zip(rows, titles, strict=True)):
+        if not np.array_equal(whole[i], np.concatenate([prompt_tokens[row], title_tokens[title][:-1]])):
+            raise CatalogError(
+                f"example {row}: the tokenizer does not keep {responses[title]!r} apart from the prompt before it; "
+                "end template.prompt with a fixed marker such as '### Response:\\n'"
+            )
 
 
 def _starts_with(tokens: Ragged, prefix: np.ndarray) -> np.ndarray:

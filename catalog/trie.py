@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from catalog.ragged import Ragged
+
 
 class TrieError(ValueError):
     """Titles that make no trie, a damaged trie file, or a trie of another tokenizer."""
@@ -37,17 +39,18 @@ class Trie:
     tokenizer_fingerprint: str
 
     @classmethod
-    def from_titles(cls, titles: Sequence[Sequence[int]], *, eos_token: int, tokenizer_fingerprint: str) -> "Trie":
+    def from_titles(
+        cls, titles: Ragged | Sequence[Sequence[int]], *, eos_token: int, tokenizer_fingerprint: str
+    ) -> "Trie":
         """titles[c]: the tokens of item class c, end-of-sequence last and nowhere else; all different.
 
         Raises TrieError naming the item class of an empty, duplicate or badly ended title.
         """
+        titles = titles if isinstance(titles, Ragged) else Ragged.from_lists(titles)
         if not len(titles):
             raise TrieError("a trie needs at least one title")
-        lengths = np.fromiter((len(title) for title in titles), np.int64, len(titles))
-        flat = np.fromiter((token for title in titles for token in title), np.int64, int(lengths.sum()))
-        start = np.cumsum(lengths) - lengths
-        _check_ends(flat, start, lengths, eos_token)
+        flat, start = titles.flat, titles.start[:-1]
+        _check_ends(flat, start, titles.lengths, eos_token)
 
         vocabulary = int(flat.max()) + 1
         parent = np.zeros(len(titles), np.int64)  # node that each title has reached, within its level

@@ -1,0 +1,162 @@
+"""From data and a tokenizer to a catalogue on disk, built once for everything it depends on."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
+
+from catalog.arrow_files import write_arrow
+from catalog.catalog import DESCRIPTION, Catalog
+from catalog.config import DataConfig
+from catalog.errors import CatalogError
+from catalog.generate import generate
+from catalog.interactions import Interactions, SplitTable
+from catalog.metrics import ranking_metrics
+from catalog.ragged import Ragged
+from catalog.source import Source
+from catalog.statistics import catalog_stats
+from catalog.template import check_template, prompt_end, prompt_texts, response_texts
+from catalog.tokenizer import (
+    check_prompt_ends,
+    check_titles_follow,
+    encode_prompts,
+    encode_titles,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
+from catalog.trie import Trie
+
+FORMAT_VERSION = 1
+"""Changes whenever the files or the generator do, so that nothing older is taken for them."""
+BEST_POSSIBLE_KS = (1, 3, 5, 10, 20, 50)
+PROMPTS_TO_LEARN_FROM = 2000
+
+
+def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
+    """Build the catalogue of `config`, or map the one that exists for the same data, tokenizer and template.
+
+    Several processes may build at once: each writes to a folder of its own, and the first to finish names it.
+    Raises CatalogError naming the file, column, row and value that are wrong.
+    """
+    _check_config(config)
+    source = None if config.path is None else Source.of(Path(config.path))
+    tokenizer = load_tokenizer(tokenizer_path)
+    fingerprint = _fingerprint(config, source, tokenizer)
+    cache = Path(config.cache)
+    path = cache / fingerprint
+    if path.is_dir():
+        return Catalog.load(path)
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint}-", dir=cache))
+    try:
+        _write(_interactions(config, source), config, tokenizer, fingerprint, temporary)
+        temporary.chmod(0o755)
+        _rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Catalog.load(path)
+
+
+def catalog_texts(config: DataConfig) -> list[str]:
+    """Titles as they are generated and some prompts: what a tokenizer for this catalogue should be trained on."""
+    _check_config(config)
+    data = _interactions(config, None if config.path is None else Source.of(Path(config.path)))
+    titles, train = data.titles.to_pylist(), data.splits["train"]
+    rows = np.linspace(0, len(train) - 1, min(len(train), PROMPTS_TO_LEARN_FROM)).astype(np.int64)
+    return response_texts(config.template, titles) + _prompts(config, train.history.take(rows), titles)
+
+
+def _check_config(config: DataConfig) -> None:
+    check_template(config.template)
+    for name in ("max_history", "max_prompt_tokens"):
+        if getattr(config, name) < 1:
+            raise CatalogError(f"data.{name} must be 1 or more, got {getattr(config, name)}")
+
+
+def _interactions(config: DataConfig, source: Source | None) -> Interactions:
+    return source.read(config.max_history) if source else generate(config.generated, config.max_history)
+
+
+def _fingerprint(config: DataConfig, source: Source | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    content = {
+        "format": FORMAT_VERSION,
+        "data": source.fingerprint() if source else asdict(config.generated),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": asdict(config.template),
+        "max_history": config.max_history,
+        "max_prompt_tokens": config.max_prompt_tokens,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    try:
+        temporary.rename(path)
+    except OSError:
+        if not path.is_dir():  # else another process finished the same catalogue first
+            raise
+
+
+def _write(
+    data: Interactions, config: DataConfig, tokenizer: PreTrainedTokenizerBase, fingerprint: str, path: Path
+) -> None:
+    class_of_item, titles = _classes(data.titles)
+    texts = titles.to_pylist()
+    context, responses = prompt_end(config.template), response_texts(config.template, texts)
+    title_tokens = encode_titles(tokenizer, context, responses, [f"title {title!r}" for title in texts])
+    trie = Trie.from_titles(
+        title_tokens, eos_token=tokenizer.eos_token_id, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)
+    )
+    trie.save(path / "trie.arrow")
+    write_arrow(path / "items.arrow", {"item_id": data.item_ids, "item_class": pa.array(class_of_item)})
+    write_arrow(path / "classes.arrow", {"title": titles})
+    prompts = {}
+    for name, split in data.splits.items():
+        classes = Ragged(class_of_item[split.history.flat], split.history.start)
+        prompt_text = _prompts(config, classes, texts)
+        prompts[name] = encode_prompts(tokenizer, prompt_text)
+        check_prompt_ends(tokenizer, context, prompts[name])
+        check_titles_follow(tokenizer, prompt_text, prompts[name], responses, title_tokens)
+        write_arrow(
+            path / f"{name}.arrow", _columns(split, class_of_item, prompts[name].last(config.max_prompt_tokens))
+        )
+    tokenizer.save_pretrained(path / "tokenizer")
+    best_rank = data.splits["test"].best_rank
+    description = {
+        "fingerprint": fingerprint,
+        "stats": catalog_stats(len(data.titles), trie, title_tokens, prompts, config.max_prompt_tokens),
+        "best_possible": None if best_rank is None else ranking_metrics(best_rank, BEST_POSSIBLE_KS),
+    }
+    (path / DESCRIPTION).write_text(json.dumps(description, indent=2))
+
+
+def _classes(titles: pa.LargeStringArray) -> tuple[np.ndarray, pa.LargeStringArray]:
+    """(int32 [items] item class of each item, distinct titles in the order of their first item)"""
+    encoded = pc.dictionary_encode(titles)
+    return encoded.indices.to_numpy(), encoded.dictionary
+
+
+def _prompts(config: DataConfig, histories: Ragged, titles: list[str]) -> list[str]:
+    start, flat = histories.start.tolist(), histories.flat.tolist()
+    shown = ([titles[i] for i in flat[first:end]] for first, end in pairwise(start))
+    return prompt_texts(config.template, shown)
+
+
+def _columns(split: SplitTable, class_of_item: np.ndarray, prompts: Ragged) -> dict[str, pa.Array]:
+    columns = {
+        "user_id": split.user_id,
+        "history": split.history.to_arrow(),
+        "target": pa.array(split.target, pa.int32()),
+        "target_class": pa.array(class_of_item[split.target], pa.int32()),
+        "timestamp": pa.array(split.timestamp, pa.int64()),
+        "prompt_tokens": prompts.to_arrow(),
+    }
+    return columns if split.best_rank is None else columns | {"best_rank": pa.array(split.best_rank, pa.int32())}

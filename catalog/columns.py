@@ -1,0 +1,154 @@
+"""Columns of a user's tables, checked: every fault names the file, the column, the row, the value and the remedy."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from catalog.errors import CatalogError
+from catalog.ragged import Ragged
+
+
+class Columns:
+    """A table of the user's with its file name. Rows are counted from 0.
+
+    >>> columns = Columns.of_parquet(folder / "train.parquet")
+    >>> columns.texts("user_id"); columns.id_lists("history", known_as="int32")
+    """
+
+    def __init__(self, file: Path, table: pa.Table) -> None:
+        self.file = file
+        self.table = table
+        if not table.num_rows:
+            raise CatalogError(f"{file}: no rows; every file needs at least one")
+
+    @classmethod
+    def of_parquet(cls, file: Path) -> "Columns":
+        """Raises CatalogError for a file that is missing or no Parquet."""
+        if not file.is_file():
+            beside = sorted(path.name for path in file.parent.iterdir())
+            raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
+        try:
+            return cls(file, pq.read_table(file))
+        except (OSError, pa.ArrowException) as error:
+            raise CatalogError(f"{file}: not a readable Parquet file ({error}); write it again") from error
+
+    def fault(self, column: str, row: int, message: str) -> CatalogError:
+        return CatalogError(f"{self.file}: column {column!r}, row {row}: {message}")
+
+    def column(self, name: str) -> pa.Array:
+        """The column in one piece. Raises CatalogError where it is missing or has a null."""
+        if name not in self.table.column_names:
+            raise CatalogError(
+                f"{self.file}: column {name!r} is missing; the file has {', '.join(self.table.column_names)}"
+            )
+        column = self.table[name].combine_chunks()
+        column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        if column.null_count:
+            raise self.fault(name, _first(column.is_null()), "empty (null); fill it in or drop the row")
+        return column
+
+    def ids(self, name: str) -> pa.Array:
+        """A column of ids: int64 or large_string, as the file has it."""
+        return self._as_ids(name, self.column(name), "integers or strings")
+
+    def texts(self, name: str) -> pa.LargeStringArray:
+        """A column of strings; integers are taken as their digits, as user ids often are."""
+        return self.ids(name).cast(pa.large_string())
+
+    def titles(self, name: str) -> pa.LargeStringArray:
+        """A column of strings that are not blank."""
+        column = self.column(name)
+        if not _is_text(column.type):
+            raise CatalogError(f"{self.file}: column {name!r} is {column.type}, expected strings")
+        blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)
+        if pc.any(blank).as_py():
+            row = _first(blank)
+            raise self.fault(
+                name, row, f"the title {column[row].as_py()!r} is empty; give the item a title or drop it everywhere"
+            )
+        return column.cast(pa.large_string())
+
+    def seconds(self, name: str) -> np.ndarray:
+        """int64 [n]: seconds since 1970, from integers or from Arrow timestamps."""
+        column = self.column(name)
+        if pa.types.is_timestamp(column.type):
+            return column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()).to_numpy()
+        if not pa.types.is_integer(column.type):
+            raise CatalogError(
+                f"{self.file}: column {name!r} is {column.type}, expected integers (seconds since 1970) or timestamps"
+            )
+        return column.cast(pa.int64()).to_numpy()
+
+    def id_lists(self, name: str) -> tuple[pa.Array, np.ndarray]:
+        """A column of lists of ids: (all ids one behind the other, length of each list); no list is empty."""
+        column = self.column(name)
+        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+            raise CatalogError(f"{self.file}: column {name!r} is {column.type}, expected lists of item ids")
+        lengths = column.value_lengths().to_numpy().astype(np.int64)
+        if not lengths.all():
+            row = int(np.argmin(lengths))
+            raise self.fault(name, row, "an empty list; a prompt needs at least one item, so drop the row")
+        values = column.flatten()
+        if values.null_count:
+            row = int(np.searchsorted(np.cumsum(lengths), _first(values.is_null()), side="right"))
+            raise self.fault(name, row, f"an empty entry (null) in {column[row].as_py()}; remove it from the list")
+        return self._as_ids(name, values, "lists of integers or strings"), lengths
+
+    def _as_ids(self, name: str, values: pa.Array, expected: str) -> pa.Array:
+        if pa.types.is_integer(values.type):
+            return values.cast(pa.int64())
+        if _is_text(values.type):
+            return values.cast(pa.large_string())
+        raise CatalogError(f"{self.file}: column {name!r} is {self.table[name].type}, expected {expected}")
+
+
+class ItemIndex:
+    """The items of a catalogue by their id; an item is its row."""
+
+    def __init__(self, items: Columns, id_column: str) -> None:
+        self.file = items.file
+        self.ids = items.ids(id_column)
+        first = pc.index_in(self.ids, self.ids).to_numpy()
+        again = np.flatnonzero(first != np.arange(len(first)))
+        if len(again):
+            row = int(again[0])
+            raise items.fault(
+                id_column, row, f"id {self.ids[row].as_py()!r} is also in row {first[row]}; give every item its own id"
+            )
+
+    def targets(self, columns: Columns, name: str) -> np.ndarray:
+        """int32 [n]: the items of a column of ids."""
+        ids = columns.ids(name)
+        return self._find(columns, name, ids, np.ones(len(ids), np.int64))
+
+    def lists(self, columns: Columns, name: str) -> Ragged:
+        """The items of a column of lists of ids."""
+        ids, lengths = columns.id_lists(name)
+        return Ragged.from_lengths(self._find(columns, name, ids, lengths), lengths)
+
+    def _find(self, columns: Columns, name: str, ids: pa.Array, lengths: np.ndarray) -> np.ndarray:
+        if ids.type != self.ids.type:
+            kinds = {pa.int64(): "integers"}
+            raise CatalogError(
+                f"{columns.file}: column {name!r} holds {kinds.get(ids.type, 'strings')}, but the ids in "
+                f"{self.file.name} are {kinds.get(self.ids.type, 'strings')}; write both in the same type"
+            )
+        items = pc.index_in(ids, self.ids)
+        if items.null_count:
+            at = _first(items.is_null())
+            row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+            raise columns.fault(
+                name, row, f"item {ids[at].as_py()!r} is not in {self.file.name}; add the item or drop the row"
+            )
+        return items.to_numpy().astype(np.int32)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _first(flags: pa.BooleanArray) -> int:
+    return int(pc.index(flags, True).as_py())
