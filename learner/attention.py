@@ -1,0 +1,173 @@
+"""Attention over a packed row: an attention implementation named "tree" that Hugging Face models call in every layer.
+
+On the CPU the row is cut into runs of queries that see few keys besides their own, one fused attention call each. On
+CUDA it is one flex attention call whose block mask skips what nobody sees. Windows go by position, not by index.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+IMPLEMENTATION = "tree"
+MIN_CHAIN = 64
+# Tokens of an unbranched chain from which on it gets an attention call of its own.
+MAX_RUN = 512
+# Queries up to which neighbouring subtrees are computed together.
+
+
+@dataclass(frozen=True)
+class Run:
+    """Queries start:stop of a packed row. They see the key ranges of their ancestors and, by the tree, each other."""
+
+    start: int
+    stop: int
+    ancestors: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class TreeMask:
+    """Who sees whom in a packed row: made once per forward pass, shared by its layers."""
+
+    subtree_end: torch.Tensor
+    """int64 [N], of PackedBatch"""
+    positions: torch.Tensor
+    """int64 [N]"""
+    _cache: dict[Any, Any] = field(init=False, default_factory=dict)
+
+    def runs(self, window: int | None, dtype: torch.dtype) -> list[tuple[Run, torch.Tensor]]:
+        """Runs that cover the row, each with its additive mask [queries, keys]; keys: ancestors, then the run."""
+        if (window, dtype) not in self._cache:
+            runs = split_runs(self.subtree_end.tolist())
+            self._cache[window, dtype] = [(run, self._additive(run, window, dtype)) for run in runs]
+        return self._cache[window, dtype]
+
+    def block_mask(self, window: int | None) -> Any:
+        """flex attention's block mask of the same relation."""
+        if window not in self._cache:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            def visible(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                return self._visible(query, key, window)
+
+            size = len(self.subtree_end)
+            self._cache[window] = create_block_mask(visible, None, None, size, size, self.subtree_end.device.type)
+        return self._cache[window]
+
+    def _visible(self, query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
+        visible = (key <= query) & (query < self.subtree_end[key])
+        return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
+
+    def _additive(self, run: Run, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        queries = torch.arange(run.start, run.stop)
+        keys = torch.cat([torch.arange(*keys) for keys in (*run.ancestors, (run.start, run.stop))])
+        visible = self._visible(queries[:, None], keys[None, :], window)
+        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+
+def split_runs(subtree_end: list[int]) -> list[Run]:
+    """Cut a packed row into runs, in order: long chains alone, the small subtrees between them together."""
+    runs: list[Run] = []
+    _split(subtree_end, 0, len(subtree_end), (), runs)
+    return runs
+
+
+def _split(
+    subtree_end: list[int], start: int, stop: int, ancestors: tuple[tuple[int, int], ...], runs: list[Run]
+) -> None:
+    """Cut the sibling subtrees that fill start:stop, all of them below `ancestors`."""
+    root = pending = start
+    while root < stop:
+        end = subtree_end[root]
+        branch = root + 1
+        while branch < end and subtree_end[branch] == end:
+            branch += 1
+        long = branch - root >= MIN_CHAIN
+        if pending < root and (long or end - pending > MAX_RUN):
+            runs.append(Run(pending, root, ancestors))
+            pending = root
+        if long:
+            runs.append(Run(root, branch, ancestors))
+            _split(subtree_end, branch, end, (*ancestors, (root, branch)), runs)
+            pending = end
+        root = end
+    if pending < stop:
+        runs.append(Run(pending, stop, ancestors))
+
+
+def tree_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    tree: TreeMask | None = None,
+    **unsupported: Any,
+) -> tuple[torch.Tensor, None]:
+    """Hugging Face's attention interface: query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D].
+
+    Raises NotImplementedError for a model that does not hand on `tree` or asks for what a tree cannot have.
+    """
+    asked = sorted(name for name in ("s_aux", "position_bias", "cache") if unsupported.get(name) is not None)
+    if tree is None or asked:
+        reason = f"needs {asked}" if asked else "does not hand keyword arguments on to its attention"
+        raise NotImplementedError(f"{type(module).__name__} {reason}: train it with learner.packing=padded")
+    if query.is_cuda:
+        from transformers.integrations.flex_attention import flex_attention_forward
+
+        blocks = tree.block_mask(sliding_window)
+        output, _ = flex_attention_forward(
+            module, query, key, value, blocks, scaling=scaling, softcap=softcap, dropout=dropout
+        )
+        return output, None
+    heads = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+    outputs = []
+    for run, mask in tree.runs(sliding_window, query.dtype):
+        ranges = (*run.ancestors, (run.start, run.stop))
+        keys = torch.cat([key[:, :, start:stop] for start, stop in ranges], 2)
+        values = torch.cat([value[:, :, start:stop] for start, stop in ranges], 2)
+        queries = query[:, :, run.start : run.stop]
+        outputs.append(_attend(queries, keys, values, mask, scaling, dropout, softcap))
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = (torch.tanh(scores / softcap) * softcap + mask).softmax(-1, torch.float32).to(value.dtype)
+    return nn.functional.dropout(weights, dropout) @ value
+
+
+def packing_refusal(lm: PreTrainedModel) -> str | None:
+    """Why this model cannot be fed a packed tree, or None when it can."""
+    config = lm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if lm._is_stateful or kinds - {"full_attention", "sliding_attention"}:
+        return f"its layers carry state from token to token ({', '.join(sorted(kinds))})"
+    if not lm._supports_attention_backend:
+        return "its attention does not go through the exchangeable attention interface"
+    if any(name.endswith("sinks") for name, _ in lm.named_parameters()):
+        return "it has attention sinks"
+    return None
+
+
+AttentionInterface.register(IMPLEMENTATION, tree_attention)

@@ -1,0 +1,106 @@
+"""Log-probabilities over the vocabulary, without ever holding the logits of more than a chunk of tokens."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+
+class LogprobHead(nn.Module):
+    """The vocabulary projection, the log-softmax and the choice of targets in one.
+
+    >>> head = LogprobHead(lm.get_output_embeddings(), lm.config, chunk_tokens=1024)
+    >>> logp = head(hidden, edge_row, edge_target)
+    """
+
+    def __init__(self, projection: nn.Module, config: PretrainedConfig, chunk_tokens: int) -> None:
+        super().__init__()
+        self._projection = (projection,)  # in a tuple, because its weights belong to the language model
+        self.scale, self.softcap = logit_transform(config)
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, hidden: torch.Tensor, edge_row: torch.Tensor, edge_target: torch.Tensor) -> torch.Tensor:
+        """float32 [E]: the log-probability of edge_target after the token of hidden[edge_row].
+
+        hidden: [K, D]. edge_row, edge_target: int64 [E], distinct pairs, edge_row ascending.
+        """
+        return _VocabularyLogprobs.apply(hidden, *self.weights(), edge_row, edge_target, self)
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [V, D] and bias [V] of the projection."""
+        return cast(torch.Tensor, self._projection[0].weight), getattr(self._projection[0], "bias", None)
+
+    def transform(self, projected: torch.Tensor) -> torch.Tensor:
+        """Logits in float32 from the projection's output."""
+        logits = projected.float() * self.scale if self.scale != 1.0 else projected.float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def transform_slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """Derivative of `transform`, given its result."""
+        return self.scale if self.softcap is None else self.scale * (1.0 - (logits / self.softcap) ** 2)
+
+
+def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
+    """(scale, softcap): logits are scale * projection, or softcap * tanh(scale * projection / softcap)."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None) or 1.0
+    if config.model_type.startswith("granite"):  # Granite divides by it, Cohere and others multiply
+        scale = 1.0 / scale
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+class _VocabularyLogprobs(torch.autograd.Function):
+    """Logits are computed chunk by chunk in the forward pass and once more in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        edge_row: torch.Tensor,
+        edge_target: torch.Tensor,
+        head: LogprobHead,
+    ) -> torch.Tensor:
+        normalizer = hidden.new_empty(len(hidden), dtype=torch.float32)
+        logp = hidden.new_empty(len(edge_row), dtype=torch.float32)
+        for rows, edges in _chunks(len(hidden), edge_row, head.chunk_tokens):
+            logits = head.transform(nn.functional.linear(hidden[rows], weight, bias))
+            normalizer[rows] = logits.logsumexp(-1)
+            logp[edges] = logits[edge_row[edges] - rows.start, edge_target[edges]] - normalizer[edge_row[edges]]
+        ctx.save_for_backward(hidden, normalizer, edge_row, edge_target)
+        ctx.head, ctx.weights = head, (weight, bias)  # not saved tensors: ZeRO-3 swaps a parameter's storage
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        hidden, normalizer, edge_row, edge_target = ctx.saved_tensors
+        weight, bias = ctx.weights
+        per_row = torch.zeros_like(normalizer).index_add_(0, edge_row, gradient)
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for rows, edges in _chunks(len(hidden), edge_row, ctx.head.chunk_tokens):
+            logits = ctx.head.transform(nn.functional.linear(hidden[rows], weight, bias))
+            slope = ctx.head.transform_slope(logits)
+            to_logits = logits.sub_(normalizer[rows, None]).exp_().mul_(-per_row[rows, None])
+            to_logits[edge_row[edges] - rows.start, edge_target[edges]] += gradient[edges]
+            projected = to_logits.mul_(slope).to(hidden.dtype)
+            to_hidden[rows] = projected @ weight
+            if to_weight is not None:
+                to_weight.addmm_(projected.T, hidden[rows])
+            if to_bias is not None:
+                to_bias += projected.sum(0)
+        return to_hidden, to_weight, to_bias, None, None, None
+
+
+def _chunks(rows: int, edge_row: torch.Tensor, size: int) -> list[tuple[slice, slice]]:
+    """Slices of rows and, edges being ordered by row, of their edges."""
+    starts = torch.arange(0, rows + size, size, device=edge_row.device)
+    bounds = torch.searchsorted(edge_row, starts).tolist()
+    return [
+        (slice(start, min(start + size, rows)), slice(*edges))
+        for start, *edges in zip(range(0, rows, size), bounds[:-1], bounds[1:], strict=False)
+    ]

@@ -1,0 +1,81 @@
+"""The policy: a causal language model that maps a packed batch to its candidates' log-probabilities."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from catalog.trie import Trie
+from learner.attention import IMPLEMENTATION, TreeMask, packing_refusal
+from learner.logprobs import LogprobHead
+from learner.packing import PackedBatch, pack_groups, padded_batch
+from learner.trie_logprobs import TrieSpace, trie_logprobs
+
+CUDA_BUCKET = 512
+# Packed rows are padded to a multiple of this many tokens on CUDA, so that compiled attention sees few lengths.
+
+
+class Policy(nn.Module):
+    """Wraps any Hugging Face causal LM; a reference model is a Policy under `torch.no_grad()`.
+
+    >>> policy = Policy(AutoModelForCausalLM.from_pretrained(path))
+    >>> batch = policy.pack(prompts, candidates)
+    >>> logp = policy(batch)                      # float32 [C, T], 0 where batch.mask is False
+
+    A model that cannot be fed a packed tree gets padded batches, after one warning that says why. With a trie,
+    log-probabilities are renormalised over its allowed tokens; without, they are over the vocabulary.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        packing: Literal["tree", "padded"] = "tree",
+        logit_chunk_tokens: int = 1024,
+        trie: Trie | None = None,
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.head = LogprobHead(lm.get_output_embeddings(), lm.config, logit_chunk_tokens)
+        self.trie_space = None if trie is None else TrieSpace(trie)
+        if packing == "tree" and (refusal := packing_refusal(lm)) is not None:
+            warnings.warn(f"{type(lm).__name__} is trained on padded batches: {refusal}", stacklevel=2)
+            packing = "padded"
+        self.packing = packing
+        lm.set_attn_implementation(IMPLEMENTATION if packing == "tree" else _padded_attention(lm))
+
+    def pack(self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]) -> PackedBatch:
+        """The batch of some groups on the policy's device; arguments and errors as `pack_groups`."""
+        device = self.lm.device
+        if self.packing == "padded":
+            return padded_batch(prompts, candidates).to(device)
+        return pack_groups(prompts, candidates, CUDA_BUCKET if device.type == "cuda" else 1).to(device)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """float32 [C, T]: log-probability of every candidate token, 0 where batch.mask is False."""
+        hidden = self._hidden(batch)
+        if self.trie_space is not None:
+            return trie_logprobs(self.head, hidden, self.trie_space.choices(batch))
+        logp = self.head(hidden, batch.edge_row, batch.edge_target)
+        return logp[batch.edge].masked_fill(~batch.mask, 0.0)
+
+    def _hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """[K, D]: the last hidden states of the fed tokens that have a target."""
+        tree = {} if batch.subtree_end is None else {"tree": TreeMask(batch.subtree_end, batch.positions[0])}
+        output = self.lm.base_model(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **tree,
+        )
+        return output.last_hidden_state.flatten(0, 1)[batch.rows]
+
+
+def _padded_attention(lm: PreTrainedModel) -> str:
+    """The attention implementation for padded batches: fused attention leaves out a softcap."""
+    softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if softcap is None and lm._supports_sdpa else "eager"
