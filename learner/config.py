@@ -50,6 +50,8 @@ class SftConfig:
     # Examples per update, over all ranks.
     patience: int = 3
     # Epochs without a better validation loss before stopping.
+    valid_examples: int = 1000
+    # Validation examples behind that loss, evenly spaced over the split; 0 takes all.
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=3e-4, gradient_clipping=1.0)
     )

@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -181,11 +181,7 @@ class ZeroEngine:
         """Size of the whole parameter, which ZeRO-3 may have left empty on this rank."""
         return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
-    def average(self, values: Sequence[float]) -> list[float]:
-        """Mean over ranks of each value."""
-        return [value / self.world_size for value in self.total(values)]
-
-    def total(self, values: Sequence[float]) -> list[float]:
+    def total(self, values: Iterable[float]) -> list[float]:
         """Sum over ranks of each value."""
         summed = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         if self.world_size > 1:

@@ -6,29 +6,30 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+from learner.policy import Policy
 
 
 class Reference:
     """A whole frozen model on every rank, in host memory between uses where `offload` asks for it.
 
-    >>> reference = Reference(policy, device, offload=False)
-    >>> reference.copy_from(named_weights(engine, model))           # the policy when RL begins
-    >>> with reference.ready() as model: logprobs = model(batch)
-    >>> reference.blend(named_weights(engine, model), alpha=0.6)    # every N steps
+    >>> reference = Reference(Policy(lm), device, offload=False)
+    >>> reference.copy_from(named_weights(engine, policy.lm))           # the policy when RL begins
+    >>> with reference.ready() as policy: logprobs = policy(batch)
+    >>> reference.blend(named_weights(engine, policy.lm), alpha=0.6)    # every N steps
     """
 
-    def __init__(self, policy: nn.Module, model: nn.Module, device: torch.device, offload: bool):
-        """policy: maps a packed batch to log-probabilities with the Hugging Face causal LM `model` inside it."""
+    def __init__(self, policy: Policy, device: torch.device, offload: bool):
         self._policy = policy.requires_grad_(False).eval()
-        self._weights = dict(model.named_parameters())
+        self._weights = dict(policy.lm.named_parameters())
         self._device = device
         self._offload = offload and device.type != "cpu"
         if not self._offload:
             self._policy.to(device)
 
     @contextmanager
-    def ready(self) -> Iterator[nn.Module]:
+    def ready(self) -> Iterator[Policy]:
         """The model on the learner's device, without gradients."""
         if self._offload:
             self._policy.to(self._device)

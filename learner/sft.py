@@ -1,0 +1,133 @@
+"""Supervised warm-up: raise the probability of the titles that users chose, until validation stops improving."""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from catalog.catalog import Catalog
+from learner.config import LearnerConfig
+from learner.engine import ZeroEngine
+from learner.policy import Policy
+from learner.schedule import learning_rate
+from learner.sft_data import SupervisedExamples
+
+PROGRESS_S = 1.0
+# Least time between two reports within an epoch.
+
+
+class SupervisedWarmup:
+    """Epochs over the training split with early stopping; leaves the weights of the best validation loss.
+
+    The loss is the mean negative log-probability over the title tokens of a batch, end-of-sequence included, as in
+    Hugging Face's Trainer; prompt tokens carry none.
+
+    >>> warmup = SupervisedWarmup(engine, policy, catalog, config)
+    >>> for report in warmup.run(folder): print(report)               # on all ranks
+    """
+
+    def __init__(self, engine: ZeroEngine, policy: Policy, catalog: Catalog, config: LearnerConfig):
+        self._engine, self._policy, self._config = engine, policy, config
+        self._train = SupervisedExamples(catalog.examples("train"), catalog.trie)
+        self._valid = SupervisedExamples(catalog.examples("valid"), catalog.trie, config.sft.valid_examples)
+        self._updates_per_epoch = math.ceil(len(self._train) / config.sft.batch_size)
+
+    def run(self, folder: Path) -> Iterator[dict[str, float]]:
+        """Train; yields progress about once a second, and after each epoch a report with `valid_loss` and `stop`.
+
+        The best weights so far are kept in `folder`, which all ranks must see, and removed at the end.
+        Raises FloatingPointError when no epoch ends with a finite validation loss.
+        """
+        sft = self._config.sft
+        self._engine.restart_optimizer(sft.optimizer)
+        kept, best_loss, best_epoch = folder / "best", math.inf, 0
+        for epoch in range(1, sft.epochs + 1):
+            train_loss = 0.0
+            for report in self._epoch(epoch):
+                yield report
+                train_loss = report["loss"]
+            valid_loss = self.valid_loss()
+            if valid_loss < best_loss:
+                best_loss, best_epoch = valid_loss, epoch
+                self._engine.save(kept)
+            stop = epoch == sft.epochs or epoch - best_epoch >= sft.patience
+            yield {
+                "epoch": epoch,
+                "loss": train_loss,
+                "valid_loss": valid_loss,
+                "best_valid_loss": best_loss,
+                "stop": float(stop),
+            }
+            if stop:
+                break
+        if not best_epoch:
+            raise FloatingPointError(
+                f"SFT: the validation loss is {valid_loss} after epoch {epoch}; "
+                "lower learner.sft.optimizer.learning_rate"
+            )
+        if best_epoch != epoch:
+            self._engine.load(kept)
+        self._engine.barrier()
+        if self._engine.rank == 0:
+            shutil.rmtree(kept)
+
+    def valid_loss(self) -> float:
+        """Mean negative log-probability per title token of the validation examples, over all ranks."""
+        loss = tokens = 0.0
+        with torch.no_grad():
+            for rows, weight in self._micro_batches(self._valid, np.arange(len(self._valid))):
+                logp, _ = self._logprobs(self._valid, rows)
+                loss -= weight * float(logp.sum())
+                tokens += weight * self._valid.title_tokens(rows)
+        loss, tokens = self._engine.total([loss, tokens])
+        return loss / tokens
+
+    def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
+        """One pass; the reports give the mean loss of the epoch so far on this rank."""
+        start = reported = time.perf_counter()
+        loss = tokens = fed = 0.0
+        for update, batch in enumerate(self._train.batches(self._config.sft.batch_size, seed=epoch), start=1):
+            added = self._update(batch, (epoch - 1) * self._updates_per_epoch + update - 1)
+            loss, tokens, fed = loss + added[0], tokens + added[1], fed + added[2]
+            now = time.perf_counter()
+            if now - reported >= PROGRESS_S or update == self._updates_per_epoch:
+                reported = now
+                yield {
+                    "epoch": epoch,
+                    "update": update,
+                    "updates": self._updates_per_epoch,
+                    "loss": loss / max(tokens, 1.0),
+                    "packed_tokens_per_second": fed / (now - start),
+                }
+
+    def _update(self, batch: np.ndarray, step: int) -> tuple[float, float, float]:
+        """One optimizer step; returns (summed loss, title tokens, packed tokens) of this rank."""
+        sft = self._config.sft
+        count = self._train.title_tokens(batch)
+        micro_batches = self._micro_batches(self._train, batch)
+        loss = tokens = fed = 0.0
+        for index, (rows, weight) in enumerate(micro_batches):
+            logp, packed_tokens = self._logprobs(self._train, rows)
+            summed = -weight * logp.sum()
+            # The engine averages over ranks; the loss is a sum over them.
+            self._engine.backward(summed * (self._engine.world_size / count), last=index == len(micro_batches) - 1)
+            loss += float(summed.detach())
+            tokens += weight * self._train.title_tokens(rows)
+            fed += packed_tokens
+        self._engine.step(learning_rate(sft.optimizer, step, sft.epochs * self._updates_per_epoch))
+        return loss, tokens, fed
+
+    def _logprobs(self, data: SupervisedExamples, rows: np.ndarray) -> tuple[Tensor, int]:
+        """Log-probabilities of the title tokens, float32 [rows, T], and the tokens that were fed."""
+        packed = self._policy.pack([data.prompts[row] for row in rows], [[data.titles[row]] for row in rows])
+        return self._engine(packed), packed.fed_tokens
+
+    def _micro_batches(self, data: SupervisedExamples, batch: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """This rank's share of a batch, with weight 1; where it has fewer than the others, a stand-in of weight 0."""
+        plan = data.plan(batch, self._config.micro_batch_tokens, self._engine.world_size)
+        return [(rows, 1.0) if len(rows) else (batch[:1], 0.0) for rows in plan[self._engine.rank]]

@@ -1,0 +1,200 @@
+"""One step of reinforcement learning: advantages, micro-batches, reference, objective, optimizer."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner.advantages import informative
+from learner.config import LearnerConfig
+from learner.engine import ZeroEngine
+from learner.experience import Experience
+from learner.export import named_weights
+from learner.micro_batches import plan_micro_batches
+from learner.objectives import CompletionBatch, resolve
+from learner.packing import PackedBatch, packed_tokens
+from learner.policy import Policy
+from learner.reference import Reference
+from learner.schedule import learning_rate
+
+TOTALS = ("loss", "completion_tokens", "packed_tokens")
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass sees. A rank that has fewer than the others repeats one with weight 0."""
+
+    packed: PackedBatch
+    advantages: Tensor
+    """float32 [C]"""
+    logp_rollout: Tensor
+    """float32 [C, T], 0 behind the end of a candidate."""
+    weight: float = 1.0
+    logp_ref: Tensor | None = None
+    logp_old: Tensor | None = None
+
+
+class PolicyUpdate:
+    """The policy, its optimizer and its reference, moved by groups of rewarded candidates.
+
+    >>> update = PolicyUpdate(engine, policy, reference, config, total_steps, staleness)
+    >>> metrics = update.step(experience)            # on all ranks, each with all groups of the step
+    """
+
+    def __init__(
+        self,
+        engine: ZeroEngine,
+        policy: Policy,
+        reference: Reference | None,
+        config: LearnerConfig,
+        total_steps: int,
+        staleness: int,
+    ):
+        """engine: holds `policy`. reference: None where config.beta is 0."""
+        self.updates_done = 0
+        """Optimizer steps so far."""
+        self._engine, self._policy, self._reference = engine, policy, reference
+        self._config = config
+        self._objective = resolve(config.objective)
+        self._total = total_steps * config.updates_per_batch
+        self._off_policy = staleness > 0
+
+    def step(self, experience: Experience) -> dict[str, float]:
+        """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.
+
+        Every rank computes all advantages, and takes its share of the groups by the plan that all ranks agree on.
+        """
+        seconds: dict[str, float] = defaultdict(float)
+        with self._phase(seconds, "learn"):
+            advantages = self._objective.advantages(experience.rewards, self._config.normalize_std)
+            with self._phase(seconds, "pack"):
+                micro_batches = self._micro_batches(experience, advantages)
+            if self._reference is not None:
+                with self._phase(seconds, "reference"), self._reference.ready() as reference:
+                    for micro in micro_batches:
+                        micro.logp_ref = reference(micro.packed)
+            count = self._objective.count(experience.candidates)
+            first = self._update(micro_batches, count, seconds, keep_old=self._config.updates_per_batch > 1)
+            for _ in range(self._config.updates_per_batch - 1):
+                self._update(micro_batches, count, seconds, keep_old=False)
+        return {
+            **first,
+            **_reward_metrics(experience, advantages),
+            **{f"seconds/{phase}": value for phase, value in seconds.items()},
+            "tokens_per_second": first["packed_tokens"] / seconds["learn"],
+        }
+
+    def _micro_batches(self, experience: Experience, advantages: list[np.ndarray]) -> list[MicroBatch]:
+        """This rank's share of the groups that can move the policy.
+
+        Every rank gets equally many; where there are too few, or none at all, the smallest group stands in.
+        """
+        fed = np.arange(len(experience))
+        if self._config.beta == 0 or self._config.kl_on == "informative":
+            fed = np.flatnonzero(informative(advantages))
+        sizes = [packed_tokens(experience.prompts[row], experience.candidates[row]) for row in fed]
+        plan = plan_micro_batches(sizes, self._config.micro_batch_tokens, self._engine.world_size)
+        stand_in = [int(fed[np.argmin(sizes)]) if sizes else 0]
+        return [
+            self._micro_batch(experience, advantages, [int(fed[index]) for index in micro] or stand_in, bool(micro))
+            for micro in plan[self._engine.rank]
+        ]
+
+    def _micro_batch(
+        self, experience: Experience, advantages: list[np.ndarray], rows: list[int], counts: bool
+    ) -> MicroBatch:
+        packed = self._policy.pack(
+            [experience.prompts[row] for row in rows], [experience.candidates[row] for row in rows]
+        )
+        logprobs = torch.zeros(packed.mask.shape)
+        logprobs[packed.mask.cpu()] = torch.from_numpy(
+            np.concatenate([logprob for row in rows for logprob in experience.logprobs[row]])
+        )
+        device = self._engine.device
+        return MicroBatch(
+            packed,
+            torch.from_numpy(np.concatenate([advantages[row] for row in rows])).to(device),
+            logprobs.to(device),
+            weight=float(counts),
+        )
+
+    def _update(
+        self, micro_batches: list[MicroBatch], count: int, seconds: dict[str, float], keep_old: bool
+    ) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        sums: dict[str, float] = defaultdict(float)
+        for index, micro in enumerate(micro_batches):
+            with self._phase(seconds, "forward"):
+                logp = self._engine(micro.packed)
+                batch = CompletionBatch(
+                    logp,
+                    micro.packed.mask,
+                    micro.advantages,
+                    logp_old=micro.logp_old,
+                    logp_ref=micro.logp_ref,
+                    logp_rollout=micro.logp_rollout if self._off_policy else None,
+                )
+                contributions, metrics = self._objective(batch, self._config)
+                loss = contributions.sum() / count
+            with self._phase(seconds, "backward"):
+                # The engine averages over ranks; the loss is a sum over them.
+                weighted = loss * (micro.weight * self._engine.world_size)
+                self._engine.backward(weighted, last=index == len(micro_batches) - 1)
+            if keep_old:
+                micro.logp_old = logp.detach()
+            for name, value in {**_sums(micro, logp.detach()), **metrics, "loss": loss.detach()}.items():
+                sums[name] += micro.weight * float(value.sum())
+        rate = learning_rate(self._config.optimizer, self.updates_done, self._total)
+        with self._phase(seconds, "optimizer"):
+            norm = self._engine.step(rate)
+        self.updates_done += 1
+        self._sync_reference()
+        return {**self._means(sums), "grad_norm": norm, "lr": rate, "micro_batches": len(micro_batches)}
+
+    def _sync_reference(self) -> None:
+        every = self._config.reference_sync_every
+        if self._reference is not None and every and self.updates_done % every == 0:
+            self._reference.blend(named_weights(self._engine, self._policy.lm), self._config.reference_sync_alpha)
+
+    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics over all ranks out of this rank's sums: totals where TOTALS says so, else means over fed candidates."""
+        summed = dict(zip(sums, self._engine.total(sums.values()), strict=True))
+        candidates = max(summed.pop("candidates"), 1.0)
+        return {name: value if name in TOTALS else value / candidates for name, value in summed.items()}
+
+    @contextmanager
+    def _phase(self, seconds: dict[str, float], name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[name] += time.perf_counter() - start
+
+
+def _sums(micro: MicroBatch, logp: Tensor) -> dict[str, Tensor]:
+    """Sums over the candidates of a micro-batch."""
+    tokens = micro.packed.mask.sum()
+    return {
+        "candidates": torch.tensor(len(logp)),
+        "completion_tokens": tokens,
+        "packed_tokens": torch.tensor(micro.packed.fed_tokens),
+        "logprob": logp.sum(),
+        "mismatch": (logp.sum(-1) - micro.logp_rollout.sum(-1)).abs(),
+    }
+
+
+def _reward_metrics(experience: Experience, advantages: list[np.ndarray]) -> dict[str, float]:
+    """Over all groups of the step, whether they were fed or not."""
+    return {
+        "reward": float(np.concatenate(experience.rewards).mean()),
+        "reward_std": float(np.mean([group.std(ddof=1) if len(group) > 1 else 0.0 for group in experience.rewards])),
+        "frac_reward_zero_std": float(np.mean([np.ptp(group) == 0 for group in experience.rewards])),
+        "frac_uninformative": float(1.0 - informative(advantages).mean()),
+        "groups_with_hit": float(experience.has_hit.mean()),
+        "groups": float(len(experience)),
+    }
