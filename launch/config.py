@@ -16,6 +16,25 @@ from rollout.config import RolloutConfig
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
+FIXED_IN_A_RUN = {
+    "": ("data", "model", "rewards"),
+    "rollout": ("strategy", "group_size", "temperature", "oversample", "logprob_space"),
+    "learner": (
+        "objective",
+        "beta",
+        "kl_on",
+        "normalize_std",
+        "updates_per_batch",
+        "dtype",
+        "lora",
+        "optimizer",
+        "sft",
+    ),
+    "train": ("prompts_per_step", "seed"),
+}
+"""What a resumed run must have in common with its beginning."""
+
+
 class ConfigError(ValueError):
     """An unknown key, a wrong type, a bad range or a missing file; the message names it and what is allowed."""
 
@@ -217,6 +236,21 @@ def check(config: Config) -> None:
         rollout.tensor_parallel,
         f"must fit on one node (cluster.gpus_per_node={config.cluster.gpus_per_node})",
     )
+
+
+def check_resumable(config: Config, saved: Config) -> None:
+    """Raise ConfigError naming what differs between a run and the configuration that is to continue it.
+
+    Machines, rollout workers, ranks and the number of steps may change; data, model, algorithm and batch may not.
+    """
+    for section, keys in FIXED_IN_A_RUN.items():
+        for key in keys:
+            old, new = (getattr(getattr(c, section) if section else c, key) for c in (saved, config))
+            if old != new:
+                name = f"{section}.{key}" if section else key
+                raise ConfigError(
+                    f"{name} is {new!r}, but the run was started with {old!r}; resume with the same, or use NAME="
+                )
 
 
 def _require(holds: bool, key: str, value: Any, expectation: str) -> None:

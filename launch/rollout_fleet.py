@@ -113,6 +113,12 @@ class RolloutFleet:
         for _, table in collect(flight.streams, self.config.timeout_s, flight.weights):
             yield table
 
+    def abandon(self) -> None:
+        """Forget flights that nobody will land: their workers start anew, which also empties their queues."""
+        for worker in self.workers:
+            ray.kill(worker, no_restart=False)
+        self._loads = {}
+
     def _confirm(self, rank: int, weights: PublishedWeights) -> bool:
         """Wait for a load; True when it had to be repeated because the worker died. Raises ChecksumMismatch."""
         load = self._loads.pop((rank, weights.version), None)

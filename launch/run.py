@@ -1,6 +1,5 @@
 """One whole run: catalogue, warm-up, evaluation, training, evaluation, report."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,17 +7,21 @@ import numpy as np
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.metrics import ndcg_per_example, paired_bootstrap, ranking_metrics
-from launch.checkpoints import latest_step
+from launch.actors import Actors
 from launch.config import Config
 from launch.data_order import DataOrder
+from launch.dry_run import batch_arithmetic, data_order
 from launch.evaluate import eval_examples, evaluate
-from launch.fleet import Fleet, LearnerLost
+from launch.learner_gang import LearnerLost
 from launch.model import prepare_model
 from launch.placement import plan
 from launch.progress import Progress
 from launch.report import print_metrics, write_report
 from launch.run_directory import RunDirectory, versions
 from launch.train import train
+from learner import checkpoint
+
+GANG_RESTARTS = 3
 
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -26,25 +29,160 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
 
     Raises before anything heavy starts where a fault can be known: configuration, data, model, devices.
     """
-    progress = Progress()
-    placement = plan(config)
+    progress, placement = Progress(), plan(config)
+    RunDirectory.check(config, resume=resume, overwrite=overwrite)
     with progress.stage("catalogue") as stage:
         model_path = prepare_model(config)
         catalog = build_catalog(config.data, str(model_path))
-        stage.update(detail=f"{catalog.num_classes} titles, {len(catalog.examples('train'))} training examples")
-    order = DataOrder(len(catalog.examples("train")), config.train.prompts_per_step, config.train.seed)
-    steps = config.train.steps if config.train.steps is not None else order.steps_in(config.train.epochs)
-
+        stage.update(detail=_catalog_words(catalog))
+    order, steps = data_order(config, catalog)
+    for line in batch_arithmetic(config, catalog, steps).lines():
+        progress.line(line)
     directory = RunDirectory(config, resume=resume, overwrite=overwrite)
-    with Fleet(config, placement, catalog, model_path, total_steps=steps, progress=progress) as fleet:
-        warm_up(fleet, directory, progress)
-        before = baseline(fleet, catalog, directory, progress)
-        train_to_the_end(fleet, order, directory, progress, steps)
-        after = evaluate(fleet, catalog, eval_examples(config, catalog), "RL", progress)
-        summary = summarise(config, catalog, directory, before, after, fleet, steps)
+    with Actors(config, placement, catalog, model_path, steps) as actors:
+        before = warm_up(actors, config, catalog, directory, progress)
+        train_to_the_end(actors, order, config, directory, progress, steps)
+        after = evaluation("rl", actors, config, catalog, directory, progress)
+    summary = summarise(config, catalog, directory, before, after, steps)
     directory.write_json("summary.json", summary)
     write_report(directory, config, summary)
-    print_metrics(progress, summary)
-    progress.line(f"{directory.path}/summary.json, report.html, metrics.jsonl, tensorboard/, checkpoints/")
     directory.close()
+    print_metrics(progress, summary)
+    progress.line(
+        f"run directory: {directory.path} (report.html, summary.json, metrics.jsonl, tensorboard, checkpoints)"
+    )
     return summary
+
+
+def warm_up(
+    actors: Actors, config: Config, catalog: Catalog, directory: RunDirectory, progress: Progress
+) -> dict[str, Any]:
+    """SFT, its weights to the rollout workers as version 0, and the test metrics before RL; done once per run."""
+    actors.learner.join()
+    sft = directory.checkpoints / "sft"
+    if config.learner.sft.epochs and not sft.is_dir():
+        with progress.stage("SFT", config.learner.sft.epochs) as stage:
+            for report in actors.learner.sft(directory.path / "sft"):
+                done = int(report["epoch"]) - ("valid_loss" not in report)
+                losses = [f"{name} {report[name]:.4f}" for name in ("loss", "valid_loss") if name in report]
+                stage.update(done, "  ".join(losses))
+                if "valid_loss" in report:
+                    directory.log("sft", int(report["epoch"]), report)
+            actors.learner.save(sft, {"steps_done": 0})
+    elif sft.is_dir():
+        actors.learner.load(sft)
+    return evaluation("sft", actors, config, catalog, directory, progress, version=0)
+
+
+def train_to_the_end(
+    actors: Actors, order: DataOrder, config: Config, directory: RunDirectory, progress: Progress, steps: int
+) -> None:
+    """All steps that are still to be done; a gang that lost a rank starts again from its last checkpoint."""
+    with progress.stage("train", steps) as stage:
+        for attempt in range(GANG_RESTARTS + 1):
+            try:
+                first = restore(actors, directory)
+                stage.update(first)
+                train(actors, order, config.train, directory, stage, first=first, steps=steps)
+                return
+            except LearnerLost as lost:
+                if attempt == GANG_RESTARTS:
+                    raise
+                progress.line(f"{lost}; starting all ranks again from the last checkpoint")
+                actors.rollouts.abandon()
+                actors.learner.restart()
+
+
+def restore(actors: Actors, directory: RunDirectory) -> int:
+    """Bring learner and workers to the newest checkpoint, or to the weights before RL; returns the steps done."""
+    latest = checkpoint.latest(directory.checkpoints)
+    sft = directory.checkpoints / "sft"
+    first = 0
+    if latest is not None:
+        first = int(actors.learner.load(latest)["steps_done"])
+    elif sft.is_dir():
+        actors.learner.load(sft)
+    actors.rollouts.publish(actors.learner.export(version=first))
+    actors.rollouts.loaded()
+    return first
+
+
+def evaluation(
+    phase: str,
+    actors: Actors,
+    config: Config,
+    catalog: Catalog,
+    directory: RunDirectory,
+    progress: Progress,
+    version: int | None = None,
+) -> dict[str, Any]:
+    """Hit ranks of the current weights on the test split, kept as eval-<phase>.json; read from there when it exists.
+
+    version: publish the learner's weights under it first; None: the workers hold them.
+    """
+    file = f"eval-{phase}.json"
+    if (directory.path / file).is_file() and phase == "sft":
+        return directory.read_json(file)
+    example_ids = eval_examples(config, catalog)
+    with progress.stage(f"evaluate {phase.upper()}", len(example_ids)) as stage:
+        actors.rollouts.ready(config.cluster.start_timeout_s)
+        actors.rewards.ready(config.cluster.start_timeout_s)
+        if version is not None:
+            actors.rollouts.publish(actors.learner.export(version))
+        ranks, invalid = evaluate(actors.rollouts, config, example_ids, stage)
+        metrics = ranking_metrics(ranks, config.train.eval_ks)
+        stage.update(detail=f"NDCG@{config.train.eval_ks[-1]} {metrics[f'ndcg@{config.train.eval_ks[-1]}']:.4f}")
+    result = {"example_ids": example_ids.tolist(), "hit_ranks": ranks.tolist(), "invalid": invalid, "metrics": metrics}
+    directory.write_json(file, result)
+    return result
+
+
+def summarise(
+    config: Config,
+    catalog: Catalog,
+    directory: RunDirectory,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    steps: int,
+) -> dict[str, Any]:
+    """The content of summary.json."""
+    logged = directory.metrics("train")
+    stages = ("rollout", "reward", "learn", "sync", "step")
+    return {
+        "name": config.name,
+        "data": config.data.path or "embedded",
+        "model": config.model.path or "small",
+        "steps": steps,
+        "groups": steps * config.train.prompts_per_step,
+        "invalid_candidates": int(
+            before["invalid"] + after["invalid"] + sum(line["invalid_candidates"] for line in logged)
+        ),
+        "metrics": {
+            "sft": before["metrics"],
+            "rl": after["metrics"],
+            "best_possible": best_possible(config, catalog, np.array(before["example_ids"])),
+        },
+        "ndcg@10_gain": paired_bootstrap(
+            ndcg_per_example(np.array(before["hit_ranks"]), 10), ndcg_per_example(np.array(after["hit_ranks"]), 10), 0
+        ),
+        "timing_s": {
+            stage: float(np.mean([line[f"timing_s/{stage}"] for line in logged])) if logged else 0.0
+            for stage in stages
+        },
+        "weights_checksum_ok": True,  # every mismatch ends the run with both values
+        "versions": versions(),
+    }
+
+
+def best_possible(config: Config, catalog: Catalog, example_ids: np.ndarray) -> dict[str, float] | None:
+    """Metrics of ranking by the true probabilities on the evaluated examples; None where they are unknown."""
+    ranks = catalog.examples("test").best_rank
+    return None if ranks is None else ranking_metrics(ranks[example_ids], config.train.eval_ks)
+
+
+def _catalog_words(catalog: Catalog) -> str:
+    stats = catalog.stats
+    return (
+        f"{stats['items']} items, {stats['classes']} titles, {stats['examples']['train']} training examples, "
+        f"{stats['trie']['nodes']} trie nodes"
+    )

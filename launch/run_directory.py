@@ -7,37 +7,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from torch.utils.tensorboard import SummaryWriter
 
-from launch.config import Config, ConfigError, save
+from launch.config import Config, ConfigError, check_resumable, load, save
 
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
 
 
 class RunDirectory:
-    """runs/<name>/: config.yaml, metrics.jsonl, tensorboard/, rollouts/, checkpoints/, report.html, summary.json.
-
-    Raises ConfigError when the run exists and neither `resume` nor `overwrite` is given, or when there is nothing
-    to resume.
-    """
+    """runs/<name>/: config.yaml, metrics.jsonl, tensorboard/, rollouts/, checkpoints/, report.html, summary.json."""
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.check(config, resume=resume, overwrite=overwrite)
         self.path = Path(config.runs) / config.name
-        exists = self.path.exists()
-        if exists and overwrite:
+        if overwrite and self.path.exists():
             shutil.rmtree(self.path)
-        elif exists and not resume:
-            raise ConfigError(
-                f"run {self.path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
-            )
-        elif resume and not exists:
-            raise ConfigError(f"run {self.path} does not exist; there is nothing to resume")
         for folder in (self.path, self.rollouts, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
         save(config, self.path / "config.yaml")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+
+    @staticmethod
+    def check(config: Config, *, resume: bool, overwrite: bool) -> None:
+        """Raise ConfigError when the run exists and may be neither continued nor replaced, or cannot be continued."""
+        path = Path(config.runs) / config.name
+        if resume and not path.exists():
+            raise ConfigError(f"run {path} does not exist; there is nothing to resume")
+        if resume and not overwrite:
+            check_resumable(config, load(path / "config.yaml"))
+        if path.exists() and not resume and not overwrite:
+            raise ConfigError(
+                f"run {path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
+            )
 
     @property
     def rollouts(self) -> Path:
@@ -59,10 +60,6 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return list({line["step"]: line for line in lines if line["phase"] == phase}.values())
-
-    def save_rollouts(self, step: int, table: pa.Table) -> None:
-        """Readable groups of one step, written whole or not at all."""
-        write_atomically(self.rollouts / f"step-{step}.parquet", lambda path: pq.write_table(table, path))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file of the run, written whole or not at all."""

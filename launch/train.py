@@ -1,40 +1,78 @@
 """The training loop: draw prompts, roll out, reward, learn, sync."""
 
+import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from launch.actors import Actors
+from launch.config import TrainConfig
 from launch.data_order import DataOrder
-from launch.fleet import Fleet
 from launch.progress import Stage
 from launch.run_directory import RunDirectory
 
 
-def train(fleet: Fleet, order: DataOrder, run: RunDirectory, stage: Stage, *, first: int, steps: int) -> None:
-    """Steps first..steps - 1 of ReRe. The policy version equals the number of steps done.
+def train(
+    actors: Actors,
+    order: DataOrder,
+    config: TrainConfig,
+    run: RunDirectory,
+    stage: Stage,
+    *,
+    first: int,
+    steps: int,
+) -> None:
+    """Steps first .. steps - 1 of ReRe; the policy version is the number of steps done.
 
-    With train.staleness k, the groups of up to k later steps are rolled out while a step is learned, and so with
-    weights that are at most k versions old; k = 0 is the paper.
+    With staleness k the groups of the next k steps are already being rolled out while a step is learned, so with
+    weights at most k versions old. k = 0 is the paper.
     """
-    config = fleet.config.train
-    ahead: deque = deque()
-    launched = first
+    rollouts, rewards, learner = actors.rollouts, actors.rewards, actors.learner
+    flights, launched = deque(), first
     for step in range(first, steps):
-        while launched < min(steps, step + 1 + config.staleness):
-            ahead.append(fleet.roll_out(order[launched], policy_version=step))
-            launched += 1
-        groups = fleet.reward(ahead.popleft())
-        metrics = fleet.learn(groups)
-        fleet.sync(policy_version=step + 1)
+        clock = Clock()
+        with clock("step"):
+            while launched < min(steps, step + 1 + config.staleness):
+                flights.append(rollouts.launch("train", order[launched], seed=config.seed))
+                launched += 1
+            with clock("rollout"):
+                scoring = [rewards.submit(table, "train") for table in rollouts.land(flights.popleft())]
+            with clock("reward"):
+                groups = list(rewards.results(scoring))
+            with clock("learn"):
+                metrics = learner.step(groups)
+            with clock("sync"):
+                rollouts.publish(learner.export(version=step + 1))
+                if config.staleness == 0:
+                    rollouts.loaded()
 
-        run.log("train", step + 1, metrics | fleet.timings())
-        stage.update(step + 1, _words(metrics, fleet.step_seconds))
+        metrics |= rewards.metrics(groups) | clock.metrics()
+        run.log("train", step + 1, metrics)
+        stage.update(step + 1, _words(metrics))
         if (step + 1) % config.rollouts_every == 0:
-            run.save_rollouts(step + 1, fleet.readable(groups))
+            actors.save_rollouts(groups, run.rollouts / f"step-{step + 1}.parquet")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
-            fleet.save_checkpoint(run.checkpoints / f"step-{step + 1}", {"step": step + 1})
+            learner.save(run.checkpoints / f"step-{step + 1}", {"steps_done": step + 1}, keep=config.checkpoints_kept)
 
 
-def _words(metrics: dict[str, float], seconds: float) -> str:
+class Clock:
+    """Seconds of each stage of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - started
+
+    def metrics(self) -> dict[str, float]:
+        return {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
+
+
+def _words(metrics: dict[str, float]) -> str:
     return (
         f"reward {metrics['reward']:+.3f}  hit {metrics['groups_with_hit']:.0%}  loss {metrics['loss']:+.4f}  "
-        f"kl {metrics['kl']:.2e}  {seconds:.2f} s/step"
+        f"kl {metrics.get('kl', 0.0):.1e}  {metrics['timing_s/step']:.2f} s/step"
     )

@@ -1,0 +1,85 @@
+"""Everything that a run starts: Ray, rollout workers, reward actors, learner ranks; and their end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray import ObjectRef
+
+from catalog.catalog import Catalog
+from launch.config import Config
+from launch.learner_gang import LearnerGang
+from launch.placement import Placement, actor_options, check_devices, reserve
+from launch.rollout_fleet import RolloutFleet
+from launch.run_directory import write_atomically
+from rewards.pool import RewardPool
+
+
+def connect(config: Config) -> None:
+    """Start a Ray of this run's own, or join the cluster at config.cluster.address."""
+    if config.cluster.address == "local":
+        ray.init(
+            include_dashboard=False,
+            object_store_memory=int(config.cluster.object_store_gib * 2**30),
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+    else:
+        try:
+            ray.init(address=config.cluster.address, logging_level="ERROR", log_to_driver=False)
+        except ConnectionError as error:
+            raise ClusterUnreachable(
+                f"cluster.address={config.cluster.address}: no Ray cluster answers; start one with `ray start --head` "
+                "or take a profile that starts its own, such as CLUSTER=local"
+            ) from error
+
+
+class ClusterUnreachable(ConnectionError):
+    """No Ray cluster at the configured address."""
+
+
+class Actors:
+    """The actors of one run. They start at once and beside each other; leaving the context ends them all.
+
+    >>> with Actors(config, placement, catalog, model_path, total_steps) as actors:
+    ...     train(actors, ...)
+    """
+
+    def __init__(
+        self, config: Config, placement: Placement, catalog: Catalog, model_path: Path, total_steps: int
+    ) -> None:
+        self.config = config
+        self.rewards = RewardPool(config.rewards, catalog.path)
+        connect(config)
+        try:
+            check_devices(config, placement, ray.cluster_resources())
+            group = reserve(placement, config.cluster.start_timeout_s)
+            options = [actor_options(placement, group, index) for index in range(len(placement.bundles))]
+            workers = len(placement.rollout)
+            self.learner = LearnerGang(config, catalog, model_path, options[workers:], total_steps)
+            self.rollouts = RolloutFleet(config.rollout, catalog, model_path, options[:workers])
+            self.rewards.start()
+        except BaseException:
+            ray.shutdown()
+            raise
+
+    def __enter__(self) -> "Actors":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ray.shutdown()
+
+    def save_rollouts(self, groups: Sequence[ObjectRef], path: Path) -> None:
+        """Write groups with their titles to a Parquet file, without bringing them to the driver."""
+        ray.get(_write_parquet.remote(path, *groups))
+
+
+@ray.remote(num_cpus=0)
+def _write_parquet(path: Path, *groups: pa.Table) -> None:
+    table = pa.concat_tables(groups)
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))

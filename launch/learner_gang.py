@@ -1,0 +1,137 @@
+"""All learner ranks of a run, as the loop sees them."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from catalog.catalog import Catalog
+from launch.config import Config
+from learner.rank import LearnerRank
+from rollout.streams import PublishedWeights
+
+
+class LearnerLost(RuntimeError):
+    """A learner rank died or fell silent; the gang has to start again from its last checkpoint."""
+
+
+class LearnerGang:
+    """Data-parallel ranks that make every call together.
+
+    >>> gang = LearnerGang(config, catalog, model_path, rank_options, total_steps)
+    >>> for report in gang.sft(folder): ...
+    >>> metrics = gang.step(scored_tables)               # references; every rank takes its share
+    >>> weights = gang.export(version)                   # references, for RolloutFleet.publish
+    >>> gang.save(path, state, keep=2); state = gang.load(path)
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        catalog: Catalog,
+        model_path: Path,
+        rank_options: Sequence[dict[str, object]],
+        total_steps: int,
+    ) -> None:
+        self._config, self._catalog, self._model_path = config, catalog, model_path
+        self._rank_options, self._total_steps = rank_options, total_steps
+        self._ranks: list[ActorHandle] = []
+        self.start()
+
+    def start(self) -> None:
+        """Create the ranks; does not wait for them."""
+        config = self._config
+        self._ranks = [
+            LearnerRank.options(**options).remote(  # type: ignore[attr-defined]
+                rank,
+                len(self._rank_options),
+                str(self._model_path),
+                str(self._catalog.path),
+                config.learner,
+                config.rollout.logprob_space,
+                self._total_steps,
+                config.train.staleness,
+            )
+            for rank, options in enumerate(self._rank_options)
+        ]
+
+    def join(self) -> None:
+        """Form the process group and load the model. Raises LearnerLost naming the rank that failed."""
+        host, port = self._all("start", [self._ranks[0].address.remote()])[0]
+        self._all("join", [rank.join.remote(host, port) for rank in self._ranks])
+
+    def restart(self) -> None:
+        """Kill what is left of the gang and start it anew."""
+        self.close()
+        self.start()
+        self.join()
+
+    def sft(self, folder: Path) -> Iterator[dict[str, float]]:
+        """Supervised warm-up; yields rank 0's progress reports."""
+        streams = [rank.sft.options(num_returns="streaming").remote(str(folder)) for rank in self._ranks]
+        while True:
+            try:
+                reports = [next(stream) for stream in streams]
+            except StopIteration:
+                return
+            yield self._all("SFT", reports)[0]
+
+    def step(self, tables: Sequence[ObjectRef]) -> dict[str, float]:
+        """One RL step on scored tables; metrics are equal on all ranks."""
+        return self._all("step", [rank.step.remote(*tables) for rank in self._ranks])[0]
+
+    def export(self, version: int) -> PublishedWeights:
+        """Put the weights into the object store, once, with their checksum."""
+        streams = [rank.export_weights.options(num_returns="streaming").remote() for rank in self._ranks]
+        buckets = [list(stream) for stream in streams]
+        checksum = self._all("checksum", [rank.weights_checksum.remote() for rank in self._ranks])[0]
+        return PublishedWeights(version, buckets[0], checksum)
+
+    def save(self, path: Path, state: dict[str, Any], keep: int | None = None) -> None:
+        """Write a checkpoint; the newest `keep` beside it stay."""
+        self._all("checkpoint", [rank.save_checkpoint.remote(str(path), state, keep) for rank in self._ranks])
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from a checkpoint; returns the state that was saved with it. Raises CheckpointError."""
+        return self._all("resume", [rank.load_checkpoint.remote(str(path)) for rank in self._ranks])[0]
+
+    def save_huggingface(self, path: Path) -> None:
+        """Write the weights and the tokenizer as a Hugging Face directory."""
+        self._all("save", [rank.save_huggingface.remote(str(path)) for rank in self._ranks])
+
+    def close(self) -> None:
+        """End all ranks."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+    def _all(self, what: str, refs: Sequence[ObjectRef]) -> list[Any]:
+        """The results of one call on all ranks. Raises LearnerLost naming the rank that died or does not answer."""
+        deadline = time.monotonic() + self._config.learner.timeout_s
+        waiting = dict(zip(refs, range(len(refs)), strict=True))
+        while waiting:
+            done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                raise LearnerLost(
+                    f"learner ranks {sorted(waiting.values())} have not finished {what!r} after "
+                    f"learner.timeout_s={self._config.learner.timeout_s:g} s"
+                )
+            self._check(what, done[0], waiting.pop(done[0]))
+        return ray.get(list(refs))
+
+    def _check(self, what: str, ref: ObjectRef, rank: int) -> None:
+        try:
+            ray.get(ref, timeout=self._config.learner.timeout_s)
+        except RayActorError as error:
+            raise LearnerLost(f"learner rank {rank} died during {what!r}: {str(error).splitlines()[0]}") from error
+        except GetTimeoutError as error:
+            raise LearnerLost(f"the result of {what!r} of learner rank {rank} did not arrive") from error
+        except RayTaskError as error:
+            if len(self._ranks) > 1 and "Connection" in str(error):
+                raise LearnerLost(f"learner rank {rank} lost its peers during {what!r}") from error
+            raise
