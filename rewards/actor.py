@@ -1,5 +1,6 @@
 """The actor that computes one or several reward terms."""
 
+import os
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -37,6 +38,8 @@ class RewardActor:
         self.terms = terms
         self.catalog_path = catalog_path
         self.root = Path(root)
+        if self.root.is_dir():
+            os.chdir(self.root)  # relative paths in a term's args mean what they mean to the driver
 
     @cached_property
     def catalog(self) -> Catalog:

@@ -17,6 +17,13 @@ NO_TITLE = -1
 class Examples(Protocol):
     """What rewards need of one split of a catalogue."""
 
+    @property
+    def target_class(self) -> np.ndarray:
+        """int32 [n]"""
+        ...
+
+    def __len__(self) -> int: ...
+
     def user_id(self, i: int) -> str: ...
 
     def history_classes(self, i: int) -> Sequence[int] | np.ndarray: ...

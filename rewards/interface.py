@@ -54,8 +54,10 @@ def make_reward(name: str, written: Any, catalog: TitleCatalog, args: dict[str, 
     if not callable(written):
         raise RewardError(f"reward {name!r} is {_shown(written)}; it must be a function of one group or a class")
     _check_arguments(name, written, args)
-    if not inspect.isclass(written):
-        return PerGroup(name, written, args)
+    return _instance(name, written, catalog, args) if inspect.isclass(written) else PerGroup(name, written, args)
+
+
+def _instance(name: str, written: Callable[..., Any], catalog: TitleCatalog, args: dict[str, Any]) -> Reward:
     try:
         reward: Reward = written(catalog, **args)
     except RewardError:

@@ -40,6 +40,11 @@ CANDIDATES = (
 class SampleExamples:
     """The examples of the sample catalogue; see catalog.catalog.Examples."""
 
+    target_class = np.array([target for _, _, target in EXAMPLES], np.int32)
+
+    def __len__(self) -> int:
+        return len(EXAMPLES)
+
     def user_id(self, i: int) -> str:
         return EXAMPLES[i][0]
 

@@ -1,0 +1,137 @@
+"""SASRec: a small causal transformer over item classes (Kang and McAuley, arXiv 1808.09781)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rewards.errors import RewardError
+
+
+@dataclass(frozen=True)
+class SASRecShape:
+    """The shape of the model."""
+
+    num_classes: int
+    # Item classes of the catalogue.
+    max_history: int = 10
+    # Most recent items that it sees.
+    hidden: int = 64
+    # Hidden size.
+    layers: int = 2
+    # Number of blocks.
+    heads: int = 2
+    # Attention heads.
+    dropout: float = 0.2
+    # Dropout of embeddings and blocks during training.
+
+
+class SASRec(nn.Module):
+    """Scores every item class as the next one after a history.
+
+    >>> model = SASRec(SASRecShape(num_classes=catalog.num_classes))
+    >>> model(history)                 # int64 [B, L], padded on the left with model.padding -> float32 [B, classes]
+    """
+
+    def __init__(self, shape: SASRecShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.padding = shape.num_classes
+        self.item = nn.Embedding(shape.num_classes + 1, shape.hidden, padding_idx=self.padding)
+        self.position = nn.Embedding(shape.max_history, shape.hidden)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.hidden)
+        self.apply(_initialise)
+
+    def forward(self, history: Tensor) -> Tensor:
+        length = history.shape[1]
+        real = history != self.padding
+        causal = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=history.device)
+        mask = (causal & real[:, None, :] | itself)[:, None]  # padding sees itself: a row of no keys would be NaN
+        hidden = self.item(history) + self.position.weight[-length:]  # the last position is always the newest item
+        hidden = self.dropout(hidden)
+        for block in self.blocks:
+            hidden = block(hidden, mask)
+        return self.norm(hidden[:, -1]) @ self.item.weight[:-1].T
+
+    def pad(self, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+        """int64 [B, max_history]: the newest items of each history, padded on the left."""
+        padded = torch.full((len(histories), self.shape.max_history), self.padding)
+        for row, history in enumerate(histories):
+            newest = history[-self.shape.max_history :]
+            padded[row, self.shape.max_history - len(newest) :] = torch.tensor(newest)
+        return padded
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each behind a layer norm."""
+
+    def __init__(self, shape: SASRecShape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.norm_attention = nn.LayerNorm(shape.hidden)
+        self.qkv = nn.Linear(shape.hidden, 3 * shape.hidden)
+        self.out = nn.Linear(shape.hidden, shape.hidden)
+        self.norm_feed = nn.LayerNorm(shape.hidden)
+        self.up = nn.Linear(shape.hidden, 4 * shape.hidden)
+        self.down = nn.Linear(4 * shape.hidden, shape.hidden)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """hidden float32 [B, L, D], mask bool [B, 1, L, L] -> float32 [B, L, D]"""
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm_attention(hidden)).chunk(3, dim=-1)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).flatten(-2)))
+        return hidden + self.dropout(self.down(F.gelu(self.up(self.norm_feed(hidden)))))
+
+
+def save_sasrec(model: SASRec, file: Path, catalog_fingerprint: str, metrics: dict[str, float]) -> None:
+    """Weights, shape, catalogue and metrics in one safetensors file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "shape": json.dumps(asdict(model.shape)),
+        "catalog": catalog_fingerprint,
+        "metrics": json.dumps(metrics),
+    }
+    partial = file.with_name(file.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial, metadata)
+    partial.replace(file)
+
+
+def load_sasrec(file: Path, catalog_fingerprint: str) -> SASRec:
+    """The model in evaluation mode. Raises RewardError for a missing or damaged file, or one of another catalogue."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        model = SASRec(SASRecShape(**json.loads(metadata["shape"])))
+        model.load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise RewardError(
+            f"{file} holds no SASRec model ({error}); make one: make sasrec DATA=... OUT={file}"
+        ) from error
+    if metadata["catalog"] != catalog_fingerprint:
+        raise RewardError(
+            f"{file} was trained on the catalogue {metadata['catalog']}, this run has {catalog_fingerprint}; "
+            "train one on this catalogue: make sasrec DATA=... OUT=..."
+        )
+    return model.eval()
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
