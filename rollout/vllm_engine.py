@@ -27,17 +27,19 @@ def create_llm(
     *,
     worker_extension: str | None = None,
     logits_processors: Sequence[str | type] = (),
+    first_runner: bool = False,
     **overrides: Any,
 ) -> "LLM":
     """A synchronous vLLM engine on this process's devices, without a tokenizer: prompts and titles are token ids.
 
-    worker_extension: "module.Class" whose methods `llm.collective_rpc` may call on every worker. overrides: further
-    engine arguments; `config.vllm` wins over them. Sampling defaults of the model's generation_config are ignored.
+    worker_extension: "module.Class" whose methods `llm.collective_rpc` may call on every worker. first_runner: use
+    Model Runner V1 also where V2 is the default. overrides: further engine arguments; `config.vllm` wins over them.
+    Sampling defaults of the model's generation_config are ignored.
     Raises EngineError for a model without an end-of-sequence token or too little KV cache memory.
     """
     model_config = check_model(model_path)
     on_gpu = torch.cuda.is_available()
-    _set_environment(on_gpu, needs_first_runner=worker_extension is not None)
+    _set_environment(on_gpu, first_runner)
     from vllm import LLM
 
     arguments: dict[str, Any] = {
@@ -88,7 +90,7 @@ def check_model(model_path: str | Path) -> dict[str, Any]:
     return model_config
 
 
-def _set_environment(on_gpu: bool, needs_first_runner: bool) -> None:
+def _set_environment(on_gpu: bool, first_runner: bool) -> None:
     """vLLM reads its settings from the environment, some at import; what the user has set stays."""
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -100,5 +102,5 @@ def _set_environment(on_gpu: bool, needs_first_runner: bool) -> None:
         defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    if needs_first_runner:
+    if first_runner:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"

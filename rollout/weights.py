@@ -1,6 +1,5 @@
 """Weights in transit: buckets of named tensors, and the checksum by which both ends agree on what is loaded."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -8,6 +7,8 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
+
+from rollout.arrays import as_tensor
 
 CHECKSUM_BITS = 63
 _CHUNK_ELEMENTS = 1 << 16
@@ -54,9 +55,7 @@ class WeightBucket:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, view into the bucket) in order. Raises WeightsError where the data is shorter than the shapes say."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # buffers from shared memory are read-only, and nothing writes to them
-            flat = torch.from_numpy(self.data)
+        flat = as_tensor(self.data)
         start = 0
         for name, dtype_name, shape in zip(self.names, self.dtypes, self.shapes, strict=True):
             dtype = getattr(torch, dtype_name)
@@ -91,7 +90,7 @@ def tensor_checksum(
     devices hold, or that one fused matrix holds, add up to the checksum of the whole.
     """
     if isinstance(tensor, np.ndarray):
-        tensor = torch.from_numpy(tensor)
+        tensor = as_tensor(tensor)
     bits = tensor.detach().contiguous().view(_BITS_OF_ITEM_SIZE[tensor.element_size()])
     bits = bits.reshape(len(bits), -1) if bits.dim() else bits.reshape(1, 1)
     row = _odd_weights(len(bits) + row_offset, 1)[row_offset:].to(bits.device)

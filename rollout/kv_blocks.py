@@ -1,0 +1,152 @@
+"""Which block of the paged KV cache holds which tokens of which beam: planned on the host, in whole arrays."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+class OutOfBlocksError(RuntimeError):
+    """More blocks were taken than there are; the caller planned too large a batch."""
+
+
+class BeamBlocks:
+    """Block tables of P groups of G beams, copy-on-write where beams part.
+
+    Beams share the blocks of their common past: the prompt's, with every other prompt that starts alike, and every
+    full block of an ancestor. Only the last, partly filled block of a beam with several successors is copied, once for
+    each successor after the first.
+
+    >>> blocks = BeamBlocks(prompts, beams=16, num_blocks=1000, block_size=32)
+    >>> blocks.extend(slots, counts)                      # room for the next tokens of these beams
+    >>> source, destination = blocks.follow(parents)      # beams were replaced: copy these blocks
+    """
+
+    def __init__(self, prompts: Sequence[np.ndarray], beams: int, num_blocks: int, block_size: int) -> None:
+        """prompts: int32 [L_p] each; their tokens belong to beam 0 of each group. Block 0 stays unused."""
+        self.block_size, self.beams = block_size, beams
+        slots = len(prompts) * beams
+        self.length = np.zeros(slots, np.int64)
+        """Tokens of each beam that are in the cache, or will be after the next forward pass."""
+        self.table = np.zeros((slots, max(_columns(len(prompt), block_size) for prompt in prompts)), np.int32)
+        self._references = np.zeros(num_blocks, np.int32)
+        self._free = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)
+        self._num_free = num_blocks - 1
+        self.shared = np.zeros(len(prompts), np.int64)
+        """Leading tokens of each prompt that an earlier prompt computes."""
+        known: dict[tuple[int, bytes], int] = {}
+        for group, prompt in enumerate(prompts):
+            self._place(group, np.asarray(prompt, np.int32), known)
+
+    def _place(self, group: int, prompt: np.ndarray, known: dict[tuple[int, bytes], int]) -> None:
+        """Give a prompt its blocks; full ones are shared, but never that of the last token, whose output is needed."""
+        size, row = self.block_size, self.table[group * self.beams]
+        shareable, before, columns = (len(prompt) - 1) // size, 0, _columns(len(prompt), size)
+        for column in range(columns):
+            key = (before, prompt[column * size : (column + 1) * size].tobytes())
+            block = known.get(key) if column < shareable else None
+            if block is None:
+                block = int(self._take(1)[0])
+            else:
+                self.shared[group] = (column + 1) * size
+            if column < shareable:
+                known[key] = block
+            row[column] = before = block
+        self._references[row[:columns]] += 1
+        self.length[group * self.beams] = len(prompt)
+
+    def extend(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """Make room for counts[i] more tokens of beam slots[i]."""
+        have = _columns(self.length[slots], self.block_size)
+        self.length[slots] += counts
+        need = _columns(self.length[slots], self.block_size)
+        self._widen(int(need.max(initial=0)))
+        while (more := have < need).any():
+            blocks = self._take(int(more.sum()))
+            self.table[slots[more], have[more]] = blocks
+            self._references[blocks] = 1
+            have = have + more
+
+    def follow(self, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Replace every beam by its successor: (source, destination) blocks to copy.
+
+        parents: int [P, G], the beam within the group that each new beam extends, -1 for none.
+        """
+        slots = np.flatnonzero(parents >= 0)
+        sources = slots // self.beams * self.beams + parents.ravel()[slots]
+        first = np.zeros(len(slots), bool)
+        first[np.unique(sources, return_index=True)[1]] = True
+
+        old_table, old_length = self.table, self.length
+        self.table, self.length = np.zeros_like(old_table), np.zeros_like(old_length)
+        self.table[slots], self.length[slots] = old_table[sources], old_length[sources]
+        partial = ~first & (self.length[slots] % self.block_size > 0)
+        parted, last = slots[partial], self.length[slots[partial]] // self.block_size
+        copied = self.table[parted, last].copy()
+        self.table[parted, last] = 0
+
+        np.add.at(self._references, self.table.ravel(), 1)
+        np.subtract.at(self._references, old_table.ravel(), 1)
+        released = np.unique(old_table)
+        self._give(released[(self._references[released] == 0) & (released > 0)])
+        blocks = self._take(len(parted))
+        self.table[parted, last] = blocks
+        self._references[blocks] = 1
+        return copied, blocks
+
+    def slots_of(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """int64: the place in the cache of the token at `positions` of beam `slots`, elementwise."""
+        blocks = self.table[slots, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
+
+    def _widen(self, columns: int) -> None:
+        if columns > self.table.shape[1]:
+            self.table = np.pad(self.table, ((0, 0), (0, columns - self.table.shape[1])))
+
+    def _take(self, count: int) -> np.ndarray:
+        if count > self._num_free:
+            raise OutOfBlocksError(f"{count} KV-cache blocks are needed, {self._num_free} are free")
+        self._num_free -= count
+        return self._free[self._num_free : self._num_free + count].copy()
+
+    def _give(self, blocks: np.ndarray) -> None:
+        self._free[self._num_free : self._num_free + len(blocks)] = blocks
+        self._num_free += len(blocks)
+
+
+def blocks_needed(length: int, beams: int, level_width: np.ndarray, block_size: int) -> int:
+    """Most blocks that one group can hold at a time: its prompt's and those of as many beams as the trie allows.
+
+    length: of the prompt. level_width: int64 [D], nodes of the trie at each depth.
+    """
+    columns = _columns(length + np.arange(len(level_width)), block_size) - length // block_size
+    return length // block_size + int((np.minimum(beams, level_width) * columns).max())
+
+
+def prefill_pieces(
+    lengths: np.ndarray, computed: np.ndarray, budget: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Cut prompts into forward passes of at most `budget` tokens: (prompt [N], start [N], stop [N]) of each pass.
+
+    lengths, computed: int64 [P], tokens of each prompt and how many of its first ones need no computing.
+    """
+    rows: list[tuple[int, int, int]] = []
+    room = budget
+    for prompt, (start, length) in enumerate(zip(computed.tolist(), lengths.tolist(), strict=True)):
+        while start < length:
+            stop = min(length, start + room)
+            rows.append((prompt, start, stop))
+            room, start = room - (stop - start), stop
+            if room == 0:
+                yield _columns_of(rows)
+                rows, room = [], budget
+    if rows:
+        yield _columns_of(rows)
+
+
+def _columns_of(rows: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    prompt, start, stop = np.array(rows, np.int64).T
+    return prompt, start, stop
+
+
+def _columns(length: np.ndarray | int, block_size: int) -> np.ndarray:
+    return -(-np.asarray(length) // block_size)

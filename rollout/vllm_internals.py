@@ -1,0 +1,142 @@
+"""Everything of vLLM that is not its public interface, in one place.
+
+The worker engine drives the model of a vLLM worker by itself. What it needs of the worker is named here and nowhere
+else; `PagedModel` checks at construction that each name is still there and says which one moved.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+RUNNER_NAMES = (
+    "model",
+    "device",
+    "vllm_config",
+    "attn_groups",
+    "kv_caches",
+    "kv_cache_config",
+    "input_ids",
+    "positions",
+    "max_num_tokens",
+    "max_model_len",
+    "model_config",
+    "cudagraph_dispatcher",
+)
+
+
+class UnsupportedModelError(RuntimeError):
+    """The worker engine cannot drive this model or this vLLM; the message says what it met."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One forward pass of N rows with T tokens in all; host arrays but for the token ids."""
+
+    token: torch.Tensor
+    """int32 [T], on the device."""
+    position: np.ndarray
+    """int64 [T]"""
+    slot: np.ndarray
+    """int64 [T]: block * block size + offset, where each token's key and value go."""
+    count: np.ndarray
+    """int32 [N]: tokens of each row."""
+    length: np.ndarray
+    """int32 [N]: tokens of each row after this pass, those in the cache included."""
+    table: np.ndarray
+    """int32 [N, columns]: the blocks of each row."""
+
+
+class PagedModel:
+    """The model of a vLLM worker with its paged KV cache.
+
+    >>> model = PagedModel(worker.model_runner)
+    >>> hidden = model.forward(batch)                 # [T, H]
+    >>> logits = model.logits(hidden[rows])           # [R, V]
+    """
+
+    def __init__(self, runner: Any) -> None:
+        missing = [name for name in RUNNER_NAMES if not hasattr(runner, name)]
+        if missing:
+            raise UnsupportedModelError(
+                f"vLLM's {type(runner).__name__} has no {', '.join(missing)}; this vLLM is not the one that "
+                "rollout/vllm_internals.py was written for: use rollout.engine=requests"
+            )
+        self._runner = runner
+        self.device: torch.device = runner.device
+        self.max_batched_tokens: int = runner.max_num_tokens
+        self.max_model_len: int = runner.max_model_len
+        self.vocab_size: int = runner.model_config.get_vocab_size()
+        spec = self._only_spec()
+        self.num_blocks = int(runner.kv_caches[0].shape[0])
+        self.block_size = spec.block_size * runner.kv_cache_config.num_blocks // self.num_blocks
+
+    def _only_spec(self) -> Any:
+        """The KV-cache specification of the one group of full-attention layers."""
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        groups = self._runner.kv_cache_config.kv_cache_groups
+        kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+        if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+            raise UnsupportedModelError(
+                f"the model's KV cache has groups {kinds}; the worker engine serves one group of full attention: "
+                "use rollout.engine=requests"
+            )
+        return groups[0].kv_cache_spec
+
+    def forward(self, batch: TokenBatch) -> torch.Tensor:
+        """Hidden states [T, H] of the batch's tokens; their keys and values are then in the cache."""
+        from vllm.forward_context import set_forward_context
+
+        runner, num_tokens = self._runner, len(batch.position)
+        token, position = batch.token, self._to_device(batch.position)
+        slot = self._to_device(batch.slot)
+        metadata, slots = self._attention_metadata(batch, position, slot)
+        with set_forward_context(metadata, runner.vllm_config, num_tokens=num_tokens, slot_mapping=slots):
+            return runner.model(input_ids=token, positions=position)[:num_tokens]
+
+    def _attention_metadata(
+        self, batch: TokenBatch, position: torch.Tensor, slot: torch.Tensor
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Per layer: what the attention backend wants to know about the batch, and where keys and values go."""
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        start = torch.zeros(len(batch.count) + 1, dtype=torch.int32)
+        torch.cumsum(torch.from_numpy(batch.count), 0, out=start[1:])
+        length = torch.from_numpy(batch.length)
+        common = CommonAttentionMetadata(
+            query_start_loc=self._to_device(start),
+            query_start_loc_cpu=start,
+            seq_lens=self._to_device(length),
+            num_reqs=len(batch.count),
+            num_actual_tokens=len(batch.position),
+            max_query_len=int(batch.count.max()),
+            max_seq_len=int(batch.length.max()),
+            block_table_tensor=self._to_device(batch.table),
+            slot_mapping=slot,
+            causal=True,
+            seq_lens_cpu_upper_bound=length,
+            positions=position,
+        )
+        metadata: dict[str, Any] = {}
+        for groups in self._runner.attn_groups:
+            for group in groups:
+                built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
+                metadata.update(dict.fromkeys(group.layer_names, built))
+        return metadata, dict.fromkeys(metadata, slot)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, V] in the model's precision; with tensor parallelism, whole on every rank."""
+        return self._runner.model.compute_logits(hidden)
+
+    def copy_blocks(self, source: np.ndarray, destination: np.ndarray) -> None:
+        """Copy whole blocks of the KV cache, in every layer and whatever its layout."""
+        from vllm.v1.worker.utils import KVCacheBlockCopy, copy_kv_cache_blocks_inplace
+
+        pairs = [KVCacheBlockCopy(*pair) for pair in zip(source.tolist(), destination.tolist(), strict=True)]
+        copy_kv_cache_blocks_inplace(self._runner.kv_caches, self.num_blocks, pairs)
+
+    def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
+        tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+        return tensor.to(self.device, non_blocking=True)

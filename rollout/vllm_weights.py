@@ -1,0 +1,194 @@
+"""New weights into a running vLLM worker, and the checksum of what it then really holds."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rollout.vllm_internals import UnsupportedModelError
+from rollout.weights import WeightBucket, WeightsError, combine, tensor_checksum
+
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+"""Largest difference between a packed matrix product and the plain one, relative to the largest output."""
+
+
+class WeightsWorker:
+    """Methods that vLLM adds to its worker class: loading weights and saying what was loaded.
+
+    >>> llm = create_llm(model_path, config, worker_extension="rollout.vllm_weights.WeightsWorker")
+    >>> loaded = combine(llm.collective_rpc("load_bucket_weights", args=(buckets,)))
+    """
+
+    model_runner: Any
+    model_config: Any
+
+    def load_bucket_weights(self, buckets: Sequence[WeightBucket]) -> int:
+        """Replace all weights; this rank's share of the checksum of what it then holds.
+
+        vLLM fuses matrices, shards them and, on CPU, packs them into a form that cannot be read back. So the checksum
+        is taken of what each layer holds after vLLM's own loaders have run, immediately before a matrix is packed, and
+        the packed matrix must then multiply a probe as the plain one does.
+        """
+        model = self.model_runner.model
+        tensors = [named for bucket in buckets for named in bucket.tensors()]
+        _check_dtype(tensors, self.model_config.dtype)
+        held: dict[str, int] = {}
+        with torch.no_grad(), _watch_packing(model, held):
+            _reload(model, self.model_config, tensors)
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.numel() and not _is_tied_copy(model, module):
+                    held.update(_held_checksums(model, module_name, module, name, parameter))
+        _check_names({name for name, _ in tensors}, set(held))
+        return combine(held.values())
+
+
+def _check_dtype(tensors: Sequence[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
+    for name, tensor in tensors:
+        if tensor.dtype != dtype:
+            raise WeightsError(
+                f"{name} arrived as {tensor.dtype}, the engine holds {dtype}: export the weights in rollout.dtype"
+            )
+
+
+def _check_names(arrived: set[str], held: set[str]) -> None:
+    if arrived != held:
+        raise WeightsError(
+            f"the weights that arrived are not those that the engine holds: missing {sorted(held - arrived)[:5]}, "
+            f"unknown {sorted(arrived - held)[:5]}; export every parameter once, under its Hugging Face name"
+        )
+
+
+def _reload(model: Any, model_config: Any, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    try:
+        model.load_weights(iter(tensors))
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"vLLM does not take the weights: {error}") from error
+    finally:
+        finalize_layerwise_reload(model, model_config)
+    head, embedding = _tied(model)
+    if head is not None and head.weight.device.type == "cpu":
+        _repack_tied_head(head, embedding)
+
+
+def _tied(model: Any) -> tuple[Any, Any]:
+    """The output head and the embedding where they are two modules over one matrix, else (None, None)."""
+    head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
+    if head is None or embedding is None or head is embedding or not model.config.tie_word_embeddings:
+        return None, None
+    return head, embedding
+
+
+def _is_tied_copy(model: torch.nn.Module, module: torch.nn.Module) -> bool:
+    return module is _tied(model)[0]
+
+
+def _repack_tied_head(head: Any, embedding: Any) -> None:
+    """A reload packs the embedding anew on CPU but leaves a tied head with the old weights."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    head.weight = embedding.weight
+    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    _check_product("lm_head", head, embedding.weight)
+
+
+@contextmanager
+def _watch_packing(model: torch.nn.Module, held: dict[str, int]) -> Iterator[None]:
+    """While open: whenever vLLM packs a layer, note the checksums of what it packs and check what comes out."""
+    watched = [(name, module) for name, module in model.named_modules() if hasattr(module, "quant_method")]
+    for module_name, module in watched:
+        method: Any = module.quant_method
+        pack = method.process_weights_after_loading
+
+        def watch(layer: Any, module_name: str = module_name, pack: Callable[[Any], None] = pack) -> None:
+            plain = dict(layer.named_parameters(recurse=False))
+            pack(layer)
+            for name, tensor in plain.items():
+                if getattr(layer, name).numel() < tensor.numel():
+                    held.update(_held_checksums(model, module_name, layer, name, tensor))
+            if hasattr(layer, "cpu_linear"):
+                _check_product(module_name, layer, plain["weight"])
+
+        method.process_weights_after_loading = watch
+    try:
+        yield
+    finally:
+        for _, module in watched:
+            module.quant_method.__dict__.pop("process_weights_after_loading", None)
+
+
+def _check_product(name: str, layer: Any, weight: torch.Tensor) -> None:
+    """Raise WeightsError unless the layer multiplies a probe as `weight` does."""
+    probe = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float32).sin().to(weight.dtype)[None]
+    expected = torch.nn.functional.linear(probe, weight).float()
+    found = layer.cpu_linear(probe, weight, None).float()
+    error, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not error <= PROBE_TOLERANCE[weight.dtype] * (scale + 1e-6):
+        raise WeightsError(f"{name}: the packed weights differ from those that were loaded (by {error:.3g})")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of one Hugging Face tensor that one rank holds."""
+
+    name: str
+    tensor: torch.Tensor
+    row: int = 0
+    column: int = 0
+    counted: bool = True
+    """False for a copy that another rank counts."""
+
+
+def _held_checksums(
+    model: torch.nn.Module, module_name: str, layer: Any, name: str, tensor: torch.Tensor
+) -> dict[str, int]:
+    parts = _parts(model, f"{module_name}.{name}", layer, tensor)
+    return {
+        part.name: tensor_checksum(part.name, part.tensor, row_offset=part.row, column_offset=part.column)
+        if part.counted
+        else 0
+        for part in parts
+    }
+
+
+def _parts(model: Any, name: str, layer: Any, tensor: torch.Tensor) -> list[_Part]:
+    """Undo vLLM's fusing and sharding: which parts of which Hugging Face tensors a parameter holds."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(layer, VocabParallelEmbedding):
+        shard = layer.shard_indices
+        return [_Part(name, tensor[: shard.num_org_elements], row=shard.org_vocab_start_index)]
+    if isinstance(layer, RowParallelLinear):
+        if tensor.dim() == 1:
+            return [_Part(name, tensor, counted=layer.tp_rank == 0)]
+        return [_Part(name, tensor, column=layer.tp_rank * tensor.shape[1])]
+    if isinstance(layer, ColumnParallelLinear):
+        prefix, fused, suffix = name.rsplit(".", 2)
+        names = getattr(model, "packed_modules_mapping", {}).get(fused, [fused])
+        sizes = layer.output_partition_sizes if len(names) > 1 else [len(tensor)]
+        if len(names) != len(sizes) or (len(names) == 1 and len(layer.output_sizes) > 1 and layer.tp_size > 1):
+            raise UnsupportedModelError(
+                f"{name} fuses {names} into parts {layer.output_sizes}; its weights cannot be verified with "
+                "rollout.tensor_parallel > 1"
+            )
+        parts = []
+        for i, (part_name, part) in enumerate(zip(names, tensor.split(sizes), strict=True)):
+            replicas = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and i > 0 else 1
+            parts.append(
+                _Part(
+                    f"{prefix}.{part_name}.{suffix}",
+                    part,
+                    row=layer.tp_rank // replicas * len(part),
+                    counted=layer.tp_rank % replicas == 0,
+                )
+            )
+        return parts
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return [_Part(name, tensor, counted=get_tensor_model_parallel_rank() == 0)]
