@@ -1,5 +1,6 @@
 """Everything that a run starts: Ray, rollout workers, reward actors, learner ranks; and their end."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +25,12 @@ def connect(config: Config) -> None:
         ray.init(
             include_dashboard=False,
             object_store_memory=int(config.cluster.object_store_gib * 2**30),
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             log_to_driver=False,
         )
     else:
         try:
-            ray.init(address=config.cluster.address, logging_level="ERROR", log_to_driver=False)
+            ray.init(address=config.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         except ConnectionError as error:
             raise ClusterUnreachable(
                 f"cluster.address={config.cluster.address}: no Ray cluster answers; start one with `ray start --head` "

@@ -19,17 +19,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FIXED_IN_A_RUN = {
     "": ("data", "model", "rewards"),
     "rollout": ("strategy", "group_size", "temperature", "oversample", "logprob_space"),
-    "learner": (
-        "objective",
-        "beta",
-        "kl_on",
-        "normalize_std",
-        "updates_per_batch",
-        "dtype",
-        "lora",
-        "optimizer",
-        "sft",
-    ),
+    "learner": ("objective", "beta", "kl_on", "normalize_std", "updates_per_batch", "lora", "optimizer", "sft"),
     "train": ("prompts_per_step", "seed"),
 }
 """What a resumed run must have in common with its beginning."""

@@ -15,12 +15,10 @@ def dry_run(config: Config) -> None:
         print(f"#   {line}")
     print(f"#   weights to rollout workers: object store, after every step; staleness {config.train.staleness}")
     print("# batch")
-    completions = config.train.prompts_per_step * config.rollout.group_size
-    print(
-        f"#   {config.train.prompts_per_step} prompts x {config.rollout.group_size} candidates = {completions} per step"
-    )
-    print(f"#   {-(-config.train.prompts_per_step // config.learner.ranks)} prompts per learner rank, ", end="")
-    print(f"micro-batches of up to {config.learner.micro_batch_tokens} packed tokens")
+    prompts, candidates = config.train.prompts_per_step, config.rollout.group_size
+    print(f"#   {prompts} prompts x {candidates} candidates = {prompts * candidates} completions per step")
+    print(f"#   {-(-prompts // config.learner.ranks)} prompts per learner rank, micro-batches of up to ", end="")
+    print(f"{config.learner.micro_batch_tokens} packed tokens")
     print("# resolved configuration")
     print(to_yaml(config), end="")
 

@@ -73,7 +73,9 @@ class LearnerGang:
 
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
         """Supervised warm-up; yields rank 0's progress reports."""
-        streams = [rank.sft.options(num_returns="streaming").remote(str(folder)) for rank in self._ranks]
+        streams: list[ray.ObjectRefGenerator] = [
+            rank.sft.options(num_returns="streaming").remote(str(folder)) for rank in self._ranks
+        ]
         while True:
             try:
                 reports = [next(stream) for stream in streams]
@@ -87,7 +89,9 @@ class LearnerGang:
 
     def export(self, version: int) -> PublishedWeights:
         """Put the weights into the object store, once, with their checksum."""
-        streams = [rank.export_weights.options(num_returns="streaming").remote() for rank in self._ranks]
+        streams: list[ray.ObjectRefGenerator] = [
+            rank.export_weights.options(num_returns="streaming").remote() for rank in self._ranks
+        ]
         buckets = [list(stream) for stream in streams]
         checksum = self._all("checksum", [rank.weights_checksum.remote() for rank in self._ranks])[0]
         return PublishedWeights(version, buckets[0], checksum)

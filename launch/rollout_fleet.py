@@ -54,7 +54,7 @@ class RolloutFleet:
 
     def ready(self, timeout_s: float) -> None:
         """Wait until every engine is up. Raises RolloutTimeout naming the workers that are not, or what one raised."""
-        waiting = {worker.ready.remote(): rank for rank, worker in enumerate(self.workers)}
+        waiting: dict[ray.ObjectRef, int] = {worker.ready.remote(): rank for rank, worker in enumerate(self.workers)}
         done, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
         ray.get(done)
         if late:

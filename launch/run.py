@@ -48,9 +48,7 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
     write_report(directory, config, summary)
     directory.close()
     print_metrics(progress, summary)
-    progress.line(
-        f"run directory: {directory.path} (report.html, summary.json, metrics.jsonl, tensorboard, checkpoints)"
-    )
+    progress.line(f"{directory.path}: report.html, summary.json, metrics.jsonl, tensorboard, rollouts, checkpoints")
     return summary
 
 

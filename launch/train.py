@@ -9,6 +9,7 @@ from launch.actors import Actors
 from launch.config import TrainConfig
 from launch.data_order import DataOrder
 from launch.progress import Stage
+from launch.rollout_fleet import Flight
 from launch.run_directory import RunDirectory
 
 
@@ -28,7 +29,8 @@ def train(
     weights at most k versions old. k = 0 is the paper.
     """
     rollouts, rewards, learner = actors.rollouts, actors.rewards, actors.learner
-    flights, launched = deque(), first
+    flights: deque[Flight] = deque()
+    launched = first
     for step in range(first, steps):
         clock = Clock()
         with clock("step"):

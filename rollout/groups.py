@@ -47,7 +47,7 @@ class GroupTableError(ValueError):
 def group_table(
     example_ids: Sequence[int],
     policy_version: int,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     target_classes: Sequence[int],
     groups: Sequence[Candidates],
 ) -> pa.Table:
