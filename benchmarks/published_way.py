@@ -85,6 +85,11 @@ class Completions:
     prompt_width: int
     """P"""
 
+    def groups(self, groups: slice, group_size: int) -> "Completions":
+        """Some of the groups."""
+        rows = slice(groups.start * group_size, groups.stop * group_size)
+        return Completions(self.ids[rows], self.mask[rows], self.prompt_width)
+
     def tokens(self) -> list[list[int]]:
         """Completion of every row, end-of-sequence included."""
         completions, mask = self.ids[:, self.prompt_width :], self.mask[:, self.prompt_width :].bool()
@@ -141,21 +146,33 @@ class PublishedTrainer:
         self.optimizer = torch.optim.AdamW(self.master, learning_rate, weight_decay=0.0)
 
     def step(
-        self, prompts: Sequence[Sequence[int]], target_classes: Sequence[int], micro_batch_groups: int = 4
+        self,
+        prompts: Sequence[Sequence[int]],
+        target_classes: Sequence[int],
+        *,
+        generate_groups: int = 4,
+        learn_groups: int = 1,
     ) -> StepReport:
-        """One optimizer step on groups of `prompts`, accumulated over micro-batches of equal size."""
+        """One optimizer step on a group per prompt: so many at a time in `generate`, so many in a forward pass.
+
+        len(prompts) must be a multiple of generate_groups, and that of learn_groups.
+        """
         report = StepReport()
-        starts = range(0, len(prompts), micro_batch_groups)
-        for start in starts:
-            batch = slice(start, start + micro_batch_groups)
+        for start in range(0, len(prompts), generate_groups):
+            batch = slice(start, start + generate_groups)
             with report.stage("rollout"):
                 completions = self.generate(prompts[batch])
             with report.stage("reward"):
                 tokens = completions.tokens()
-                rewards = self.rewards(tokens, target_classes[batch])
+                advantage = advantages(self.rewards(tokens, target_classes[batch]))
             report.tokens += tokens
-            report.loss += self.accumulate(completions, advantages(rewards), len(starts), report)
-        with report.stage("optimizer"):
+            for group in range(0, len(advantage), learn_groups):
+                learned = slice(group, group + learn_groups)
+                share = learn_groups / len(prompts)
+                report.loss += self.accumulate(
+                    completions.groups(learned, self.group_size), advantage[learned], share, report
+                )
+        with report.stage("learn"):
             report.gradient_norm = self.update()
         return report
 
@@ -210,9 +227,12 @@ class PublishedTrainer:
         return chosen - logits.logsumexp(-1)
 
     def accumulate(
-        self, completions: Completions, advantages: torch.Tensor, micro_batches: int, report: StepReport
+        self, completions: Completions, advantages: torch.Tensor, share: float, report: StepReport
     ) -> float:
-        """Add the gradient of one micro-batch; returns its share of the loss. advantages: [n, G]."""
+        """Add the gradient of n groups, which are `share` of the step; returns their part of the loss.
+
+        advantages: float32 [n, G].
+        """
         mask = completions.mask[:, completions.prompt_width :]
         advantage = advantages.reshape(-1, 1).to(mask.device)
         with report.stage("reference"), torch.no_grad():
@@ -222,7 +242,7 @@ class PublishedTrainer:
             policy = self.log_probs(self.policy, completions)
             kl = torch.exp(reference - policy) - (reference - policy) - 1
             per_token = -(torch.exp(policy - policy.detach()) * advantage - self.beta * kl)
-            loss = ((per_token * mask).sum(1) / mask.sum(1)).mean() / micro_batches
+            loss = ((per_token * mask).sum(1) / mask.sum(1)).mean() * share
             loss.backward()
         return loss.item()
 
