@@ -65,12 +65,18 @@ def commit(path: Path, state: dict[str, Any], keep: int | None = None) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state of an intact checkpoint. Raises CheckpointError naming the damaged file and the next intact one."""
+    """What commit was given; of a checkpoint in which find_fault finds nothing."""
+    return json.loads((path / STATE).read_text())
+
+
+def check(path: Path) -> None:
+    """Raise CheckpointError naming what is wrong with a checkpoint, and the newest other one that is intact."""
     if fault := find_fault(path):
         others = [other for other in steps(path.parent) if other != path and find_fault(other) is None]
-        offer = f"{others[0]} is intact: delete {path.name} to go on from there" if others else "no other is intact"
+        offer = (
+            f"{others[0].name} is intact: delete {path.name} to go on from there" if others else "no other is intact"
+        )
         raise CheckpointError(f"checkpoint {path}: {fault}; {offer}")
-    return json.loads((path / STATE).read_text())
 
 
 def find_fault(path: Path) -> str | None:

@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,17 +32,18 @@ def quiet_deepspeed() -> Any:
 
 
 def join_process_group(
-    rank: int, world_size: int, master_host: str, master_port: int, local_rank: int, timeout_s: float
+    rank: int, world_size: int, master_host: str, master_port: int, timeout_s: float
 ) -> torch.device:
     """Enter the learner's process group (nccl on GPUs, gloo elsewhere); returns this rank's device.
 
-    Blocks until all `world_size` ranks have called it, at most `timeout_s`.
+    Each process sees only its own device, so that is number 0. Blocks until all `world_size` ranks have called it, at
+    most `timeout_s`, which is also the longest that a rank waits for the others later.
     """
     os.environ.update(
         MASTER_ADDR=master_host,
         MASTER_PORT=str(master_port),
         RANK=str(rank),
-        LOCAL_RANK=str(local_rank),
+        LOCAL_RANK="0",
         WORLD_SIZE=str(world_size),
     )
     deepspeed = quiet_deepspeed()
@@ -50,7 +51,7 @@ def join_process_group(
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
     )
-    return torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+    return torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
 
 
 def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
@@ -191,6 +192,20 @@ class ZeroEngine:
     def barrier(self) -> None:
         if self.world_size > 1:
             torch.distributed.barrier()
+
+    def on_rank_0(self, action: Callable[[], None]) -> None:
+        """Have rank 0 do something that the others wait for, and fail on all ranks where it raises."""
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                action()
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            self.total([1.0])
+            raise failure
+        if self.total([0.0]) != [0.0]:
+            raise RuntimeError("rank 0 failed; its own error says why")
 
     def save(self, path: Path) -> None:
         """Write weights and optimizer state, each rank its own part; all ranks must call."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +15,9 @@ from rollout.groups import GroupTableError, validate_groups
 class Experience:
     """n groups; everything is a read-only view into the tables."""
 
-    prompts: list[np.ndarray]
+    prompts: list[Sequence[int]]
     """int32 [P_i] each."""
-    candidates: list[list[np.ndarray]]
+    candidates: list[list[Sequence[int]]]
     """candidates[i][rank]: int32 [T], end-of-sequence included."""
     logprobs: list[list[np.ndarray]]
     """float32 [T], as `candidates`: under the policy that generated them."""
@@ -55,18 +57,18 @@ def _column(table: pa.Table, name: str) -> pa.ListArray:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
-def _cut(values: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
-    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+def _cut(values: np.ndarray, offsets: np.ndarray) -> list[Any]:
+    return [values[start:end] for start, end in pairwise(offsets)]
 
 
-def _lists(table: pa.Table, name: str) -> list[np.ndarray]:
+def _lists(table: pa.Table, name: str) -> list[Any]:
     column = _column(table, name)
     return _cut(column.values.to_numpy(), column.offsets.to_numpy())
 
 
-def _nested(table: pa.Table, name: str) -> list[list[np.ndarray]]:
+def _nested(table: pa.Table, name: str) -> list[list[Any]]:
     outer = _column(table, name)
     inner = outer.values
     pieces = _cut(inner.values.to_numpy(), inner.offsets.to_numpy())
     offsets = outer.offsets.to_numpy()
-    return [pieces[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [pieces[start:end] for start, end in pairwise(offsets)]

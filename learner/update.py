@@ -162,7 +162,7 @@ class PolicyUpdate:
             self._reference.blend(named_weights(self._engine, self._policy.lm), self._config.reference_sync_alpha)
 
     def _means(self, sums: dict[str, float]) -> dict[str, float]:
-        """Metrics over all ranks out of this rank's sums: totals where TOTALS says so, else means over fed candidates."""
+        """Metrics over all ranks out of this rank's sums: totals of TOTALS, else means over fed candidates."""
         summed = dict(zip(sums, self._engine.total(sums.values()), strict=True))
         candidates = max(summed.pop("candidates"), 1.0)
         return {name: value if name in TOTALS else value / candidates for name, value in summed.items()}

@@ -1,0 +1,171 @@
+"""The learner of one rank: the policy with its optimizer and reference, warmed up, updated, exported and saved."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from catalog.catalog import Catalog
+from learner import checkpoint
+from learner.config import LearnerConfig
+from learner.engine import DTYPES, ZeroEngine, to_universal
+from learner.experience import Experience
+from learner.export import named_weights, save_huggingface, weight_buckets, weights_checksum
+from learner.lora import add_adapters
+from learner.policy import Policy
+from learner.reference import Reference
+from learner.sft import SupervisedWarmup
+from learner.update import PolicyUpdate
+from rollout.config import LogprobSpace
+from rollout.weights import WeightBucket
+
+
+class Learner:
+    """One rank; the process group of all ranks must stand (learner.engine.join_process_group).
+
+    >>> learner = Learner(model_path, catalog, config, "vocabulary", total_steps=1000, staleness=0, device=device)
+    >>> for report in learner.sft(folder): ...
+    >>> metrics = learner.step(tables)
+    >>> for bucket in learner.export_weights(): ...
+
+    All methods must be called on all ranks.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        catalog: Catalog,
+        config: LearnerConfig,
+        logprob_space: LogprobSpace,
+        total_steps: int,
+        staleness: int,
+        device: torch.device,
+    ):
+        """model_path: Hugging Face directory of the policy before SFT. total_steps: RL steps of the whole run."""
+        self._config, self._catalog = config, catalog
+        trie = catalog.trie if logprob_space == "trie" else None
+        self._tokenizer_path = model_path
+        self.policy = self._load_policy(model_path, trie, trainable=True)
+        self.engine = ZeroEngine(self.policy, config, config.optimizer)
+        torch.manual_seed(self.engine.rank)
+        self._reference = None
+        if config.beta:
+            frozen = self._load_policy(model_path, trie, trainable=False)
+            self._reference = Reference(frozen, device, config.reference_offload)
+        self._update = PolicyUpdate(self.engine, self.policy, self._reference, config, total_steps, staleness)
+
+    def sft(self, folder: Path) -> Iterator[dict[str, float]]:
+        """Warm the policy up; afterwards it is the reference, and the optimizer starts anew. See SupervisedWarmup."""
+        trie_space, self.policy.trie_space = self.policy.trie_space, None  # titles are learned over the vocabulary
+        yield from SupervisedWarmup(self.engine, self.policy, self._catalog, self._config).run(folder)
+        self.policy.trie_space = trie_space
+        self.engine.restart_optimizer(self._config.optimizer)
+        if self._reference is not None:
+            self._reference.copy_from(named_weights(self.engine, self.policy.lm))
+
+    def step(self, tables: Sequence[pa.Table]) -> dict[str, float]:
+        """One RL step on all groups of the tables, which have a `reward` column; see PolicyUpdate.step."""
+        return self._update.step(Experience.from_tables(tables))
+
+    def export_weights(self) -> Iterator[WeightBucket]:
+        """All weights in buckets on rank 0, nothing on the others."""
+        return weight_buckets(self.engine, self.policy.lm)
+
+    def weights_checksum(self) -> int:
+        """rollout.weights.checksum of what export_weights sends."""
+        return weights_checksum(self.engine, self.policy.lm)
+
+    def save_huggingface(self, path: Path) -> None:
+        """Write weights, configuration and tokenizer for from_pretrained."""
+        save_huggingface(self.engine, self.policy.lm, self._tokenizer_path, path)
+
+    def save_checkpoint(self, path: Path, state: dict[str, Any], keep: int | None) -> None:
+        """Write everything that a later run needs to go on as if it had never stopped; see learner.checkpoint.
+
+        state: what the driver wants back, such as its data position. keep: checkpoints of this folder that stay.
+        """
+        folder = checkpoint.temporary_path(path)
+        if self.engine.rank == 0:
+            checkpoint.begin(path)
+        self.engine.barrier()
+        self.engine.save(folder / "zero")
+        self.save_huggingface(folder)
+        torch.save(self._random_state(), folder / f"rng-{self.engine.rank}.pt")
+        if self.engine.rank == 0 and self._reference is not None:
+            self._reference.save(folder / "reference.safetensors")
+        self.engine.barrier()
+        if self.engine.rank == 0:
+            checkpoint.commit(
+                path, {**self._signature(), "updates_done": self._update.updates_done, "driver": state}, keep
+            )
+        self.engine.barrier()
+
+    def load_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Go on from a checkpoint; returns the driver's state.
+
+        The number of ranks may differ from that of the writer; with the same number training goes on bit for bit.
+        Raises CheckpointError for a damaged checkpoint, or one of another ZeRO stage or precision.
+        """
+        self.engine.on_rank_0(lambda: checkpoint.check(path))
+        state = checkpoint.read_state(path)
+        ours = self._signature()
+        for name in ("zero_stage", "dtype", "lora_rank"):
+            if state[name] != ours[name]:
+                raise checkpoint.CheckpointError(
+                    f"checkpoint {path} was written with learner {name}={state[name]}, this run has {ours[name]}"
+                )
+        if state["ranks"] == ours["ranks"] or ours["zero_stage"] == 0:
+            self.engine.load(path / "zero")
+        else:
+            self._load_other_ranks(path)
+        random_state = path / f"rng-{self.engine.rank}.pt"
+        if random_state.exists():
+            self._restore_random_state(torch.load(random_state))
+        if self._reference is not None:
+            self._reference.load(path / "reference.safetensors")
+        self._update.updates_done = state["updates_done"]
+        return state["driver"]
+
+    def _load_other_ranks(self, path: Path) -> None:
+        universal = path.with_name(f".{path.name}.universal")
+        if self.engine.rank == 0:
+            shutil.rmtree(universal, ignore_errors=True)
+            to_universal(path / "zero", universal)
+        self.engine.barrier()
+        self.engine.load_universal(universal)
+        self.engine.barrier()
+        if self.engine.rank == 0:
+            shutil.rmtree(universal)
+
+    def _load_policy(self, model_path: str, trie: Any, trainable: bool) -> Policy:
+        config = self._config
+        lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[config.dtype])
+        if trainable and config.lora.rank:
+            add_adapters(lm, config.lora)
+        if trainable and config.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.train(trainable)
+        return Policy(lm, packing=config.packing, logit_chunk_tokens=config.logit_chunk_tokens, trie=trie)
+
+    def _signature(self) -> dict[str, Any]:
+        return {
+            "ranks": self.engine.world_size,
+            "zero_stage": self._config.zero_stage,
+            "dtype": self._config.dtype,
+            "lora_rank": self._config.lora.rank,
+        }
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.engine.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def _restore_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self.engine.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,167 @@
+"""One data-parallel learner rank as a Ray actor: the Learner with a place, a name in its errors, and a lockstep."""
+
+import functools
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import psutil
+import pyarrow as pa
+import ray
+
+from learner.config import LearnerConfig
+from rollout.config import LogprobSpace
+from rollout.weights import WeightBucket
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PEER_LOST = "another rank is gone or late"
+"""Marks the error of a rank that failed only because another did."""
+
+
+class LearnerError(RuntimeError):
+    """A rank failed; the message names the rank and what it was doing."""
+
+
+def _named(method: Callable[P, R]) -> Callable[P, R]:
+    """Errors of a call say which rank it was on."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            raise _error(args[0], method.__name__, error) from error
+
+    return call
+
+
+def _named_stream(method: Callable[P, Iterator[R]]) -> Callable[P, Iterator[R]]:
+    """The same for a call that yields."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
+        try:
+            yield from method(*args, **kwargs)
+        except Exception as error:
+            raise _error(args[0], method.__name__, error) from error
+
+    return call
+
+
+@ray.remote
+class LearnerRank:
+    """The policy, its optimizer and its reference on one device, in lockstep with the other ranks.
+
+    >>> ranks = [LearnerRank.options(...).remote(rank, world_size, model_path, ...) for rank in range(world_size)]
+    >>> host, port = ray.get(ranks[0].address.remote())
+    >>> ray.get([rank.join.remote(host, port) for rank in ranks])
+    >>> streams = [rank.sft.options(num_returns="streaming").remote(folder) for rank in ranks]
+    >>> metrics, *_ = ray.get([rank.step.remote(*table_refs) for rank in ranks])
+    >>> streams = [rank.export_weights.options(num_returns="streaming").remote() for rank in ranks]
+    >>> ray.get([rank.save_checkpoint.remote(path, state, keep) for rank in ranks])
+
+    Every call but `address` must be made on all ranks, and every stream read to its end: ranks wait for each other at
+    most config.timeout_s. When one dies the others fail within a second; then kill all and start from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        model_path: str,
+        catalog_path: str,
+        config: LearnerConfig,
+        logprob_space: LogprobSpace = "vocabulary",
+        total_steps: int = 1,
+        staleness: int = 0,
+    ):
+        """model_path: Hugging Face directory of the policy before SFT. total_steps: RL steps of the whole run."""
+        self._rank, self._world_size = rank, world_size
+        self._model_path, self._catalog_path, self._config = model_path, catalog_path, config
+        self._logprob_space, self._total_steps, self._staleness = logprob_space, total_steps, staleness
+
+    def address(self) -> tuple[str, int]:
+        """This rank's host and a free port there: where the ranks meet, asked of rank 0."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    @_named
+    def join(self, master_host: str, master_port: int) -> None:
+        """Meet the other ranks, load the model, set up ZeRO. Returns when all ranks stand."""
+        import torch
+
+        from catalog.catalog import Catalog
+        from learner.engine import join_process_group
+        from learner.learner import Learner
+
+        torch.set_num_threads(self._config.threads or max(1, len(os.sched_getaffinity(0)) // self._config.ranks))
+        os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
+        device = join_process_group(self._rank, self._world_size, master_host, master_port, self._config.timeout_s)
+        self._learner = Learner(
+            self._model_path,
+            Catalog.load(self._catalog_path),
+            self._config,
+            self._logprob_space,
+            self._total_steps,
+            self._staleness,
+            device,
+        )
+
+    @_named_stream
+    def sft(self, folder: str) -> Iterator[dict[str, float]]:
+        """Warm up; yields reports, the last of an epoch with `valid_loss` and `stop`. folder: for the best weights."""
+        yield from self._learner.sft(Path(folder))
+
+    @_named
+    def step(self, *tables: pa.Table) -> dict[str, float]:
+        """One RL step on the groups of all tables (every rank gets all of them); metrics are equal on all ranks."""
+        return self._learner.step(tables)
+
+    @_named_stream
+    def export_weights(self) -> Iterator[WeightBucket]:
+        """All weights in buckets from rank 0; the other ranks yield nothing."""
+        yield from self._learner.export_weights()
+
+    @_named
+    def weights_checksum(self) -> int:
+        """rollout.weights.checksum of what export_weights sends."""
+        return self._learner.weights_checksum()
+
+    @_named
+    def save_checkpoint(self, path: str, state: dict[str, Any], keep: int | None = None) -> None:
+        """See Learner.save_checkpoint."""
+        self._learner.save_checkpoint(Path(path), state, keep)
+
+    @_named
+    def load_checkpoint(self, path: str) -> dict[str, Any]:
+        """See Learner.load_checkpoint; returns the state that the driver had saved."""
+        return self._learner.load_checkpoint(Path(path))
+
+    @_named
+    def save_huggingface(self, path: str) -> None:
+        """Write a Hugging Face directory of the policy."""
+        self._learner.save_huggingface(Path(path))
+
+
+def _error(rank: Any, doing: str, error: Exception) -> LearnerError:
+    """Gloo and nccl see a dead peer only as a broken connection."""
+    text = f"{type(error).__name__}: {error}".strip()
+    message = f"learner rank {rank._rank} of {rank._world_size} failed in {doing}: {text}"
+    lost = ("Connection reset", "Connection closed", "Broken pipe", "Timed out", "NCCL", "ncclRemoteError")
+    if any(sign in text for sign in lost):
+        message += f"\n{PEER_LOST}; its own error says why. Restart all ranks from a checkpoint"
+    return LearnerError(message)
+
+
+def _interface(address: str) -> str:
+    """Name of the network interface that has `address`."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return name
+    raise LearnerError(f"no network interface of this host has its Ray address {address}")
