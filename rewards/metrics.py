@@ -17,7 +17,7 @@ def reward_metrics(tables: Sequence[pa.Table]) -> dict[str, float]:
     reward: mean over candidates. reward_std: mean over groups of the standard deviation within (unbiased; 0 for one
     candidate). frac_reward_zero_std: share of groups whose rewards are all equal, which teach nothing.
     rewards/<name>/mean and /std: of each term over all candidates, before its weight. groups_with_hit: share of groups
-    that hold the target. hits/rank_<i>: share of groups whose candidate at rank i is the target.
+    that hold the target. invalid_candidates: candidates that are no title. hits/rank_<i>: share of groups whose candidate at rank i is the target.
     """
     tables = [table for table in tables if table.num_rows]
     if not tables:
@@ -32,6 +32,7 @@ def reward_metrics(tables: Sequence[pa.Table]) -> dict[str, float]:
         "reward_std": float(std.mean()),
         "frac_reward_zero_std": float((std < 1e-8).mean()),
         "groups_with_hit": float(layout.any(hit).mean()),
+        "invalid_candidates": float((layout.flat(table["candidate_class"]) < 0).sum()),
     }
     for name in table.column_names:
         if name.startswith(PREFIX):
