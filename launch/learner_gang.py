@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import ObjectRef
+from ray import ObjectRef, ObjectRefGenerator
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
 from catalog.catalog import Catalog
 from launch.config import Config
-from learner.rank import LearnerRank
+from learner.rank import PEER_LOST, LearnerRank
 from rollout.streams import PublishedWeights
+
+BLAME_S = 5.0
+"""After one rank failed, how long to wait for the errors of the others before one is blamed."""
 
 
 class LearnerLost(RuntimeError):
@@ -114,28 +117,39 @@ class LearnerGang:
             ray.kill(rank)
         self._ranks = []
 
+    def _streams(self, method: str, *arguments: Any) -> list[ObjectRefGenerator]:
+        return [getattr(rank, method).options(num_returns="streaming").remote(*arguments) for rank in self._ranks]
+
     def _all(self, what: str, refs: Sequence[ObjectRef]) -> list[Any]:
-        """The results of one call on all ranks. Raises LearnerLost naming the rank that died or does not answer."""
+        """The results of one call on all ranks.
+
+        Raises what a rank raised, or LearnerLost naming the rank that died or does not answer.
+        """
         deadline = time.monotonic() + self._config.learner.timeout_s
-        waiting = dict(zip(refs, range(len(refs)), strict=True))
+        waiting, failures = list(refs), {}
         while waiting:
-            done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not done and not failures:
                 raise LearnerLost(
-                    f"learner ranks {sorted(waiting.values())} have not finished {what!r} after "
+                    f"learner ranks {sorted(refs.index(ref) for ref in waiting)} have not finished {what!r} after "
                     f"learner.timeout_s={self._config.learner.timeout_s:g} s"
                 )
-            self._check(what, done[0], waiting.pop(done[0]))
+            if not done:
+                break
+            try:
+                ray.get(done[0])
+            except RayError as error:
+                failures[refs.index(done[0])] = error
+                deadline = min(deadline, time.monotonic() + BLAME_S)  # the others fail too; whose fault is it?
+        if failures:
+            raise _blame(what, failures)
         return ray.get(list(refs))
 
-    def _check(self, what: str, ref: ObjectRef, rank: int) -> None:
-        try:
-            ray.get(ref, timeout=self._config.learner.timeout_s)
-        except RayActorError as error:
-            raise LearnerLost(f"learner rank {rank} died during {what!r}: {str(error).splitlines()[0]}") from error
-        except GetTimeoutError as error:
-            raise LearnerLost(f"the result of {what!r} of learner rank {rank} did not arrive") from error
-        except RayTaskError as error:
-            if len(self._ranks) > 1 and "Connection" in str(error):
-                raise LearnerLost(f"learner rank {rank} lost its peers during {what!r}") from error
-            raise
+
+def _blame(what: str, failures: dict[int, RayError]) -> Exception:
+    """The error of the rank at fault: a dead one, else one with an error of its own, else any that lost its peers."""
+    for rank, error in failures.items():
+        if isinstance(error, RayActorError):
+            return LearnerLost(f"learner rank {rank} died during {what!r}: {str(error).strip().splitlines()[0]}")
+    own = [error for error in failures.values() if PEER_LOST not in str(error)]
+    return own[0] if own else LearnerLost(str(next(iter(failures.values()))))
