@@ -17,7 +17,8 @@ def reward_metrics(tables: Sequence[pa.Table]) -> dict[str, float]:
     reward: mean over candidates. reward_std: mean over groups of the standard deviation within (unbiased; 0 for one
     candidate). frac_reward_zero_std: share of groups whose rewards are all equal, which teach nothing.
     rewards/<name>/mean and /std: of each term over all candidates, before its weight. groups_with_hit: share of groups
-    that hold the target. invalid_candidates: candidates that are no title. hits/rank_<i>: share of groups whose candidate at rank i is the target.
+    that hold the target. invalid_candidates: number of candidates that are no title. hits/rank_<i>: share of groups
+    whose candidate at rank i is the target.
     """
     tables = [table for table in tables if table.num_rows]
     if not tables:
