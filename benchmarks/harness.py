@@ -1,7 +1,7 @@
 """How every ratio is measured: both sides alternate in one run, medians and spread, peak memory in fresh processes.
 
 >>> row = compare("end-to-end", "tiny-64", ours=lambda: step(), theirs=lambda: published_step(), repeats=3)
->>> row = replace(row, **memory_columns(peak_memory("benchmarks.x:ours", shape), peak_memory("benchmarks.x:theirs")))
+>>> row = with_memory(row, peak_memory("benchmarks.x:ours", shape), peak_memory("benchmarks.x:theirs", shape))
 >>> write_rows([row], "Whole steps")                 # prints the table; JSON to $OUT if it is set
 
 A Side keeps an object in a process of its own, for comparisons whose time and memory are measured in the same run.
@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +235,9 @@ def peak_memory(function: str, *arguments: Any) -> Call:
         return side.call("call", *arguments)
 
 
-def memory_columns(ours: Call, theirs: Call) -> dict[str, float]:
-    """Columns for dataclasses.replace(row, ...)."""
-    return {"ours_gib": ours.peak_gib, "theirs_gib": theirs.peak_gib}
+def with_memory(row: Row, ours: Call, theirs: Call) -> Row:
+    """The row with the peak memory of two calls."""
+    return replace(row, ours_gib=ours.peak_gib, theirs_gib=theirs.peak_gib)
 
 
 def _serve(factory: str, arguments: Sequence[Any]) -> None:

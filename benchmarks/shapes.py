@@ -1,14 +1,19 @@
 """The workloads that are measured: a model, a catalogue and a number of groups each."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.harness import REPOSITORY
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
+from catalog.config import TemplateConfig
+from launch.actors import Actors
 from launch.config import Config, compose
 from launch.model import prepare_model
+from launch.placement import plan
+from learner.config import SftConfig
 
 
 class ShapeAbsentError(Exception):
@@ -22,7 +27,8 @@ class Shape:
     name: str
     groups: int
     real: bool
-    """SmolLM2-135M on the real Industrial catalogue (MODEL=, DATA=); else the embedded catalogue and its model."""
+    """SmolLM2-135M on the real Industrial catalogue (MODEL=, DATA=); else the embedded catalogue, with the published
+    prompt as the real one has, and its small model after an epoch of SFT."""
     dtype: str = "float32"
     overrides: tuple[str, ...] = ()
 
@@ -46,14 +52,11 @@ class Workload:
     model_path: Path
     catalog: Catalog
 
-    @property
-    def example_ids(self) -> list[int]:
-        """Groups of the step, evenly spaced over the training split."""
-        return self.step_examples(self.shape.groups)
-
-    def step_examples(self, groups: int) -> list[int]:
+    def step_examples(self, step: int) -> list[int]:
+        """Examples of one step, evenly spaced over the training split and others at every step."""
         total = len(self.catalog.examples("train"))
-        return [int((index + 0.5) * total / groups) for index in range(groups)]
+        spacing = total / self.shape.groups
+        return [int((index + 0.5) * spacing + step) % total for index in range(self.shape.groups)]
 
     def prompts(self, example_ids: list[int]) -> list[list[int]]:
         examples = self.catalog.examples("train")
@@ -81,8 +84,23 @@ def build(shape: Shape, *overrides: str) -> Workload:
             *overrides,
         ],
     )
+    config.data.template = TemplateConfig()
     model_path = prepare_model(config)
-    return Workload(shape, config, model_path, build_catalog(config.data, str(model_path)))
+    catalog = build_catalog(config.data, str(model_path))
+    return Workload(shape, config, model_path if shape.real else _warmed_up(config, model_path, catalog), catalog)
+
+
+def _warmed_up(config: Config, model_path: Path, catalog: Catalog) -> Path:
+    """The model after one epoch of SFT, made once: with random weights every title would be about as likely."""
+    path = model_path.with_name(f"{model_path.name}-warm-{catalog.fingerprint}")
+    if not path.is_dir():
+        config = replace(config, learner=replace(config.learner, dtype="float32", sft=SftConfig(epochs=1)))
+        with TemporaryDirectory() as folder, Actors(config, plan(config), catalog, model_path, 1) as actors:
+            actors.learner.join()
+            for _ in actors.learner.sft(Path(folder)):
+                pass
+            actors.learner.save_huggingface(path)
+    return path
 
 
 def _folder(variable: str, default: Path) -> str:

@@ -1,0 +1,166 @@
+"""Whole training steps, the project against the published way: rollout, reward, reference, learn, sync.
+
+Both sides start from the same weights, take the same prompts and make real optimizer steps in turn. Each is a process
+of its own, so that its time and its peak memory come from the same run. In float32 the candidates of the first step
+must be identical and its gradient norm equal, or there is no figure.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from benchmarks.harness import Call, Row, Side, row_of_pairs, threads, with_memory, write_rows
+from benchmarks.published_way import PublishedTrainer
+from benchmarks.shapes import SHAPES, ShapeAbsentError, Workload, build
+from launch.actors import Actors
+from launch.placement import plan
+from launch.train import Clock
+
+REPEATS = {"tiny-64": 3, "industrial-135m-fp32": 1, "industrial-135m-bf16": 1}
+WARMUPS = {"tiny-64": 1}
+GRADIENT_TOLERANCE = 1e-3
+PUBLISHED_BATCHES = {"tiny-64": {"generate_groups": 16, "learn_groups": 4}}
+"""Groups at a time that make the published way fastest (benchmarks.published_options); else 4 and 1."""
+
+
+class Ours:
+    """The project's own actors, driven as the training loop drives them."""
+
+    def __init__(self, shape: str, *overrides: str) -> None:
+        self.workload = build(SHAPES[shape], *overrides)
+        config = self.workload.config
+        self.actors = Actors(config, plan(config), self.workload.catalog, self.workload.model_path, 1000)
+        self.actors.learner.join()
+        self.actors.rollouts.ready(config.cluster.start_timeout_s)
+        self.version = 0
+        self._sync()
+
+    def step(self, example_ids: Sequence[int]) -> dict[str, Any]:
+        """One training step: {"loss", "gradient_norm", "tokens", "seconds" by stage, ...}."""
+        rollouts, rewards, learner = self.actors.rollouts, self.actors.rewards, self.actors.learner
+        clock = Clock()
+        with clock("rollout"):
+            scoring = [
+                rewards.submit(table, "train") for table in rollouts.land(rollouts.launch("train", example_ids, 0))
+            ]
+        with clock("reward"):
+            scored = list(rewards.results(scoring))
+        with clock("learn"):
+            metrics = learner.step(scored)
+        with clock("sync"):
+            self.version += 1
+            self._sync()
+        tables = ray.get(scored)
+        tokens = {
+            row["example_id"]: row["candidate_tokens"]
+            for table in tables
+            for row in table.select(["example_id", "candidate_tokens"]).to_pylist()
+        }
+        reference = metrics.get("seconds/reference", 0.0)
+        return {
+            "loss": metrics["loss"],
+            "gradient_norm": metrics["grad_norm"],
+            "hit_share": metrics["groups_with_hit"],
+            "tokens": [candidate for example_id in example_ids for candidate in tokens[example_id]],
+            "seconds": clock.seconds | {"reference": reference, "learn": clock.seconds["learn"] - reference},
+        }
+
+    def _sync(self) -> None:
+        self.actors.rollouts.publish(self.actors.learner.export(version=self.version))
+        self.actors.rollouts.loaded()
+
+    def close(self) -> None:
+        self.actors.__exit__(None, None, None)
+
+
+class Theirs:
+    """The published way on the same weights and prompts."""
+
+    def __init__(self, shape: str) -> None:
+        import torch
+
+        torch.set_num_threads(threads())
+        self.workload = build(SHAPES[shape])
+        learner = self.workload.config.learner
+        self.batches = PUBLISHED_BATCHES.get(shape, {})
+        self.trainer = PublishedTrainer(
+            str(self.workload.model_path),
+            self.workload.catalog.trie,
+            dtype=learner.dtype,
+            group_size=self.workload.config.rollout.group_size,
+            beta=learner.beta,
+            learning_rate=learner.optimizer.learning_rate,
+            gradient_checkpointing=False,
+        )
+
+    def step(self, example_ids: list[int]) -> dict[str, Any]:
+        prompts, targets = self.workload.prompts(example_ids), self.workload.target_classes(example_ids)
+        report = self.trainer.step(prompts, targets, **self.batches)
+        return vars(report)
+
+
+def measure(shape: str) -> tuple[Row, dict[str, Any]]:
+    """The row of one shape and what lies behind it: seconds by stage of both sides, and how equal their results were.
+
+    Raises ShapeAbsentError where the model or the data is not here, AssertionError where results differ.
+    """
+    workload = build(SHAPES[shape])
+    warmups, repeats = WARMUPS.get(shape, 0), REPEATS[shape]
+    steps = [workload.step_examples(step) for step in range(warmups + repeats)]
+    with Side("benchmarks.end_to_end:Ours", shape) as ours, Side("benchmarks.end_to_end:Theirs", shape) as theirs:
+        calls = [(ours.call("step", ids), theirs.call("step", ids)) for ids in steps]
+    check_equal(workload, *calls[0])
+    measured = calls[warmups:]
+    row = row_of_pairs(
+        "end-to-end", shape, [(mine.seconds, published.seconds) for mine, published in measured], note=_note(measured)
+    )
+    details = {
+        "shape": shape,
+        "ours_stages": [mine.result["seconds"] for mine, _ in measured],
+        "theirs_stages": [published.result["seconds"] for _, published in measured],
+        "identical_candidates": [same_candidates(*pair) for pair in calls],
+        "gradient_norms": [[side.result["gradient_norm"] for side in pair] for pair in calls],
+        "losses": [[side.result["loss"] for side in pair] for pair in calls],
+        "groups_with_hit": [mine.result["hit_share"] for mine, _ in calls],
+        "idle_gib": [side.idle_gib for side in calls[0]],
+    }
+    return with_memory(row, *calls[-1]), details
+
+
+def check_equal(workload: Workload, ours: Call, theirs: Call) -> None:
+    """The first step from equal weights: float32 must agree; bfloat16 rounds differently on both sides."""
+    if workload.shape.dtype != "float32":
+        return
+    assert same_candidates(ours, theirs) == 1.0, f"candidates differ: {same_candidates(ours, theirs):.1%} are the same"
+    norms = [side.result["gradient_norm"] for side in (ours, theirs)]
+    assert abs(norms[0] - norms[1]) <= GRADIENT_TOLERANCE * max(norms[1], 1e-6), f"gradient norms differ: {norms}"
+
+
+def same_candidates(ours: Call, theirs: Call) -> float:
+    """Share of places in all groups that hold the same candidate."""
+    pairs = list(zip(ours.result["tokens"], theirs.result["tokens"], strict=True))
+    return sum(mine == published for mine, published in pairs) / len(pairs)
+
+
+def _note(calls: Sequence[tuple[Call, Call]]) -> str:
+    stages = calls[-1][0].result["seconds"], calls[-1][1].result["seconds"]
+    return ", ".join(f"{stage} {stages[0][stage]:.2g}/{stages[1][stage]:.2g} s" for stage in stages[1])
+
+
+def main(shapes: Sequence[str] = tuple(SHAPES)) -> None:
+    rows, details = [], []
+    for shape in shapes:
+        try:
+            row, detail = measure(shape)
+        except ShapeAbsentError as absent:
+            print(f"{shape}: skipped, {absent}", flush=True)
+            continue
+        rows.append(row)
+        details.append(detail)
+        write_rows(rows, "Whole training steps against the published way", {"details": details})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or tuple(SHAPES))
