@@ -1,0 +1,169 @@
+"""The rollout worker: a Ray actor that owns one engine and streams group tables."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from catalog.catalog import Catalog
+from rollout.config import RolloutConfig, Strategy
+from rollout.engine import RolloutEngine
+from rollout.engines import create_engine
+from rollout.groups import group_table
+
+TIMINGS = ("calls", "groups", "candidate_tokens", "generate_s", "loads", "load_weights_s")
+"""What a worker counts: engine calls, the groups and tokens that these gave, weight loads, and seconds of both."""
+EngineFactory = Callable[[str, Path, RolloutConfig], RolloutEngine]
+
+
+class StaleWeights(RuntimeError):
+    """A rollout was asked of a policy version that the worker does not hold."""
+
+    def __init__(self, rank: int, held: int | None, asked: int) -> None:
+        super().__init__(rank, held, asked)
+        self.rank, self.held, self.asked = rank, held, asked
+
+    def __str__(self) -> str:
+        held = "no version yet (only the weights it started with)" if self.held is None else f"version {self.held}"
+        return (
+            f"rollout worker {self.rank} holds {held}, the rollout asks for version {self.asked}; "
+            "call load_weights with that version first (a restarted worker has lost its weights)"
+        )
+
+
+class ChecksumMismatch(RuntimeError):
+    """A worker's weights after loading are not the ones that were exported."""
+
+    def __init__(self, rank: int, version: int, exported: int, loaded: int) -> None:
+        super().__init__(rank, version, exported, loaded)
+        self.rank, self.version, self.exported, self.loaded = rank, version, exported, loaded
+
+    def __str__(self) -> str:
+        return (
+            f"rollout worker {self.rank}, version {self.version}: the exporter's checksum is {self.exported:#018x}, "
+            f"the loaded weights have {self.loaded:#018x}; its rollouts would come from another policy"
+        )
+
+
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})
+class RolloutWorker:
+    """Holds one engine; every table it streams is a pure function of (policy version, example ids, seed).
+
+    >>> worker = RolloutWorker.options(num_gpus=1, max_restarts=3).remote(0, model_path, catalog_path, config)
+    >>> ray.get(worker.ready.remote())
+    >>> ray.get(worker.load_weights.remote(version, bucket_refs, checksum))
+    >>> stream = stream_rollout(worker, 0, "train", example_ids, version, seed)     # rollout.streams
+    >>> for rank, table_ref in collect([stream], timeout_s): ...
+
+    One call runs at a time, so weights never change under a rollout; `health` answers at any time.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        model_path: str,
+        catalog_path: str,
+        config: RolloutConfig,
+        version: int | None = None,
+        engine_factory: EngineFactory = create_engine,
+    ) -> None:
+        """version: the policy version of the weights at model_path; None: load_weights comes before any rollout."""
+        self._rank = rank
+        self._config = config
+        self._version = version
+        self._catalog = Catalog.load(catalog_path)
+        self._timings = dict.fromkeys(TIMINGS, 0.0)
+        self._now("idle")
+        self._engine = engine_factory(model_path, self._catalog.path / "trie.arrow", config)
+
+    def ready(self) -> int:
+        """The worker's rank, once the engine is up."""
+        return self._rank
+
+    def rollout(
+        self,
+        split: str,
+        example_ids: Sequence[int],
+        policy_version: int,
+        seed: int,
+        group_size: int | None = None,
+        strategy: Strategy | None = None,
+    ) -> Iterator[pa.Table]:
+        """Stream tables of config.groups_per_table rows (the last may be shorter), in the order of example_ids.
+
+        split: "train", "valid" or "test". group_size, strategy: replace the configured ones, for evaluation.
+        Raises StaleWeights when the worker holds another policy version.
+        """
+        if policy_version != self._version:
+            raise StaleWeights(self._rank, self._version, policy_version)
+        examples = self._catalog.examples(split)
+        for first in range(0, len(example_ids), self._config.groups_per_table):
+            ids = [int(i) for i in example_ids[first : first + self._config.groups_per_table]]
+            self._now(f"generating groups {first} to {first + len(ids) - 1} of {len(example_ids)} ({split})")
+            prompts = [examples.prompt_tokens(i) for i in ids]
+            targets = [int(examples.target_class[i]) for i in ids]
+            seeds = [group_seed(seed, policy_version, i) for i in ids]
+            started = time.perf_counter()
+            groups = self._engine.generate(prompts, seeds, targets, group_size=group_size, strategy=strategy)
+            self._timings["generate_s"] += time.perf_counter() - started
+            self._timings["calls"] += 1
+            self._timings["groups"] += len(groups)
+            self._timings["candidate_tokens"] += sum(len(tokens) for group in groups for tokens in group.tokens)
+            self._now(f"waiting for room in the queue ({split}, {first + len(ids)} of {len(example_ids)} groups done)")
+            yield group_table(ids, policy_version, prompts, targets, groups)
+        self._now("idle")
+
+    def load_weights(self, version: int, bucket_refs: list[ray.ObjectRef], checksum: int) -> dict[str, Any]:
+        """Replace the weights by those of `version`: {"checksum", "seconds"}.
+
+        bucket_refs: references to rollout.weights.WeightBucket. checksum: the exporter's. Raises ChecksumMismatch with
+        both values, after which the worker refuses rollouts until a load succeeds.
+        """
+        self._now(f"loading the weights of version {version}")
+        started = time.perf_counter()
+        self._version = None
+        loaded = self._engine.load_weights(ray.get(list(bucket_refs)))
+        if loaded != checksum:
+            raise ChecksumMismatch(self._rank, version, checksum, loaded)
+        self._version = version
+        seconds = time.perf_counter() - started
+        self._timings["loads"] += 1
+        self._timings["load_weights_s"] += seconds
+        self._now("idle")
+        return {"checksum": loaded, "seconds": seconds}
+
+    @ray.method(concurrency_group="health")
+    def health(self) -> dict[str, Any]:
+        """What the worker is doing and for how long: {"rank", "process", "version", "doing",
+        "seconds"}."""
+        doing, since = self._doing
+        return {
+            "rank": self._rank,
+            "process": os.getpid(),
+            "version": self._version,
+            "doing": doing,
+            "seconds": time.monotonic() - since,
+        }
+
+    @ray.method(concurrency_group="health")
+    def timings(self) -> dict[str, float]:
+        """Totals of TIMINGS since the worker started, by name."""
+        return dict(self._timings)
+
+    def shutdown(self) -> None:
+        """Free the engine."""
+        self._engine.shutdown()
+
+    def _now(self, doing: str) -> None:
+        self._doing = (doing, time.monotonic())
+
+
+def group_seed(seed: int, policy_version: int, example_id: int) -> int:
+    """The seed of one group, in [0, 2^63): it depends on neither the batch nor the worker."""
+    state = np.random.SeedSequence([seed, policy_version, example_id]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
