@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from catalog.catalog import Catalog
 
+from catalog.catalog import Catalog
 from rewards.config import RewardTerm
 from rewards.group import Groups
 from rewards.interface import Reward, make_reward, score

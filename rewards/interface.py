@@ -45,7 +45,7 @@ class PerGroup:
     def _one(self, group: Group) -> Sequence[float]:
         try:
             return self.function(group, **self.args)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _raised(self.name, [group.example_id], error) from error
 
 
@@ -79,7 +79,7 @@ def score(name: str, reward: Reward, groups: Groups) -> pa.ListArray:
         returned = reward(groups)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _raised(name, groups.example_ids.tolist(), error) from error
     values = _flat_values(name, returned, groups)
     with np.errstate(over="ignore"):
@@ -145,11 +145,11 @@ def _check_arguments(name: str, written: Callable, args: dict[str, Any]) -> None
         ) from None
 
 
-def _raised(name: str, example_ids: list[int], error: Exception) -> RewardError:
+def _raised(name: str, example_ids: list[int], error: BaseException) -> RewardError:
     return RewardError(f"reward {name!r} raised on {name_examples(example_ids)}:\n{_own_frames(error)}")
 
 
-def _own_frames(error: Exception) -> str:
+def _own_frames(error: BaseException) -> str:
     """The traceback below this file: the frames that the author of the reward wrote or called."""
     frames = error.__traceback__
     while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:

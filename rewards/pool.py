@@ -7,12 +7,11 @@ from pathlib import Path
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import RayActorError, RayTaskError
 
 from rewards.config import RewardTerm
-from rewards.errors import RewardError, RewardTimeoutError, name_examples
+from rewards.errors import RewardError, RewardTimeoutError
 from rewards.registry import resolve
-from rewards.stage import Pending, Replica, Stage
+from rewards.stage import Stage, Work
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,8 @@ class Handle:
 
     scored: ObjectRef
     """The table with its rewards, once they are there."""
-    seconds: ObjectRef
-    """What each term took, small enough for the driver."""
-    table: ObjectRef
-    replica: Replica
-    """Where it is put together."""
+    work: Work
+    """What puts it together; its value is the seconds that each term took."""
 
 
 class RewardPool:
@@ -69,21 +65,22 @@ class RewardPool:
         waiting = {replica.actor.ready.remote(): stage for stage in self._stages for replica in stage.replicas}
         done, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
         for ref in done:
-            self._get(ref, f"reward {waiting[ref].names} could not start")
+            waiting[ref].check_ready(ref)
         if late:
-            names = sorted({waiting[ref].names for ref in late})
-            raise RewardTimeoutError(f"rewards {', '.join(names)} are not ready after {timeout_s:g} s")
+            names = ", ".join(sorted({waiting[ref].names for ref in late}))
+            raise RewardTimeoutError(f"reward {names} is not ready after {timeout_s:g} s")
 
     def submit(self, table: ObjectRef, split: str) -> Handle:
         """Have the groups of `table`, examples of `split`, scored; returns at once."""
-        inputs = [self._score(stage, table, split) for stage in self._heavy]
+        inputs = []
+        for stage in self._heavy:
+            replica = stage.least_loaded()
+            inputs.append(self._note(Work(replica, table, replica.actor.score.remote(table, split))))
         replica = self._stages[-1].least_loaded()
         scored, seconds = replica.actor.combine.options(num_returns=2).remote(
-            table, split, self.weights, *(done for _, done in inputs)
+            table, split, self.weights, *(work.done for work in inputs)
         )
-        replica.pending.append(Pending(seconds, table, inputs))
-        self._note_queue(self._stages[-1])
-        return Handle(scored, seconds, table, replica)
+        return Handle(scored, self._note(Work(replica, table, seconds, inputs)))
 
     def results(self, handles: Iterable[Handle]) -> Iterator[ObjectRef]:
         """References to the scored tables, in order, each as soon as it is there. Raises RewardError."""
@@ -92,8 +89,8 @@ class RewardPool:
 
     def result(self, handle: Handle) -> ObjectRef:
         """Wait for one table. Raises RewardError, or RewardTimeoutError when a term exceeds its timeout_s."""
-        handle.replica.wait(handle.seconds)
-        for key, seconds in self._get(handle.seconds, "rewards failed", handle.table).items():
+        handle.work.replica.wait(handle.work)
+        for key, seconds in handle.work.value().items():
             self._seconds[key] = self._seconds.get(key, 0.0) + seconds
         return handle.scored
 
@@ -102,9 +99,7 @@ class RewardPool:
 
         rewards/<name>/seconds: time in the term's actors. rewards/<name>/queue: most tables that waited for them.
         """
-        metrics = dict(
-            self._get(self._stages[-1].least_loaded().actor.metrics.remote(*scored), "reward metrics failed")
-        )
+        metrics = dict(ray.get(self._stages[-1].least_loaded().actor.metrics.remote(*scored)))
         metrics |= {f"rewards/{key}/seconds": seconds for key, seconds in self._seconds.items()}
         metrics |= {f"rewards/{key}/queue": float(queued) for key, queued in self._queued.items()}
         self._seconds, self._queued = {}, {}
@@ -122,33 +117,13 @@ class RewardPool:
             raise RewardError("the reward actors do not run; call RewardPool.start() first")
         return [*self._heavy, self._combining]
 
-    def _score(self, stage: Stage, table: ObjectRef, split: str) -> tuple[Replica, ObjectRef]:
-        replica = stage.least_loaded()
-        done = replica.actor.score.remote(table, split)
-        replica.pending.append(Pending(done, table, ()))
-        self._note_queue(stage)
-        return replica, done
-
-    def _note_queue(self, stage: Stage) -> None:
+    def _note(self, work: Work) -> Work:
+        """Put `work` in its replica's queue and remember how long the queue of each term has been."""
+        work.replica.queue.append(work)
+        stage = work.replica.stage
         for term in stage.terms:
-            self._queued[term.key] = max(self._queued.get(term.key, 0), stage.queue)
-
-    def _get(self, ref: ObjectRef, what: str, table: ObjectRef | None = None) -> dict[str, float]:
-        """The value of a small result, or the RewardError that the actor raised, without Ray's wrapping."""
-        try:
-            return ray.get(ref)
-        except RayTaskError as error:
-            cause = error.cause
-            while isinstance(cause, RayTaskError):
-                cause = cause.cause
-            if isinstance(cause, RewardError):
-                raise cause from None
-            raise RewardError(f"{what}:\n{error}") from error
-        except RayActorError as error:
-            groups = f" on {name_examples(ray.get(table)['example_id'].to_pylist())}" if table else ""
-            raise RewardError(
-                f"{what}: the actor of {' or '.join(self.weights)} died again and again{groups}: {error}"
-            ) from error
+            self._queued[term.key] = max(self._queued.get(term.key, 0), stage.queued)
+        return work
 
 
 def _is_light(term: RewardTerm) -> bool:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from catalog.catalog import Catalog
 
+from catalog.catalog import Catalog
 from rewards.group import NO_TITLE, Groups
 from rollout.groups import Candidates, group_table
 

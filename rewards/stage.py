@@ -7,24 +7,47 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rewards.actor import RewardActor
 from rewards.config import RewardTerm
-from rewards.errors import RewardTimeoutError, name_examples
+from rewards.errors import RewardError, RewardTimeoutError, name_examples
 
 RETRIES = 2
 """How often one table is scored again after the actor that held it died."""
 
 
-@dataclass(frozen=True)
-class Pending:
+@dataclass(frozen=True, eq=False)
+class Work:
     """A table that a replica has been given."""
 
-    done: ObjectRef
-    """Ready when the table is scored."""
+    replica: "Replica"
     table: ObjectRef
-    inputs: Sequence[tuple["Replica", ObjectRef]]
-    """What must be done first, by other replicas."""
+    done: ObjectRef
+    """What the replica returns for it."""
+    inputs: Sequence["Work"] = ()
+    """What other replicas must do first."""
+
+    def value(self) -> Any:
+        """What the replica returned. Raises RewardError for whatever went wrong in it or in one of the inputs."""
+        try:
+            return ray.get(self.done)
+        except RayError as error:
+            for work in self.inputs:
+                work.value()
+            raise self._failure(error) from None
+
+    def groups(self) -> str:
+        """The groups of the table, for messages; the only place where the driver fetches one."""
+        return name_examples(ray.get(self.table)["example_id"].to_pylist())
+
+    def _failure(self, error: RayError) -> RewardError:
+        names = self.replica.stage.names
+        if plain := _plain(error):
+            return plain
+        if isinstance(error, RayActorError):
+            return RewardError(f"reward {names}: its actor died {RETRIES + 1} times over {self.groups()}: {error}")
+        return RewardError(f"reward {names} failed on {self.groups()}: {error}")
 
 
 class Replica:
@@ -33,28 +56,28 @@ class Replica:
     def __init__(self, actor: Any, stage: "Stage") -> None:
         self.actor = actor
         self.stage = stage
-        self.pending: deque[Pending] = deque()
+        self.queue: deque[Work] = deque()
 
     def drop_finished(self) -> None:
-        if not self.pending:
+        if not self.queue:
             return
-        refs = [entry.done for entry in self.pending]
+        refs = [work.done for work in self.queue]
         finished = set(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0])
-        while self.pending and self.pending[0].done in finished:
-            self.pending.popleft()
+        while self.queue and self.queue[0].done in finished:
+            self.queue.popleft()
 
-    def wait(self, done: ObjectRef) -> None:
-        """Return when `done` is ready. Raises RewardTimeoutError when any table before it, or its own, takes too long.
+    def wait(self, work: Work) -> None:
+        """Return when `work` is done. Raises RewardTimeoutError when it, or a table before it, takes too long.
 
         The clock of a table starts when the one before it is finished, so that a long queue is no time-out.
         """
-        while any(entry.done == done for entry in self.pending):
-            head = self.pending[0]
-            for replica, input_done in head.inputs:
-                replica.wait(input_done)
+        while work in self.queue:
+            head = self.queue[0]
+            for needed in head.inputs:
+                needed.replica.wait(needed)
             if not ray.wait([head.done], timeout=self.stage.timeout_s, fetch_local=False)[0]:
-                raise self.stage.late(head, len(self.pending))
-            self.pending.popleft()
+                raise self.stage.late(head)
+            self.queue.popleft()
 
 
 class Stage:
@@ -84,20 +107,32 @@ class Stage:
         """The replica with the fewest unfinished tables."""
         for replica in self.replicas:
             replica.drop_finished()
-        return min(self.replicas, key=lambda replica: len(replica.pending))
+        return min(self.replicas, key=lambda replica: len(replica.queue))
 
     @property
-    def queue(self) -> int:
+    def queued(self) -> int:
         """Tables given to the replicas and not finished when last looked at."""
-        return sum(len(replica.pending) for replica in self.replicas)
+        return sum(len(replica.queue) for replica in self.replicas)
 
-    def late(self, entry: Pending, queued: int) -> RewardTimeoutError:
-        example_ids = ray.get(entry.table)["example_id"].to_pylist()
+    def late(self, work: Work) -> RewardTimeoutError:
         return RewardTimeoutError(
-            f"reward {self.names} gave no answer for {name_examples(example_ids)} within {self.timeout_s:g} s; "
-            f"{queued} tables wait for that actor. If it is slow and not stuck, raise its timeout_s or its replicas"
+            f"reward {self.names} gave no answer for {work.groups()} within {self.timeout_s:g} s; "
+            f"{len(work.replica.queue)} tables wait for its actor. "
+            "If it is slow and not stuck, raise its timeout_s or its replicas"
         )
+
+    def check_ready(self, ready: ObjectRef) -> None:
+        """Raise the RewardError that kept a replica from getting ready, if any did."""
+        try:
+            ray.get(ready)
+        except RayError as error:
+            raise _plain(error) or RewardError(f"reward {self.names} could not start: {error}") from None
 
     def close(self) -> None:
         for replica in self.replicas:
             ray.kill(replica.actor)
+
+
+def _plain(error: RayError) -> RewardError | None:
+    """The RewardError that an actor raised, without Ray's wrapping."""
+    return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, RewardError) else None

@@ -1,0 +1,174 @@
+"""Writing a reward: what it sees, how it is found, and what is said when it returns nonsense."""
+
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import faulty_rewards
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rewards import registry
+from rewards.check import check, main
+from rewards.errors import RewardError
+from rewards.group import Group, Groups
+from rewards.interface import make_reward, score
+from rewards.ranking import Ranking
+from rewards.registry import registered_names, resolve
+from rewards.samples import sample_groups
+
+FAULTY = Path(faulty_rewards.__file__)
+
+
+def score_samples(name: str, **args: object) -> list[list[float]]:
+    groups = sample_groups()
+    return score(name, make_reward(name, getattr(faulty_rewards, name), groups.catalog, args), groups).to_pylist()
+
+
+def test_a_group_shows_what_was_rolled_out() -> None:
+    group = sample_groups()[1]
+    assert (group.example_id, group.policy_version, group.user_id) == (1, 0, "ben")
+    assert group.history_titles == ["Copper Wire 12 AWG, 100 ft", "Copper Wire 14 AWG, 100 ft"]
+    assert group.target_title == "Digital Caliper, 6 inch"
+    assert group.candidate_classes == [4, 3, 9, 5, 0, 2]
+    assert group.candidate_titles[group.candidate_classes.index(group.target_class)] == group.target_title
+    assert bytes(group.candidate_tokens[2]).decode() == group.candidate_titles[2] == "Safety Glasses, Clear"
+    assert group.scores == sorted(group.scores, reverse=True)
+
+
+def test_a_candidate_that_is_no_title_has_none() -> None:
+    group = sample_groups()[-1]
+    assert group.candidate_classes[1] == -1
+    assert group.candidate_titles[1] == ""
+
+
+def test_groups_are_a_sequence() -> None:
+    groups = sample_groups()
+    assert [group.example_id for group in groups] == [0, 1, 2, 3]
+    assert groups[-1] == groups[3]
+    assert list(groups[1:3]) == [groups[1], groups[2]]
+    with pytest.raises(IndexError):
+        groups[4]
+
+
+def test_functions_and_classes_score_alike() -> None:
+    by_function = score_samples("title_length")
+    assert by_function == [pytest.approx([len(t) / 100 for t in group.candidate_titles]) for group in sample_groups()]
+    assert score_samples("Constant", value=0.5) == [[0.5] * 6] * 4
+
+
+@pytest.mark.parametrize("shuffled", [[2, 0, 3, 1], [3, 2, 1, 0]])
+def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
+    groups = sample_groups()
+    other = Groups(groups.table.take(shuffled), groups.catalog, groups.split)
+    for name in ("rule", "ranking", "diversity", "popularity"):
+        reward = make_reward(name, resolve(name), groups.catalog, {})
+        straight = score(name, reward, groups).to_pylist()
+        assert score(name, reward, other).to_pylist() == [straight[row] for row in shuffled]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", r"(?s)reward 'raises' raised on group 2:.*KeyError: 'no price for PLA Filament"),
+        ("not_a_number", "reward 'not_a_number' gave nan to the candidate at rank 5 of group 2"),
+        ("too_large", "reward 'too_large' gave inf to the candidate at rank 0 of group 0"),
+        ("one_short", r"reward 'one_short' returned 5 values \(\[.*\]\) for group 2, which has 6 candidates"),
+        ("one_number", r"reward 'one_number' returned 1.0 for group 0, which has 6 candidates"),
+        ("nothing", "reward 'nothing' returned None for group 0"),
+        ("words", r"reward 'words' returned 6 values \(\['Steel .*expected one float for each"),
+        ("exits", r"reward 'exits' raised on group 0"),
+        ("OneGroupShort", r"reward 'OneGroupShort' returned 3 lists for 4 groups \(groups 0, 1, 2, 3\)"),
+        ("Flat", r"reward 'Flat' returned 24 lists for 4 groups"),
+        ("CannotStart", r"(?s)reward 'CannotStart' could not be made with args {}:.*FileNotFoundError: weights.bin"),
+        ("NotCallable", "class NotCallable needs a method __call__"),
+    ],
+)
+def test_nonsense_is_named(name: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        score_samples(name)
+
+
+def test_a_traceback_shows_only_the_reward() -> None:
+    with pytest.raises(RewardError) as caught:
+        score_samples("raises")
+    assert "interface.py" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["title_length", "Constant"])
+def test_unknown_arguments_are_named(name: str) -> None:
+    with pytest.raises(RewardError, match=f"reward '{name}': got an unexpected keyword argument 'colour'"):
+        score_samples(name, colour="red")
+
+
+def test_found_by_name_import_path_and_file(tmp_path: Path) -> None:
+    assert resolve("ranking") is resolve("ranking_only") is Ranking
+    assert resolve("rewards.ranking:Ranking") is Ranking
+    (tmp_path / "near_module.py").write_text("def f(group):\n    return [0.0]\n")
+    assert resolve("near_module:f", root=tmp_path)(None) == [0.0]
+    assert resolve("./near_module.py:f", root=tmp_path)(None) == [0.0]
+    assert resolve(f"{tmp_path}/near_module.py:f")(None) == [0.0]
+    sys.modules.pop("near_module")
+    sys.path.remove(str(tmp_path))
+
+
+def test_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = [EntryPoint("cheap", "faulty_rewards:title_length", registry.ENTRY_POINTS)]
+    monkeypatch.setattr(registry, "entry_points", lambda group, name=None: [e for e in installed if name != "x"])
+    assert resolve("cheap") is faulty_rewards.title_length
+    assert registered_names()[-1] == "cheap"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rankin", "'rankin' is not registered; did you mean 'ranking'"),
+        ("no_such_module:f", "there is no module 'no_such_module', neither installed nor under"),
+        ("faulty_rewards:title_lenth", "faulty_rewards has no 'title_lenth'; it has .*title_length"),
+        ("no_such_file.py:f", "there is no file .*no_such_file.py"),
+    ],
+)
+def test_what_is_not_found_is_named(name: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        resolve(name)
+
+
+def test_a_file_that_does_not_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_package\n")
+    with pytest.raises(RewardError, match=r"running .*broken.py failed: ModuleNotFoundError.*no_such_package"):
+        resolve(f"{tmp_path}/broken.py:f")
+
+
+def test_check_shows_every_group_and_its_rewards() -> None:
+    console = Console(record=True, width=120)
+    rewards = check(f"{FAULTY}:title_length", {}, sample_groups(), console)
+    text = console.export_text()
+    for group, row in zip(sample_groups(), rewards.to_pylist(), strict=True):
+        assert f"target:  {group.target_title}" in text
+        assert f"{row[0]:+.4f}" in text
+    assert "24 candidates in 4 groups" in text
+
+
+def test_check_warns_of_a_reward_that_teaches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"{FAULTY}:Constant", "--args", "value=0.25"]) == 0
+    shown = capsys.readouterr().out
+    assert "+0.2500" in shown
+    assert "4 of 4 groups got one and the same reward throughout" in " ".join(shown.split())
+
+
+def test_a_group_can_be_made_by_hand() -> None:
+    group = Group(
+        example_id=0,
+        policy_version=0,
+        user_id="u",
+        history_titles=["a"],
+        history_classes=[0],
+        target_title="b",
+        target_class=1,
+        candidate_titles=["b", "longer"],
+        candidate_classes=[1, 2],
+        candidate_tokens=[[1], [2]],
+        scores=[-1.0, -2.0],
+    )
+    np.testing.assert_allclose(faulty_rewards.title_length(group), [0.01, 0.06])

@@ -1,0 +1,155 @@
+"""The pool and its actors: what comes out of them, and what happens when a reward goes wrong."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from reward_catalog import build_sample_catalog, some_groups
+
+from catalog.catalog import Catalog
+from rewards.config import RewardTerm
+from rewards.errors import RewardError, RewardTimeoutError
+from rewards.metrics import reward_metrics
+from rewards.pool import RewardPool
+from rewards.ranking import ranking_rewards
+from rewards.rule import rule_rewards
+
+FAULTY = Path(__file__).parent / "faulty_rewards.py"
+StartPool = Callable[..., RewardPool]
+
+
+@pytest.fixture(scope="session")
+def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Catalog:
+    return build_sample_catalog(tmp_path_factory.mktemp("catalogue"), tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def start_pool(ray_session: None, catalog: Catalog) -> Iterator[StartPool]:
+    """Starts pools over the sample catalogue and ends their actors."""
+    pools: list[RewardPool] = []
+
+    def start(*terms: RewardTerm) -> RewardPool:
+        pools.append(RewardPool(terms, catalog.path).start())
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+def faulty(name: str, **settings: Any) -> RewardTerm:
+    return RewardTerm(f"{FAULTY}:{name}", **settings)
+
+
+def score(pool: RewardPool, tables: list[pa.Table]) -> list[pa.Table]:
+    return ray.get(list(pool.results([pool.submit(ray.put(table), "train") for table in tables])))
+
+
+def test_scored_tables_hold_every_term_and_the_weighted_sum(start_pool: StartPool) -> None:
+    pool = start_pool(RewardTerm("rule"), faulty("title_length", weight=0.2), RewardTerm("ranking", weight=2.0))
+    pool.ready(timeout_s=60)
+    tables = [some_groups(5, seed=seed) for seed in range(3)]
+    for table, scored in zip(tables, score(pool, tables), strict=True):
+        assert scored.select(table.column_names).equals(table)
+        assert scored.column_names[-4:] == ["reward/rule", "reward/title_length", "reward/ranking", "reward"]
+        rule, length, ranking, total = (np.array(scored[name].to_pylist()) for name in scored.column_names[-4:])
+        np.testing.assert_allclose(rule, rule_rewards(table).to_pylist())
+        np.testing.assert_allclose(ranking, ranking_rewards(table).to_pylist())
+        assert length.min() > 0.1
+        np.testing.assert_allclose(total, rule + 0.2 * length + 2 * ranking, atol=1e-6)
+
+
+def test_metrics_and_what_terms_cost(start_pool: StartPool) -> None:
+    pool = start_pool(RewardTerm("rule"), faulty("Constant", args={"seconds": 0.1}))
+    handles = [pool.submit(ray.put(some_groups(4, seed=seed)), "train") for seed in range(3)]
+    scored = list(pool.results(handles))
+    metrics = pool.metrics(scored)
+    expected = reward_metrics(ray.get(scored))
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["rewards/Constant/seconds"] >= 0.3
+    assert metrics["rewards/rule/seconds"] < metrics["rewards/Constant/seconds"]
+    assert 2 <= metrics["rewards/Constant/queue"] <= 3
+    assert "rewards/Constant/seconds" not in pool.metrics(scored)
+
+
+def test_terms_run_in_parallel_and_replicas_share_tables(start_pool: StartPool, tmp_path: Path) -> None:
+    """Two terms of two replicas each get two tables, and all four wait until the others have theirs."""
+    args = {"folder": str(tmp_path), "count": 4}
+    pool = start_pool(*(faulty("Meets", args=args, label=label, replicas=2) for label in ("a", "b")))
+    assert len(score(pool, [some_groups(2)] * 2)) == 2
+
+
+def test_a_raise_stops_with_the_reward_the_group_and_the_traceback(start_pool: StartPool) -> None:
+    pool = start_pool(RewardTerm("rule"), faulty("raises"))
+    with pytest.raises(RewardError, match=r"reward 'raises' raised on group 2:") as caught:
+        score(pool, [some_groups(4)])
+    assert 'raise KeyError("no price for " + group.candidate_titles[0])' in str(caught.value)
+    assert "KeyError: 'no price for " in str(caught.value)
+    assert "ray" not in str(caught.value)
+
+
+def test_an_error_while_starting_keeps_its_traceback(start_pool: StartPool) -> None:
+    pool = start_pool(faulty("CannotStart"))
+    with pytest.raises(
+        RewardError, match=r"(?s)reward 'CannotStart' could not be made.*FileNotFoundError: weights.bin"
+    ):
+        pool.ready(timeout_s=60)
+
+
+def test_a_killed_actor_is_restarted_and_its_groups_are_scored_again(start_pool: StartPool, tmp_path: Path) -> None:
+    pool = start_pool(RewardTerm("rule"), faulty("DiesOnce", args={"mark": str(tmp_path / "died")}))
+    pool.ready(timeout_s=60)
+    scored = score(pool, [some_groups(4, seed=seed) for seed in range(3)])
+    assert (tmp_path / "died").exists()
+    assert [table["reward/DiesOnce"].to_pylist() for table in scored] == [[[1.0] * 6] * 4] * 3
+
+
+def test_the_actor_that_adds_up_may_be_killed_too(start_pool: StartPool) -> None:
+    pool = start_pool(RewardTerm("rule"))
+    score(pool, [some_groups(1)])
+    actor = pool._combining.replicas[0].actor  # type: ignore[union-attr]
+    ray.kill(actor, no_restart=False)
+    tables = [some_groups(4, seed=seed) for seed in range(3)]
+    assert [scored["reward"].combine_chunks() for scored in score(pool, tables)] == [rule_rewards(t) for t in tables]
+
+
+def test_an_actor_that_always_dies_stops_the_run(start_pool: StartPool) -> None:
+    pool = start_pool(RewardTerm("rule"), faulty("DiesAlways"))
+    with pytest.raises(RewardError, match=r"reward 'DiesAlways': its actor died 3 times over groups 0, 1, 2, 3"):
+        score(pool, [some_groups(4)])
+
+
+def test_a_hang_is_a_time_out_that_names_reward_and_groups(start_pool: StartPool) -> None:
+    pool = start_pool(RewardTerm("rule"), faulty("Constant", args={"seconds": 600}, timeout_s=1.0))
+    pool.ready(timeout_s=60)
+    with pytest.raises(
+        RewardTimeoutError, match=r"reward 'Constant' gave no answer for groups 0, 1 within 1 s; 2 tab"
+    ):
+        score(pool, [some_groups(2), some_groups(4)])
+
+
+def test_a_long_queue_is_no_time_out(start_pool: StartPool) -> None:
+    pool = start_pool(faulty("Constant", args={"seconds": 0.3}, timeout_s=2.0))
+    pool.ready(timeout_s=60)
+    assert len(score(pool, [some_groups(1)] * 8)) == 8
+
+
+def test_terms_are_checked_before_any_actor_starts(catalog: Catalog) -> None:
+    for terms, message in (
+        ([RewardTerm("rul")], "did you mean 'rule'"),
+        ([RewardTerm("rule"), RewardTerm("rule")], "two rewards are called 'rule'"),
+        ([RewardTerm("rule", weight=float("nan"))], "weight=nan must be finite"),
+        ([RewardTerm("rule", replicas=0)], "replicas=0 must be 1 or more"),
+        ([RewardTerm("rule", num_gpus=-1)], "num_gpus=-1 must not be negative"),
+    ):
+        with pytest.raises(RewardError, match=message):
+            RewardPool(terms, catalog.path)
+
+
+def test_a_pool_that_was_not_started_says_so(catalog: Catalog) -> None:
+    with pytest.raises(RewardError, match=r"call RewardPool.start\(\) first"):
+        RewardPool([RewardTerm("rule")], catalog.path).submit(None, "train")
