@@ -1,0 +1,157 @@
+"""Objectives against their formulas written out, and the sum over micro-batches against the unsplit loss."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from learner.config import LearnerConfig
+from learner.objectives import CompletionBatch, ObjectiveError, names, objective, resolve
+
+LENGTHS = (3, 5, 1, 4, 2, 5)
+
+
+def completions(seed: int = 0, off_policy: bool = False) -> CompletionBatch:
+    random = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+
+    def draw() -> torch.Tensor:
+        return (-torch.rand(mask.shape, generator=random)).masked_fill(~mask, 0.0)
+
+    return CompletionBatch(
+        logp=draw().requires_grad_(),
+        mask=mask,
+        advantages=torch.randn(len(LENGTHS), generator=random),
+        logp_ref=draw(),
+        logp_old=draw() if off_policy else None,
+        logp_rollout=draw() if off_policy else None,
+    )
+
+
+def rows(batch: CompletionBatch, chosen: slice) -> CompletionBatch:
+    fields = {name: value for name, value in vars(batch).items() if value is not None}
+    return CompletionBatch(**{name: value[chosen] for name, value in fields.items()})
+
+
+def tokens_of(batch: CompletionBatch) -> list[list[list[int]]]:
+    return [[[0] * length for length in batch.mask.sum(1).tolist()]]
+
+
+def written_out(name: str, batch: CompletionBatch, config: LearnerConfig) -> torch.Tensor:
+    """The loss, one completion and one token at a time."""
+    losses = []
+    for row, length in enumerate(LENGTHS):
+        lp, ref, old, roll = (
+            values[row, :length]
+            for values in (batch.logp, batch.logp_ref, batch.logp_old, batch.logp_rollout)  # type: ignore[index]
+        )
+        advantage = batch.advantages[row]
+        kl = torch.exp(ref - lp) - (ref - lp) - 1
+        low, high = 1 - config.clip_low, 1 + config.clip_high  # type: ignore[operator]
+
+        def clipped(ratio: torch.Tensor, advantage: torch.Tensor = advantage) -> torch.Tensor:
+            return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)  # noqa: B023
+
+        if name in ("grpo", "dapo"):
+            gain = clipped(torch.exp(lp - old)) * torch.exp(old - roll).clamp(max=config.importance_cap)
+            per_token = config.beta * kl - gain
+            losses.append(per_token.mean() if name == "grpo" else per_token.sum())
+        elif name in ("gspo", "rank_grpo"):
+            gain = clipped(torch.exp((lp - old).mean())) * torch.exp((old - roll).mean()).clamp(
+                max=config.importance_cap
+            )
+            losses.append(config.beta * kl.mean() - gain)
+        else:
+            weight = torch.exp((lp - roll).sum()).clamp(max=config.importance_cap).detach()
+            losses.append(config.beta * kl.sum() - weight * advantage * lp.sum())
+    return torch.stack(losses).sum() / (sum(LENGTHS) if name == "dapo" else len(LENGTHS))
+
+
+@pytest.mark.parametrize("name", names())
+def test_objectives_equal_their_formulas(name: str) -> None:
+    config = LearnerConfig(beta=0.1, clip_low=0.2, clip_high=0.3, importance_cap=1.2)
+    batch = completions(off_policy=True)
+    contributions, metrics = resolve(name)(batch, config)
+    loss = contributions.sum() / resolve(name).count(tokens_of(batch))
+    expected = written_out(name, batch, config)
+    torch.testing.assert_close(loss, expected)
+    gradient, expected_gradient = (torch.autograd.grad(value, batch.logp)[0] for value in (loss, expected))
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert all(values.shape == (len(LENGTHS),) for values in metrics.values())
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_micro_batches_add_up_to_the_unsplit_loss(name: str, off_policy: bool) -> None:
+    config = LearnerConfig(beta=0.1, clip_low=0.2, clip_high=0.2)
+    batch = completions(1, off_policy)
+    chosen = resolve(name)
+    count = chosen.count(tokens_of(batch))
+    whole = chosen(batch, config)[0].sum() / count
+    parts = sum(chosen(rows(batch, part), config)[0].sum() / count for part in (slice(0, 1), slice(1, 4), slice(4, 6)))
+    torch.testing.assert_close(parts, whole)
+    gradients = [torch.autograd.grad(value, batch.logp, retain_graph=True)[0] for value in (parts, whole)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", names())
+def test_padding_has_no_influence(name: str) -> None:
+    config = LearnerConfig(beta=0.1)
+    batch = completions(2, off_policy=True)
+    noisy = {
+        key: torch.where(batch.mask, value, 7.0) if value is not None and value.dim() == 2 else value
+        for key, value in vars(batch).items()
+    } | {"mask": batch.mask}
+    torch.testing.assert_close(resolve(name)(CompletionBatch(**noisy), config)[0], resolve(name)(batch, config)[0])
+
+
+def test_on_policy_the_gradients_of_grpo_and_gspo_agree() -> None:
+    config = LearnerConfig(beta=0.0)
+    batch = completions(3)
+    gradients = [
+        torch.autograd.grad(resolve(name)(batch, config)[0].sum(), batch.logp)[0] for name in ("grpo", "gspo")
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_clipping_stops_the_gradient_on_the_side_it_bounds_only() -> None:
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    logp = torch.log(torch.tensor([[1.5], [0.5], [1.5], [0.5]])).requires_grad_()
+    batch = CompletionBatch(logp, mask, torch.tensor([1.0, 1.0, -1.0, -1.0]), logp_old=torch.zeros(4, 1))
+    contributions, metrics = resolve("grpo")(batch, LearnerConfig(beta=0.0, clip_low=0.2, clip_high=0.4))
+    contributions.sum().backward()
+    assert (logp.grad != 0).flatten().tolist() == [False, True, True, False]
+    assert metrics["clipped"].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_names_are_the_files_of_the_folder() -> None:
+    assert names() == ["dapo", "grpo", "gspo", "rank_grpo", "reinforce"]
+
+
+def test_an_objective_of_another_package_is_found_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    @objective(mean_over="completions")
+    def likelihood(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -batch.token_sum(batch.logp), {}
+
+    module = types.ModuleType("somebody_else")
+    module.likelihood = likelihood  # type: ignore[attr-defined]
+    module.undeclared = lambda batch, config: batch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "somebody_else", module)
+    assert resolve("somebody_else:likelihood").count([[[1], [1]], [[1]]]) == 3
+    with pytest.raises(ObjectiveError, match="declare it with"):
+        resolve("somebody_else:undeclared")
+    with pytest.raises(ObjectiveError, match="cannot be imported"):
+        resolve("somebody_else:missing")
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ObjectiveError, match=r"no objective 'ppo'; known are .*'grpo'"):
+        resolve("ppo")
+
+
+def test_advantages_belong_to_the_objective() -> None:
+    rewards = [np.array([1.0, 0.0, 0.0])]
+    np.testing.assert_allclose(resolve("reinforce").advantages(rewards, True)[0], [1.0, -0.5, -0.5])
+    assert not resolve("rank_grpo").advantages(rewards, True)[0].any()  # no other list to compare with
