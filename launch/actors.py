@@ -1,6 +1,7 @@
 """Everything that a run starts: Ray, rollout workers, reward actors, learner ranks; and their end."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from rewards.pool import RewardPool
 def connect(config: Config) -> None:
     """Start a Ray of this run's own, or join the cluster at config.cluster.address."""
     if config.cluster.address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's actors would otherwise yield to every other program
         ray.init(
             include_dashboard=False,
             object_store_memory=int(config.cluster.object_store_gib * 2**30),

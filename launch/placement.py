@@ -1,5 +1,6 @@
 """Which actor takes which devices, and whether the cluster has them."""
 
+import os
 from dataclasses import dataclass
 
 import ray
@@ -65,6 +66,15 @@ def check_devices(config: Config, placement: Placement, resources: dict[str, flo
             f"CLUSTER={config.cluster.name} needs {' and '.join(missing)}; "
             "start it on machines that have them, or take another profile of configs/cluster, such as CLUSTER=local"
         )
+
+
+def check_this_machine(config: Config, placement: Placement) -> None:
+    """check_devices for a profile that starts its own Ray here, without starting it."""
+    if config.cluster.address == "local":
+        import torch
+
+        found = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+        check_devices(config, placement, found)
 
 
 def reserve(placement: Placement, timeout_s: float) -> PlacementGroup | None:

@@ -14,7 +14,7 @@ from launch.dry_run import batch_arithmetic, data_order
 from launch.evaluate import eval_examples, evaluate
 from launch.learner_gang import LearnerLost
 from launch.model import prepare_model
-from launch.placement import plan
+from launch.placement import check_this_machine, plan
 from launch.progress import Progress
 from launch.report import print_metrics, write_report
 from launch.run_directory import RunDirectory, versions
@@ -30,6 +30,7 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
     Raises before anything heavy starts where a fault can be known: configuration, data, model, devices.
     """
     progress, placement = Progress(), plan(config)
+    check_this_machine(config, placement)
     RunDirectory.check(config, resume=resume, overwrite=overwrite)
     with progress.stage("catalogue") as stage:
         model_path = prepare_model(config)
