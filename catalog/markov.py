@@ -6,6 +6,7 @@ so that a window of a sequence has the same law wherever it begins, and the prob
 the history that a prompt shows can be computed exactly, without knowing what came before it.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +24,7 @@ IN_DEPARTMENT = 0.9
 """Share of a preference that stays in the preferred department."""
 POPULARITY_EXPONENT = 1.0
 """The title of popularity rank r is preferred in proportion to r ** -POPULARITY_EXPONENT."""
+STEPS_TO_STATIONARY = math.ceil(math.log(1e-14) / math.log(FOLLOW))
 CELLS_AT_ONCE = 4_000_000
 
 
@@ -57,11 +59,9 @@ class Markov:
             shape=(titles, titles),
         )
         distribution = self.preference
-        while True:
-            after = FOLLOW * (distribution @ follow) + (1 - FOLLOW) * self.preference
-            if np.abs(after - distribution).sum(1).max() < 1e-12:
-                return after / after.sum(1, keepdims=True)
-            distribution = after
+        for _ in range(STEPS_TO_STATIONARY):
+            distribution = FOLLOW * (distribution @ follow) + (1 - FOLLOW) * self.preference
+        return distribution / distribution.sum(1, keepdims=True)
 
     def sample(self, lengths: np.ndarray, draw: np.random.Generator) -> Ragged:
         """One sequence of titles per user; lengths [users]."""

@@ -94,10 +94,11 @@ class Titles:
 
 
 def product_titles(count: int, draw: np.random.Generator) -> Titles:
-    """`count` distinct titles, spread evenly over families, in random order."""
+    """`count` distinct titles, at least one per department, spread evenly over families, in random order."""
     brands, products = len(DEPARTMENTS[0].brands), len(DEPARTMENTS[0].products)
-    families = len(DEPARTMENTS) * brands * products
-    used = draw.permutation(families)[: max(len(DEPARTMENTS), min(families, count // TITLES_PER_FAMILY))]
+    families = np.arange(len(DEPARTMENTS) * brands * products).reshape(len(DEPARTMENTS), -1)
+    one_of_each_department_in_turn = draw.permuted(families, axis=1).T.ravel()
+    used = one_of_each_department_in_turn[: max(len(DEPARTMENTS), count // TITLES_PER_FAMILY)]
     family = draw.permutation(used[np.arange(count) % len(used)])
     variants = np.empty(count, np.int64)
     for members in np.split(

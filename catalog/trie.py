@@ -179,7 +179,7 @@ class Trie:
                 eos_token=int(metadata[b"eos_token"]),
                 tokenizer_fingerprint=metadata[b"tokenizer_fingerprint"].decode(),
             )
-        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+        except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError) as error:
             raise TrieError(
                 f"{path}: not a readable trie ({error}); delete it and build the catalogue again"
             ) from error
