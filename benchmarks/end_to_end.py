@@ -42,9 +42,8 @@ class Ours:
         rollouts, rewards, learner = self.actors.rollouts, self.actors.rewards, self.actors.learner
         clock = Clock()
         with clock("rollout"):
-            scoring = [
-                rewards.submit(table, "train") for table in rollouts.land(rollouts.launch("train", example_ids, 0))
-            ]
+            flight = rollouts.launch("train", np.asarray(example_ids), seed=0)
+            scoring = [rewards.submit(table, "train") for table in rollouts.land(flight)]
         with clock("reward"):
             scored = list(rewards.results(scoring))
         with clock("learn"):

@@ -36,7 +36,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny-64", groups=64, real=False),
+        Shape("tiny-64", groups=64, real=False, overrides=("data.generated.users=400",)),
         Shape("industrial-135m-fp32", groups=4, real=True),
         Shape("industrial-135m-bf16", groups=4, real=True, dtype="bfloat16"),
     )
