@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
 from benchmarks.harness import Call, Row, Side, row_of_pairs, threads, with_memory, write_rows
