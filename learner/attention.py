@@ -26,6 +26,7 @@ class Run:
     start: int
     stop: int
     ancestors: tuple[tuple[int, int], ...]
+    """Each is a run of its own, further up."""
 
 
 @dataclass
@@ -85,7 +86,7 @@ def _split(
         branch = root + 1
         while branch < end and subtree_end[branch] == end:
             branch += 1
-        long = branch - root >= MIN_CHAIN
+        long = branch - root >= MIN_CHAIN or end - root > MAX_RUN
         if pending < root and (long or end - pending > MAX_RUN):
             runs.append(Run(pending, root, ancestors))
             pending = root
@@ -127,16 +128,42 @@ def tree_attention(
             module, query, key, value, blocks, scaling=scaling, softcap=softcap, dropout=dropout
         )
         return output, None
-    heads = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+    return _run_attention(query, key, value, tree, sliding_window, scaling, dropout, softcap), None
+
+
+def _run_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: TreeMask,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[1, N, H, D]: one attention call per run.
+
+    The query heads that share a key head lie behind each other as further queries, so that keys are never repeated.
+    """
+    runs = tree.runs(window, query.dtype)
+    sizes = [run.stop - run.start for run, _ in runs]
+    index_of = {run.start: index for index, (run, _) in enumerate(runs)}
+    queries = query.unflatten(1, (key.shape[1], -1)).split(sizes, 3)
+    keys, values = key.split(sizes, 2), value.split(sizes, 2)
     outputs = []
-    for run, mask in tree.runs(sliding_window, query.dtype):
-        ranges = (*run.ancestors, (run.start, run.stop))
-        keys = torch.cat([key[:, :, start:stop] for start, stop in ranges], 2)
-        values = torch.cat([value[:, :, start:stop] for start, stop in ranges], 2)
-        queries = query[:, :, run.start : run.stop]
-        outputs.append(_attend(queries, keys, values, mask, scaling, dropout, softcap))
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    for index, (run, mask) in enumerate(runs):
+        seen = [*(index_of[start] for start, _ in run.ancestors), index]
+        output = _attend(
+            queries[index].flatten(2, 3),
+            torch.cat([keys[other] for other in seen], 2) if len(seen) > 1 else keys[index],
+            torch.cat([values[other] for other in seen], 2) if len(seen) > 1 else values[index],
+            mask.repeat(queries[index].shape[2], 1),
+            scaling,
+            dropout,
+            softcap,
+        )
+        outputs.append(output.unflatten(2, (-1, sizes[index])))
+    return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2)
 
 
 def _attend(
