@@ -42,18 +42,18 @@ def check(spec: str, args: dict[str, Any], groups: Groups, console: Console) -> 
     key = RewardTerm(spec).key
     rewards = score(key, make_reward(key, resolve(spec), groups.catalog, args), groups)
     for group, values in zip(groups, rewards.to_pylist(), strict=True):
-        console.print(_table(group, key, values))
+        console.print(f"group {group.example_id}, user {escape(group.user_id)}", style="bold")
+        console.print(f"history  {escape(' | '.join(group.history_titles))}", soft_wrap=True)
+        console.print(f"target   {escape(group.target_title)}", soft_wrap=True)
+        console.print(_table(group, key, values), "")
     _summary(console, key, groups, rewards)
     return rewards
 
 
 def _table(group: Group, key: str, values: list[float]) -> Table:
-    history = " | ".join(group.history_titles)
-    title = escape(
-        f"group {group.example_id}, user {group.user_id}\nhistory: {history}\ntarget:  {group.target_title}"
-    )
-    table = Table(title=title, title_justify="left", title_style="", show_edge=False, pad_edge=False)
+    table = Table(show_edge=False, pad_edge=False)
     table.add_column("rank", justify="right")
+    table.add_column("")
     table.add_column("candidate")
     table.add_column("score", justify="right")
     table.add_column(escape(key), justify="right")
@@ -62,7 +62,8 @@ def _table(group: Group, key: str, values: list[float]) -> Table:
     ):
         hit = item_class == group.target_class
         shown = escape(candidate) or "(no title)"
-        table.add_row(str(rank), shown, f"{of_search:.2f}", f"{value:+.4f}", style="bold green" if hit else None)
+        row = (str(rank), "hit" if hit else "", shown, f"{of_search:.2f}", f"{value:+.4f}")
+        table.add_row(*row, style="bold green" if hit else None)
     return table
 
 
@@ -70,13 +71,15 @@ def _summary(console: Console, key: str, groups: Groups, rewards: pa.ListArray) 
     values = groups.layout.flat(rewards)
     flat = [row for row in rewards.to_pylist() if len(set(row)) == 1]
     console.print(
-        f"\n{escape(key)}: {len(values)} candidates in {len(groups)} groups, mean {values.mean():+.4f}, "
-        f"std {np.std(values):.4f}, from {values.min():+.4f} to {values.max():+.4f}"
+        f"{escape(key)}: {len(values)} candidates in {len(groups)} groups, mean {values.mean():+.4f}, "
+        f"std {np.std(values):.4f}, from {values.min():+.4f} to {values.max():+.4f}",
+        soft_wrap=True,
     )
     if flat:
         console.print(
             f"{len(flat)} of {len(groups)} groups got one and the same reward throughout: alone, this term would "
-            "teach nothing there"
+            "teach nothing there",
+            soft_wrap=True,
         )
 
 

@@ -31,7 +31,7 @@ def ranking_rewards(table: pa.Table, formula: Formula = "published") -> pa.ListA
     else:
         punished = ~hit
         total = layout.sum(np.where(hit, 0.0, weight))
-    return layout.column(-np.divide(weight, total[layout.group], out=np.zeros_like(weight), where=punished))
+    return layout.column(np.divide(-weight, total[layout.group], out=np.zeros_like(weight), where=punished))
 
 
 class Ranking:

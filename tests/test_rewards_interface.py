@@ -145,7 +145,7 @@ def test_check_shows_every_group_and_its_rewards() -> None:
     rewards = check(f"{FAULTY}:title_length", {}, sample_groups(), console)
     text = console.export_text()
     for group, row in zip(sample_groups(), rewards.to_pylist(), strict=True):
-        assert f"target:  {group.target_title}" in text
+        assert f"target   {group.target_title}" in text
         assert f"{row[0]:+.4f}" in text
     assert "24 candidates in 4 groups" in text
 

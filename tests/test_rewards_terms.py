@@ -1,0 +1,209 @@
+"""The built-in terms beyond rule and ranking: hand-worked values and what they refuse."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rewards.collaborative import Collaborative, opinions
+from rewards.diversity import Diversity
+from rewards.embeddings import cached, fingerprint_of_model
+from rewards.errors import RewardError
+from rewards.interface import Reward, score
+from rewards.popularity import Popularity, inverse_propensity
+from rewards.samples import CANDIDATES, EXAMPLES, TITLES, SampleCatalog, SampleExamples, sample_groups
+from rewards.sasrec import SASRec, SASRecShape, load_sasrec, save_sasrec
+from rewards.semantic import Semantic
+from rewards.train_sasrec import SASRecTraining, train_sasrec
+
+
+def score_samples(reward: Reward) -> list[list[float]]:
+    return score("tested", reward, sample_groups()).to_pylist()
+
+
+def write_embeddings(file: Path, vectors: np.ndarray, titles: tuple[str, ...] = TITLES) -> str:
+    pq.write_table(pa.table({"title": titles, "embedding": pa.array(list(vectors), pa.list_(pa.float64()))}), file)
+    return str(file)
+
+
+def test_popularity_weighs_a_hit_by_the_inverse_propensity() -> None:
+    weight = inverse_propensity(np.array([3, 0, 8]), power=0.5, most=10)
+    assert weight / weight[2] == pytest.approx([3 / 2, 3, 1])
+    assert np.average(weight, weights=[3, 0, 8]) == pytest.approx(1.0)
+    capped = inverse_propensity(np.array([3, 0, 8]), power=0.5, most=2)
+    assert capped / capped[2] == pytest.approx([3 / 2, 2, 1])
+    for values, candidates, (_, _, target) in zip(
+        score_samples(Popularity(SampleCatalog())), CANDIDATES, EXAMPLES, strict=True
+    ):
+        assert values == pytest.approx([float(item_class == target) for item_class in candidates])
+
+
+def test_popularity_refuses_bad_arguments() -> None:
+    with pytest.raises(RewardError, match="power=-1 must be 0 or more"):
+        Popularity(SampleCatalog(), power=-1)
+
+
+def test_diversity_punishes_what_was_already_offered() -> None:
+    first, *_, last = score_samples(Diversity(SampleCatalog()))
+    assert first[0] == 1.0
+    assert first[1] == pytest.approx(1 - 7 / 9)  # "steel hex bolt {3|4} inch pack of 10": 7 of 9 words are shared
+    assert first[3] == 1.0
+    assert last[1] == 0.0  # no title
+    assert last[5] < 0.5 < last[4] == 1.0
+
+
+def brute_force_diversity(candidates: tuple[int, ...]) -> list[float]:
+    words = [set() if c < 0 else set(TITLES[c].lower().replace(",", "").replace(".", " ").split()) for c in candidates]
+    similar = [
+        max((len(w & o) / len(w | o) for o in words[:rank] if o), default=0.0) if w else 1.0
+        for rank, w in enumerate(words)
+    ]
+    return [1 - value for value in similar]
+
+
+def test_diversity_equals_brute_force() -> None:
+    expected = [pytest.approx(brute_force_diversity(candidates)) for candidates in CANDIDATES]
+    assert score_samples(Diversity(SampleCatalog())) == expected
+
+
+def test_semantic_is_the_cosine_of_given_embeddings(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(len(TITLES), 5))
+    order = np.random.default_rng(1).permutation(len(TITLES))
+    file = write_embeddings(tmp_path / "e.parquet", vectors[order], tuple(TITLES[c] for c in order))
+    for values, candidates, (_, _, target) in zip(
+        score_samples(Semantic(SampleCatalog(), embeddings=file)), CANDIDATES, EXAMPLES, strict=True
+    ):
+        for value, c in zip(values, candidates, strict=True):
+            cosine = vectors[c] @ vectors[target] / np.linalg.norm(vectors[c]) / np.linalg.norm(vectors[target])
+            assert value == pytest.approx(-1.0 if c < 0 else cosine, abs=1e-6)
+
+
+def test_semantic_refuses_bad_embeddings(tmp_path: Path) -> None:
+    ones = np.ones((len(TITLES), 3))
+    with pytest.raises(RewardError, match=r"needs either args\.model or args\.embeddings"):
+        Semantic(SampleCatalog())
+    with pytest.raises(RewardError, match=r"no_such.parquet has no readable columns"):
+        Semantic(SampleCatalog(), embeddings=str(tmp_path / "no_such.parquet"))
+    missing = write_embeddings(tmp_path / "missing.parquet", ones[1:], TITLES[1:])
+    with pytest.raises(RewardError, match=r"lacks 1 of 10 titles, the first is 'Steel Hex Bolt, 3 inch"):
+        Semantic(SampleCatalog(), embeddings=missing)
+    ones[4] = 0
+    with pytest.raises(RewardError, match="item class 4 has length 0"):
+        Semantic(SampleCatalog(), embeddings=write_embeddings(tmp_path / "zero.parquet", ones))
+
+
+def test_semantic_with_a_sentence_transformer(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    model = write_sentence_model(tmp_path / "model", tiny_tokenizer_dir)
+    reward = Semantic(SampleCatalog(), model=str(model), cache=str(tmp_path / "cache"))
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.name == f"sample-{fingerprint_of_model(str(model))}.npy"
+    for values, candidates, (_, _, target) in zip(score_samples(reward), CANDIDATES, EXAMPLES, strict=True):
+        if target in candidates:
+            assert values[candidates.index(target)] == pytest.approx(1.0, abs=1e-5)
+            assert values[candidates.index(target)] == max(values)
+    written = file.stat().st_mtime_ns
+    Semantic(SampleCatalog(), model=str(model), cache=str(tmp_path / "cache"))
+    assert file.stat().st_mtime_ns == written
+
+
+def write_sentence_model(path: Path, tokenizer_dir: Path) -> Path:
+    """A random BERT with mean pooling, in the form of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(path / "bert")
+    tokenizer.save_pretrained(path / "bert")
+    words = models.Transformer(str(path / "bert"))
+    SentenceTransformer(modules=[words, models.Pooling(32)], device="cpu").save(str(path / "whole"))
+    return path / "whole"
+
+
+def test_the_fingerprint_of_a_model_is_that_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"1")
+    before = fingerprint_of_model(str(tmp_path))
+    assert fingerprint_of_model(str(tmp_path)) == before
+    (tmp_path / "weights").write_bytes(b"2")
+    assert fingerprint_of_model(str(tmp_path)) != before != fingerprint_of_model("a/name")
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    (tmp_path / "e.npy").write_bytes(b"junk")
+    with pytest.raises(RewardError, match=r"e.npy is damaged .* delete it"):
+        cached(tmp_path / "e.npy", lambda: np.ones(1))
+
+
+def test_opinions() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    assert opinions(logits, "scores") is logits
+    assert opinions(logits, "ranks")[0].tolist() == pytest.approx([0.5, 1.0, 1 / math.log2(3)])
+    total = sum(math.exp(value) for value in (0, 1, 2))
+    assert opinions(logits, "probabilities")[0].tolist() == pytest.approx(
+        [1 / total, math.e**2 / total, math.e / total]
+    )
+
+
+def test_sasrec_ignores_padding_and_sees_the_order() -> None:
+    torch.manual_seed(0)
+    small, large = (SASRec(SASRecShape(num_classes=6, max_history=length)).eval() for length in (3, 8))
+    state = small.state_dict()
+    state["position.weight"] = torch.cat([large.position.weight.data[:5], small.position.weight.data])
+    large.load_state_dict(state)
+    histories = [[1, 2, 3], [3], [], [2, 1, 3]]
+    short, long = small(small.pad(histories)), large(large.pad(histories))
+    torch.testing.assert_close(short, long)
+    assert short.isfinite().all()
+    assert not torch.allclose(short[0], short[3])
+
+
+class Cycle(SampleExamples):
+    """The item after c is always c + 1."""
+
+    target_class = np.arange(200, dtype=np.int32) % len(TITLES)
+
+    def __len__(self) -> int:
+        return len(self.target_class)
+
+    def history_classes(self, i: int) -> list[int]:
+        return [int(self.target_class[i - 2]), int(self.target_class[i - 1])]
+
+
+class CycleCatalog(SampleCatalog):
+    def examples(self, split: str) -> Cycle:
+        return Cycle()
+
+
+def test_sasrec_learns_a_cycle_stops_early_and_is_read_back(tmp_path: Path) -> None:
+    told: list[str] = []
+    training = SASRecTraining(epochs=20, patience=2, batch=32, lr=2e-2)
+    file = tmp_path / "models" / "sasrec.safetensors"
+    metrics = train_sasrec(CycleCatalog(), file, training, told.append, hidden=16, max_history=4)
+    assert metrics["test/hr@1"] == metrics["valid/ndcg@10"] == 1.0
+    assert len(told) < 20
+    model = load_sasrec(file, "sample")
+    assert model(model.pad([[3, 4], [8, 9]])).argmax(1).tolist() == [5, 0]
+
+    values = score_samples(Collaborative(CycleCatalog(), model=str(file), output="probabilities"))
+    logits = score_samples(Collaborative(CycleCatalog(), model=str(file)))
+    assert np.array_equal(np.argsort(values[0]), np.argsort(logits[0]))
+    assert values[3][1] == 0.0  # no title
+    assert logits[3][1] == min(logits[3])
+
+
+def test_a_sasrec_of_another_catalogue_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "sasrec.safetensors"
+    save_sasrec(SASRec(SASRecShape(num_classes=10)), file, "another", {})
+    with pytest.raises(RewardError, match="was trained on the catalogue another, this run has sample"):
+        Collaborative(SampleCatalog(), model=str(file))
+    file.write_bytes(b"junk")
+    with pytest.raises(RewardError, match="holds no SASRec model"):
+        Collaborative(SampleCatalog(), model=str(file))
+    with pytest.raises(RewardError, match="output 'rank' is none of scores, ranks, probabilities"):
+        Collaborative(SampleCatalog(), model=str(file), output="rank")
