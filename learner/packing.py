@@ -196,4 +196,4 @@ def _scatter(values: np.ndarray, mask: np.ndarray) -> torch.Tensor:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, np.int64))
+    return torch.from_numpy(np.array(array, np.int64))

@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("rere", deadline=None)  # a busy machine is no failure
+settings.load_profile("rere")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_TEXTS = ["Acme Steel Bolt, 3 inch, Pack of 10", "Acme Steel Nut, 3 inch", "Bora Copper Wire 12 AWG, 100 ft"]

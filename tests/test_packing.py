@@ -1,0 +1,164 @@
+"""Packed batches read back by brute force: every candidate token must see exactly its own prefix."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.attention import TreeMask, split_runs
+from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
+
+Groups = list[tuple[list[int], list[list[int]]]]
+
+tokens = st.integers(0, 3)  # few tokens, so that prefixes, duplicates and whole prompts coincide
+groups_of_tokens = st.lists(
+    st.tuples(
+        st.lists(tokens, min_size=1, max_size=8),
+        st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_size=6),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def split(groups: Groups) -> tuple[list[list[int]], list[list[list[int]]]]:
+    return [prompt for prompt, _ in groups], [candidates for _, candidates in groups]
+
+
+def visible(batch: PackedBatch) -> np.ndarray:
+    """bool [N, N] of a packed row, from subtree_end."""
+    index = np.arange(batch.tokens.shape[1])
+    return (index <= index[:, None]) & (index[:, None] < batch.subtree_end.numpy())
+
+
+def prefix_seen(batch: PackedBatch, candidate: int, step: int) -> list[int]:
+    """The tokens that the row of a candidate's token attends to, in the order of their positions."""
+    row, column = divmod(int(batch.rows[batch.edge_row[batch.edge[candidate, step]]]), batch.tokens.shape[1])
+    if batch.subtree_end is None:
+        seen = np.arange(column + 1)
+        assert batch.attention_mask[row, : column + 1].all()
+    else:
+        seen = np.flatnonzero(visible(batch)[column])
+    assert batch.positions[row, seen].tolist() == list(range(len(seen)))
+    return batch.tokens[row, seen].tolist()
+
+
+@given(groups_of_tokens)
+def test_every_token_is_predicted_from_exactly_its_prefix(groups: Groups) -> None:
+    for batch in (pack_groups(*split(groups)), padded_batch(*split(groups))):
+        paths = [(prompt, candidate) for prompt, candidates in groups for candidate in candidates]
+        assert batch.mask.sum(1).tolist() == [len(candidate) for _, candidate in paths]
+        for index, (prompt, candidate) in enumerate(paths):
+            for step, token in enumerate(candidate):
+                assert batch.edge_target[batch.edge[index, step]] == token
+                assert prefix_seen(batch, index, step) == prompt + candidate[:step]
+
+
+@given(groups_of_tokens)
+def test_no_prefix_is_fed_twice_and_no_leaf_is_fed(groups: Groups) -> None:
+    fed = {
+        tuple((prompt + candidate)[:end])
+        for prompt, candidates in groups
+        for candidate in candidates
+        for end in range(1, len(prompt + candidate))
+    }
+    assert pack_groups(*split(groups)).fed_tokens == len(fed)
+
+
+@given(groups_of_tokens)
+def test_pairs_are_distinct_and_ordered(groups: Groups) -> None:
+    batch = pack_groups(*split(groups))
+    pairs = list(zip(batch.edge_row.tolist(), batch.edge_target.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    assert batch.edge_row.tolist() == sorted(batch.edge_row.tolist())
+    assert batch.rows.tolist() == sorted(set(batch.rows.tolist()))
+
+
+@given(groups_of_tokens)
+def test_the_count_of_a_group_is_what_it_costs_alone(groups: Groups) -> None:
+    for prompt, candidates in groups:
+        assert packed_tokens(prompt, candidates) == pack_groups([prompt], [candidates]).fed_tokens
+
+
+@given(groups_of_tokens, st.integers(1, 9))
+def test_padding_to_a_bucket_sees_only_itself(groups: Groups, bucket: int) -> None:
+    batch, exact = pack_groups(*split(groups), bucket), pack_groups(*split(groups))
+    size = exact.fed_tokens
+    assert batch.fed_tokens == -(-size // bucket) * bucket
+    padded = visible(batch)
+    assert np.array_equal(padded[:size, :size], visible(exact))
+    assert not padded[:size, size:].any()
+    assert np.array_equal(padded[size:], np.eye(batch.fed_tokens, dtype=bool)[size:])
+
+
+def large_groups(seed: int) -> Groups:
+    """Prompts of a shared template with long and short tails, candidates that branch at different depths."""
+    random = np.random.default_rng(seed)
+    template = random.integers(0, 50, 80).tolist()
+    groups = []
+    for tail in (100, 3, 150, 70):
+        titles = random.integers(0, 50, (5, 30)).tolist()
+        candidates = [titles[random.integers(5)][: random.integers(1, 30)] + [60, rank] for rank in range(16)]
+        groups.append((template + random.integers(0, 50, tail).tolist(), candidates))
+    return groups
+
+
+@pytest.mark.parametrize("window", [None, 7, 100])
+def test_runs_cover_the_row_once_and_show_each_query_what_it_may_see(window: int | None) -> None:
+    batch = pack_groups(*split(large_groups(0)))
+    distance = batch.positions[0][:, None] - batch.positions[0][None, :]
+    expected = torch.from_numpy(visible(batch)) & (distance < (window or 10**9))
+    mask = TreeMask(batch.subtree_end, batch.positions[0])
+    found = torch.zeros_like(expected)
+    covered = []
+    for run, additive in mask.runs(window, torch.float32):
+        keys = torch.cat([torch.arange(*ancestors) for ancestors in (*run.ancestors, (run.start, run.stop))])
+        found[run.start : run.stop, keys] = additive == 0
+        covered += range(run.start, run.stop)
+    assert covered == list(range(batch.fed_tokens))
+    assert torch.equal(found, expected)
+    assert len(mask.runs(window, torch.float32)) >= 8
+
+
+@given(groups_of_tokens)
+def test_runs_of_any_tree_see_what_they_may(groups: Groups) -> None:
+    batch = pack_groups(*split(groups))
+    found = np.zeros((batch.fed_tokens, batch.fed_tokens), bool)
+    for run, additive in TreeMask(batch.subtree_end, batch.positions[0]).runs(None, torch.float32):
+        keys = np.concatenate([np.arange(*ancestors) for ancestors in (*run.ancestors, (run.start, run.stop))])
+        found[run.start : run.stop, keys] = (additive == 0).numpy()
+    assert np.array_equal(found, visible(batch))
+
+
+def test_runs_see_few_keys_that_are_masked() -> None:
+    batch = pack_groups(*split(large_groups(1)))
+    runs = split_runs(batch.subtree_end.tolist())
+    pairs = sum(
+        (run.stop - run.start) * (run.stop - run.start + sum(stop - start for start, stop in run.ancestors))
+        for run in runs
+    )
+    assert pairs < 2.5 * visible(batch).sum()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_flex_attention_gets_the_same_relation(window: int | None) -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch = pack_groups(*split(large_groups(2)), bucket=128)
+    size = batch.fed_tokens
+    blocks = TreeMask(batch.subtree_end, batch.positions[0]).block_mask(window)
+    distance = batch.positions[0][:, None] - batch.positions[0][None, :]
+    expected = torch.from_numpy(visible(batch)) & (distance < (window or 10**9))
+    assert torch.equal(create_mask(blocks.mask_mod, None, None, size, size, "cpu")[0, 0], expected)
+    assert blocks.sparsity() > 50  # percent of blocks that are never computed
+
+
+@pytest.mark.parametrize("pack", [pack_groups, padded_batch])
+def test_empty_input_is_refused_by_name(pack: type[PackedBatch]) -> None:
+    with pytest.raises(ValueError, match="group 1 has an empty prompt"):
+        pack([[1], []], [[[2]], [[3]]])
+    with pytest.raises(ValueError, match="group 0: candidate 1 has no tokens"):
+        pack([[1]], [[[2], []]])
+    with pytest.raises(ValueError, match="no candidates"):
+        pack([], [])

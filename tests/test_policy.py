@@ -1,0 +1,242 @@
+"""Log-probabilities and gradients of packed trees against Hugging Face on padded batches."""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from catalog.trie import Trie
+from learner.packing import padded_batch
+from learner.policy import Policy
+
+VOCABULARY, EOS = 97, 96
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+}
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen2-tied-sliding": lambda: Qwen2Config(
+        **SHAPE, tie_word_embeddings=True, use_sliding_window=True, sliding_window=11, max_window_layers=1
+    ),
+    "qwen3": lambda: Qwen3Config(**SHAPE),
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "mistral-sliding": lambda: MistralConfig(**SHAPE, sliding_window=9),
+    "gemma2-sliding-softcap": lambda: Gemma2Config(
+        **SHAPE,
+        sliding_window=9,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=5.0,
+        query_pre_attn_scalar=32,
+    ),
+    "granite-scaled-logits": lambda: GraniteConfig(**SHAPE, logits_scaling=4.0, attention_multiplier=0.2),
+    "cohere2-scaled-logits": lambda: Cohere2Config(**SHAPE, logit_scale=0.3, sliding_window=9),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are too small to gain from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def language_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
+
+
+def groups(seed: int = 0) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """Three groups of one template; candidates share prefixes, repeat, and extend each other."""
+    random = np.random.default_rng(seed)
+    template = random.integers(0, 90, 70)
+    prompts = [np.concatenate([template, random.integers(0, 90, size)]) for size in (5, 90, 3)]
+    candidates = []
+    for size in (6, 5, 1):
+        titles = random.integers(0, 90, (3, 12))
+        parts = [titles[random.integers(3)][: random.integers(1, 12)] for _ in range(size)]
+        candidates.append([np.append(part, EOS) for part in parts])
+    candidates[0][3] = candidates[0][2]
+    candidates[0][4] = candidates[0][2][:-1]
+    return prompts, candidates
+
+
+def hugging_face(lm: PreTrainedModel) -> torch.Tensor:
+    """[C, T]: log-softmax of the model's own logits, every candidate on its own."""
+    lm.set_attn_implementation("eager")
+    batch = padded_batch(*groups())
+    logits = lm(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
+    logp = logits.float().log_softmax(-1).flatten(0, 1)[batch.rows[batch.edge_row], batch.edge_target]
+    return logp[batch.edge] * batch.mask
+
+
+def gradient(lm: PreTrainedModel, logp: torch.Tensor) -> torch.Tensor:
+    lm.zero_grad()
+    weights = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1))
+    (logp * weights).sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in lm.parameters()])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("packing", ["tree", "padded"])
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_logprobs_and_gradients_equal_hugging_face(name: str, packing: str, chunk: int) -> None:
+    lm = language_model(name)
+    expected = hugging_face(lm)
+    expected_gradient = gradient(lm, expected)
+    policy = Policy(lm, packing=packing, logit_chunk_tokens=chunk)  # type: ignore[arg-type]
+    logp = policy(policy.pack(*groups()))
+    torch.testing.assert_close(logp, expected, atol=2e-5, rtol=1e-5)
+    assert relative_error(gradient(lm, logp), expected_gradient) < 1e-5
+
+
+def test_packing_feeds_a_fraction_of_the_padded_tokens() -> None:
+    lm = language_model("llama")
+    fed = [Policy(lm, packing=packing).pack(*groups()).fed_tokens for packing in ("tree", "padded")]  # type: ignore[arg-type]
+    assert fed[0] * 5 < fed[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2-sliding-softcap"])
+def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+    lm = language_model(name).train()
+    policy = Policy(lm)
+    expected = gradient(lm, policy(policy.pack(*groups())))
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradient(lm, policy(policy.pack(*groups()))), expected)
+
+
+def test_bfloat16_stays_close_to_float32() -> None:
+    lm = language_model("qwen2")
+    policy = Policy(lm)
+    expected = policy(policy.pack(*groups()))
+    lm.bfloat16()
+    found = policy(policy.pack(*groups()))
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max().item() < 0.3
+
+
+@pytest.mark.parametrize("packing", ["tree", "padded"])
+@pytest.mark.parametrize("name", ["llama", "gemma2-sliding-softcap", "granite-scaled-logits"])
+def test_trie_logprobs_are_renormalised_over_the_allowed_tokens(name: str, packing: str) -> None:
+    prompts, candidates = groups()
+    titles = sorted({tuple(candidate.tolist()) for group in candidates for candidate in group if candidate[-1] == EOS})
+    candidates[0][4] = np.asarray(titles[0])
+    trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="test")
+    lm = language_model(name)
+    lm.set_attn_implementation("eager")
+    batch = padded_batch(prompts, candidates)
+    logits = lm(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.rows]
+    allowed = torch.full_like(logits, -torch.inf)
+    flat = [candidate.tolist() for group in candidates for candidate in group]
+    row = 0
+    for candidate in flat:
+        for step in range(len(candidate)):
+            following = {title[step] for title in titles if list(title[:step]) == candidate[:step]}
+            allowed[row, list(following)] = logits[row, list(following)]
+            row += 1
+    expected = (allowed.log_softmax(-1)[batch.edge_row, batch.edge_target])[batch.edge] * batch.mask
+    expected_gradient = gradient(lm, expected)
+    for chunk in (1, 1024):
+        policy = Policy(lm, packing=packing, logit_chunk_tokens=chunk, trie=trie)  # type: ignore[arg-type]
+        logp = policy(policy.pack(prompts, candidates))
+        torch.testing.assert_close(logp, expected, atol=2e-5, rtol=1e-5)
+        assert relative_error(gradient(lm, logp), expected_gradient) < 1e-5
+
+
+def test_a_candidate_outside_the_trie_is_refused_with_the_place() -> None:
+    trie = Trie.from_titles([[1, 2, EOS], [1, 3, EOS]], eos_token=EOS, tokenizer_fingerprint="test")
+    policy = Policy(language_model("llama"), trie=trie)
+    with pytest.raises(ValueError, match="candidate 1 of the batch leaves the title trie at token 1"):
+        policy(policy.pack([[5, 6]], [[[1, 2, EOS], [1, 4, EOS]]]))
+
+
+def test_logits_never_exceed_the_budget_in_either_pass() -> None:
+    lm = language_model("qwen2")
+    policy = Policy(lm, logit_chunk_tokens=5)
+    seen: list[int] = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dim() == 2 and result.shape[-1] == VOCABULARY:
+                seen.append(result.shape[0])
+            return result
+
+    with Watch():
+        logp = policy(policy.pack(*groups()))
+    forward = len(seen)
+    with Watch():
+        gradient(lm, logp)
+    assert forward and max(seen) <= 5
+    gc.collect()
+    held = [
+        value
+        for value in gc.get_objects()
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[-1] == VOCABULARY
+    ]
+    assert not held
+
+
+def test_models_that_cannot_be_packed_fall_back_to_padding_with_one_warning() -> None:
+    from transformers import MambaConfig, Qwen3NextConfig
+
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY))
+    hybrid = Qwen3NextConfig(**SHAPE, layer_types=["linear_attention", "full_attention", "full_attention"])
+    for lm in (mamba, AutoModelForCausalLM.from_config(hybrid)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            policy = Policy(lm)
+        assert [str(warning.message) for warning in caught if "padded batches" in str(warning.message)]
+        assert policy.packing == "padded"
+        batch = policy.pack([[1, 2]], [[[3, EOS], [4, EOS]]])
+        assert policy(batch).shape == batch.mask.shape
+
+
+def test_the_saved_model_does_not_remember_the_packing(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    Policy(lm)
+    lm.save_pretrained(tmp_path)
+    assert "tree" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen2", "gemma2-sliding-softcap", "mistral-sliding"])
+def test_flex_attention_on_cuda_equals_the_padded_path(name: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    lm = language_model(name).cuda()
+    expected = gradient(lm, (padded := Policy(lm, packing="padded"))(padded.pack(*groups())).cpu())
+    policy = Policy(lm)
+    found = gradient(lm, policy(policy.pack(*groups())).cpu())
+    assert relative_error(found, expected) < 1e-3
