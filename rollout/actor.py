@@ -50,7 +50,7 @@ class ChecksumMismatch(RuntimeError):
         )
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})
+@ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
 class RolloutWorker:
     """Holds one engine; every table it streams is a pure function of (policy version, example ids, seed).
 
@@ -105,7 +105,7 @@ class RolloutWorker:
         for first in range(0, len(example_ids), self._config.groups_per_table):
             ids = [int(i) for i in example_ids[first : first + self._config.groups_per_table]]
             self._now(f"generating groups {first} to {first + len(ids) - 1} of {len(example_ids)} ({split})")
-            prompts = [examples.prompt_tokens(i) for i in ids]
+            prompts: list[Any] = [examples.prompt_tokens(i) for i in ids]
             targets = [int(examples.target_class[i]) for i in ids]
             seeds = [group_seed(seed, policy_version, i) for i in ids]
             started = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -39,7 +39,7 @@ class PublishedWeights:
         return worker.load_weights.remote(self.version, self.bucket_refs, self.checksum)
 
 
-@dataclass
+@dataclass(eq=False)
 class RolloutStream:
     """One worker's share of a rollout, and how far it has come."""
 
@@ -55,7 +55,7 @@ class RolloutStream:
     tables: Any = None
     received: int = 0
     waited_s: float = 0.0
-    deaths: int = field(default=0)
+    deaths: int = 0
     """Since the last table."""
 
     def start(self) -> None:
@@ -66,10 +66,20 @@ class RolloutStream:
             self.split, remaining, self.policy_version, self.seed, self.group_size, self.strategy
         )
 
+    @property
+    def num_tables(self) -> int:
+        return -(-len(self.example_ids) // self.config.groups_per_table)
+
+    def close(self) -> None:
+        """The worker says that it is done. Raises WorkerLost when tables are missing all the same."""
+        self.tables = None
+        if self.received != self.num_tables:
+            raise WorkerLost(f"{self}: the stream ended after {self.received} tables")
+
     def __str__(self) -> str:
-        count = -(-len(self.example_ids) // self.config.groups_per_table)
+        table = min(self.received + 1, self.num_tables)
         return (
-            f"rollout worker {self.rank} (table {self.received + 1} of {count}, {len(self.example_ids)} "
+            f"rollout worker {self.rank} (table {table} of {self.num_tables}, {len(self.example_ids)} "
             f"{self.split} groups at policy version {self.policy_version})"
         )
 
@@ -107,29 +117,34 @@ def collect(
     stays dead or keeps dying at one table, and whatever a worker raised.
     """
     live = [stream for stream in streams if len(stream.example_ids)]
-    while live:
-        stream = _next_ready(live, timeout_s)
-        try:
-            ref = next(stream.tables)
-            _raise_if_failed(ref, stream)
-        except StopIteration:
+    try:
+        while live:
+            stream = _next_ready(live, timeout_s)
+            try:
+                ref = next(stream.tables)
+                _raise_if_failed(ref, stream)
+            except StopIteration:
+                live.remove(stream)
+                stream.close()
+                continue
+            except RayActorError as death:
+                _revive(stream, weights, timeout_s, death)
+                continue
+            stream.received += 1
+            stream.waited_s, stream.deaths = 0.0, 0
             live.remove(stream)
-            continue
-        except RayActorError as death:
-            _revive(stream, weights, timeout_s, death)
-            continue
-        stream.received += 1
-        stream.waited_s, stream.deaths = 0.0, 0
-        live.remove(stream)
-        live.append(stream)  # the other streams have their turn first
-        yield stream.rank, ref
+            live.append(stream)  # the other streams have their turn first
+            yield stream.rank, ref
+    finally:
+        for stream in live:
+            stream.tables = None  # a worker whose stream nobody reads would wait for room in its queue
 
 
 def _next_ready(live: Sequence[RolloutStream], timeout_s: float) -> RolloutStream:
     """The first stream with a table or an end. Time in which the driver does not wait is not held against a stream."""
     patience = timeout_s - max(stream.waited_s for stream in live)
     started = time.monotonic()
-    ready, _ = ray.wait([stream.tables for stream in live], timeout=max(0.0, patience), fetch_local=False)
+    ready = ray.wait([stream.tables for stream in live], timeout=max(0.0, patience), fetch_local=False)[0]
     waited = time.monotonic() - started
     for stream in live:
         stream.waited_s += waited
@@ -181,7 +196,7 @@ def _retry_until(deadline: float, call: Callable[[], ray.ObjectRef], what: str) 
 
 def _health(stream: RolloutStream) -> str:
     try:
-        health = ray.get(stream.worker.health.remote(), timeout=HEALTH_TIMEOUT_S)
+        health: Any = ray.get(stream.worker.health.remote(), timeout=HEALTH_TIMEOUT_S)
     except GetTimeoutError:
         return f"it does not answer within {HEALTH_TIMEOUT_S:.0f} s either"
     except RayActorError as error:

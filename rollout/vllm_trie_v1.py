@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -36,7 +37,7 @@ class TrieLogitsProcessor(LogitsProcessor):
         TrieRequest.of(sampling_params.extra_args)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        settings = vllm_config.additional_config
+        settings: Any = vllm_config.additional_config
         trie = Trie.load(Path(settings["trie_path"]))
         space = settings["logprob_space"]
         self._walk = TrieMask(DeviceTrie.of(trie, "cpu"), trie.eos_token, space)

@@ -1,6 +1,7 @@
 """The trie mask as a logits processor of vLLM's Model Runner V2: all walking happens on the device."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class TrieLogitsProcessorV2(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError("the trie mask walks one token at a time: speculative decoding must be off")
-        settings = vllm_config.additional_config
+        settings: Any = vllm_config.additional_config
         trie = Trie.load(Path(settings["trie_path"]))
         device = req_states.device
         self._mask = TrieMask(DeviceTrie.of(trie, device), trie.eos_token, settings["logprob_space"])

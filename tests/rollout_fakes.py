@@ -1,0 +1,56 @@
+"""A rollout engine without a model, for tests of the actor, the streams and the fleet."""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from catalog.trie import Trie
+from rollout.config import RolloutConfig, Strategy
+from rollout.groups import Candidates
+from rollout.weights import WeightBucket, checksum
+
+
+class FakeEngine:
+    """Candidates drawn from the seed alone; a file next to the model makes it slow, or die once.
+
+    `<model>/die_at` holds the number of the call at which the process ends; it is removed first, so that the restarted
+    worker lives. `<model>/sleep` holds the seconds that a call takes.
+    """
+
+    def __init__(self, model_path: str, trie_path: Path, config: RolloutConfig) -> None:
+        self.model_path, self.config, self.calls = Path(model_path), config, 0
+        self.trie = Trie.load(trie_path)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        target_classes: Sequence[int],
+        *,
+        group_size: int | None = None,
+        strategy: Strategy | None = None,
+    ) -> list[Candidates]:
+        self.calls += 1
+        die_at = self.model_path / "die_at"
+        if die_at.exists() and int(die_at.read_text()) == self.calls:
+            die_at.unlink()
+            os._exit(1)
+        if (self.model_path / "sleep").exists():
+            time.sleep(float((self.model_path / "sleep").read_text()))
+        return [self._group(seed, group_size or self.config.group_size) for seed in seeds]
+
+    def _group(self, seed: int, size: int) -> Candidates:
+        classes = np.random.default_rng(seed).permutation(self.trie.num_classes)[:size].astype(np.int32)
+        tokens = [np.asarray(self.trie.title_tokens(int(item)), np.int32) for item in classes]
+        logprobs = [np.full(len(title), -0.5, np.float32) for title in tokens]
+        score = np.asarray([row.sum() for row in logprobs], np.float32)
+        return Candidates(tokens=tokens, logprobs=logprobs, item_class=classes, score=score)
+
+    def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
+        return checksum(named for bucket in buckets for named in bucket.tensors())
+
+    def shutdown(self) -> None:
+        pass
