@@ -99,7 +99,7 @@ def large_groups(seed: int) -> Groups:
     groups = []
     for tail in (100, 3, 150, 70):
         titles = random.integers(0, 50, (5, 30)).tolist()
-        candidates = [titles[random.integers(5)][: random.integers(1, 30)] + [60, rank] for rank in range(16)]
+        candidates = [[*titles[random.integers(5)][: random.integers(1, 30)], 60, rank] for rank in range(16)]
         groups.append((template + random.integers(0, 50, tail).tolist(), candidates))
     return groups
 
