@@ -20,7 +20,7 @@ CURVES = (
     ("loss", "loss"),
     ("kl", "KL to the reference"),
     ("grad_norm", "gradient norm before clipping"),
-    ("mismatch/max_abs", "largest |rollout - learner| log-probability of a token"),
+    ("mismatch", "mean |rollout - learner| log-probability of a candidate"),
 )
 
 

@@ -1,0 +1,121 @@
+"""Whole runs through the real components: what they leave, what they survive, how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+SMALL = [
+    "data.generated.items=60",
+    "data.generated.users=120",
+    "model.hidden=64",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.layers=1",
+    "model.vocabulary=400",
+    "rollout.kv_cache_gib=0.1",
+    "rollout.groups_per_table=4",
+    "cluster.object_store_gib=0.25",
+    "learner.sft.epochs=1",
+    "train.prompts_per_step=8",
+    "train.eval_examples=16",
+    "train.eval_beams=10",
+    "train.eval_ks=[1,10]",
+    "train.rollouts_every=1",
+    "train.checkpoint_every=1",
+]
+
+
+def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch.cli", "train", *arguments, *SMALL]
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=280)
+    return output
+
+
+def train_steps(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["phase"] == "train"]
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while not ((run / "metrics.jsonl").exists() and step in train_steps(run)):
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.1)
+
+
+def actor_processes(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if f"ray::{name}" in " ".join(child.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, with a rollout worker and a reward actor killed on its way."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(folder, "--name", "whole", "--steps", "3")
+    run = folder / "runs" / "whole"
+    wait_for_step(process, run, 1)
+    for child in actor_processes(process, "RolloutWorker"):
+        child.kill()
+    output = finish(process)
+    assert process.returncode == 0, output
+    return run
+
+
+def test_a_run_leaves_what_it_promises(finished_run: Path) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert summary["name"] == "whole"
+    assert (summary["steps"], summary["groups"], summary["invalid_candidates"]) == (3, 24, 0)
+    for stage in ("sft", "rl", "best_possible"):
+        assert set(summary["metrics"][stage]) == {"hr@1", "hr@10", "ndcg@1", "ndcg@10"}
+    assert set(summary["ndcg@10_gain"]) == {"mean", "low", "high"}
+    assert set(summary["timing_s"]) == {"rollout", "reward", "learn", "sync", "step"}
+    assert summary["weights_checksum_ok"] is True
+    assert "vllm" in summary["versions"]
+    assert train_steps(finished_run) == [1, 2, 3]
+    assert {path.name for path in (finished_run / "rollouts").iterdir()} == {f"step-{i}.parquet" for i in (1, 2, 3)}
+    assert (finished_run / "checkpoints" / "step-3" / "model.safetensors").is_file()
+    assert "<h1>whole</h1>" in (finished_run / "report.html").read_text()
+
+
+def test_rollout_and_learner_agree_on_the_log_probabilities(finished_run: Path) -> None:
+    lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["mismatch"] < 1e-3 for line in lines if line["phase"] == "train")
+
+
+def test_a_run_goes_on_where_it_stopped_and_survives_a_dead_learner(finished_run: Path) -> None:
+    process = start(finished_run.parent.parent, "--name", "whole", "--steps", "6", "--resume")
+    wait_for_step(process, finished_run, 4)
+    for child in actor_processes(process, "LearnerRank"):
+        child.kill()
+    output = finish(process)
+    assert process.returncode == 0, output
+    steps = train_steps(finished_run)
+    assert steps[:4] == [1, 2, 3, 4]
+    assert steps[-1] == 6
+
+
+def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
+    process = start(tmp_path, "--name", "stopped", "--steps", "1000")
+    wait_for_step(process, tmp_path / "runs" / "stopped", 1)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    output = finish(process)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
