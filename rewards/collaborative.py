@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from rewards.errors import RewardError
-from rewards.group import NO_TITLE, Groups, TitleCatalog
+from rewards.group import NO_TITLE, Groups, TitleCatalog, all_titles
 from rewards.sasrec import load_sasrec
 
 Output = Literal["scores", "ranks", "probabilities"]
@@ -30,7 +30,7 @@ class Collaborative:
             raise RewardError(f"reward 'collaborative': output {output!r} is none of {', '.join(get_args(Output))}")
         self.output = output
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_sasrec(Path(model), catalog.fingerprint).to(self.device)
+        self.model = load_sasrec(Path(model), all_titles(catalog)).to(self.device)
 
     @torch.no_grad()
     def __call__(self, groups: Groups) -> pa.ListArray:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.sparse import csr_array
 
-from rewards.group import Groups, TitleCatalog
+from rewards.group import Groups, TitleCatalog, all_titles
 
 WORD = re.compile(r"\w+")
 
@@ -21,7 +21,7 @@ class Diversity:
     light = True
 
     def __init__(self, catalog: TitleCatalog) -> None:
-        self.words = title_words([catalog.title(item_class) for item_class in range(catalog.num_classes)])
+        self.words = title_words(all_titles(catalog))
 
     def __call__(self, groups: Groups) -> pa.ListArray:
         layout = groups.layout

@@ -1,5 +1,7 @@
 """What a reward sees: groups with their titles, users and histories."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,14 +35,21 @@ class TitleCatalog(Protocol):
     """What rewards need of a catalogue; `catalog.catalog.Catalog` has it all."""
 
     @property
-    def fingerprint(self) -> str: ...
-
-    @property
     def num_classes(self) -> int: ...
 
     def title(self, item_class: int) -> str: ...
 
     def examples(self, split: str) -> Examples: ...
+
+
+def all_titles(catalog: TitleCatalog) -> list[str]:
+    """Every title, by item class."""
+    return [catalog.title(item_class) for item_class in range(catalog.num_classes)]
+
+
+def titles_fingerprint(titles: Sequence[str]) -> str:
+    """16 hexadecimal digits: what binds embeddings and recommenders to item classes, whatever the tokenizer."""
+    return hashlib.sha256(json.dumps(list(titles)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,6 @@ class SampleExamples:
 class SampleCatalog:
     """Ten titles and four users; see catalog.catalog.Catalog."""
 
-    fingerprint = "sample"
     num_classes = len(TITLES)
 
     def title(self, item_class: int) -> str:

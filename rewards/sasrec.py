@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rewards.errors import RewardError
+from rewards.group import titles_fingerprint
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ class Block(nn.Module):
         return hidden + self.dropout(self.down(F.gelu(self.up(self.norm_feed(hidden)))))
 
 
-def save_sasrec(model: SASRec, file: Path, catalog_fingerprint: str, metrics: dict[str, float]) -> None:
-    """Weights, shape, catalogue and metrics in one safetensors file."""
+def save_sasrec(model: SASRec, file: Path, titles: Sequence[str], metrics: dict[str, float]) -> None:
+    """Weights, shape, fingerprint of the titles and metrics in one safetensors file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "shape": json.dumps(asdict(model.shape)),
-        "catalog": catalog_fingerprint,
+        "titles": titles_fingerprint(titles),
         "metrics": json.dumps(metrics),
     }
     partial = file.with_name(file.name + ".partial")
@@ -110,8 +111,8 @@ def save_sasrec(model: SASRec, file: Path, catalog_fingerprint: str, metrics: di
     partial.replace(file)
 
 
-def load_sasrec(file: Path, catalog_fingerprint: str) -> SASRec:
-    """The model in evaluation mode. Raises RewardError for a missing or damaged file, or one of another catalogue."""
+def load_sasrec(file: Path, titles: Sequence[str]) -> SASRec:
+    """The model in evaluation mode. Raises RewardError for a missing or damaged file, or one of other titles."""
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
@@ -122,9 +123,9 @@ def load_sasrec(file: Path, catalog_fingerprint: str) -> SASRec:
         raise RewardError(
             f"{file} holds no SASRec model ({error}); make one: make sasrec DATA=... OUT={file}"
         ) from error
-    if metadata["catalog"] != catalog_fingerprint:
+    if metadata["titles"] != titles_fingerprint(titles):
         raise RewardError(
-            f"{file} was trained on the catalogue {metadata['catalog']}, this run has {catalog_fingerprint}; "
+            f"{file} was trained on {model.shape.num_classes} other titles than the {len(titles)} of this catalogue; "
             "train one on this catalogue: make sasrec DATA=... OUT=..."
         )
     return model.eval()

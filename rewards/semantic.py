@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from rewards.embeddings import cached, embed_titles, fingerprint_of_model
 from rewards.errors import RewardError
-from rewards.group import NO_TITLE, Groups, TitleCatalog
+from rewards.group import NO_TITLE, Groups, TitleCatalog, all_titles, titles_fingerprint
 
 LOWEST = -1.0
 """Reward of a candidate that is no title: the lowest cosine there is."""
@@ -32,11 +32,11 @@ class Semantic:
         device: str | None = None,
     ) -> None:
         """Raises RewardError unless one of model and embeddings, not both, gives a vector for every title."""
-        titles = [catalog.title(item_class) for item_class in range(catalog.num_classes)]
+        titles = all_titles(catalog)
         if embeddings and not model:
             vectors = read_embeddings(Path(embeddings), titles)
         elif model and not embeddings:
-            file = Path(cache) / f"{catalog.fingerprint}-{fingerprint_of_model(model)}.npy"
+            file = Path(cache) / f"{titles_fingerprint(titles)}-{fingerprint_of_model(model)}.npy"
             vectors = cached(file, lambda: embed_titles(model, titles, batch_size, device))
         else:
             raise RewardError("reward 'semantic' needs either args.model or args.embeddings")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from catalog.metrics import ranking_metrics
 from rewards.errors import RewardError
-from rewards.group import Examples, TitleCatalog
+from rewards.group import Examples, TitleCatalog, all_titles
 from rewards.sasrec import SASRec, SASRecShape, save_sasrec
 
 KS = (1, 5, 10, 20)
@@ -70,7 +70,7 @@ def train_sasrec(
         for split in ("valid", "test")
         for name, value in evaluate(model, *splits[split]).items()
     }
-    save_sasrec(model, file, catalog.fingerprint, metrics)
+    save_sasrec(model, file, all_titles(catalog), metrics)
     log(f"kept epoch {best_epoch}: test {_words({k.removeprefix('test/'): v for k, v in metrics.items()})} -> {file}")
     return metrics
 

@@ -13,6 +13,7 @@ from rewards.collaborative import Collaborative, opinions
 from rewards.diversity import Diversity
 from rewards.embeddings import cached, fingerprint_of_model
 from rewards.errors import RewardError
+from rewards.group import titles_fingerprint
 from rewards.interface import Reward, score
 from rewards.popularity import Popularity, inverse_propensity
 from rewards.samples import CANDIDATES, EXAMPLES, TITLES, SampleCatalog, SampleExamples, sample_groups
@@ -101,7 +102,7 @@ def test_semantic_with_a_sentence_transformer(tmp_path: Path, tiny_tokenizer_dir
     model = write_sentence_model(tmp_path / "model", tiny_tokenizer_dir)
     reward = Semantic(SampleCatalog(), model=str(model), cache=str(tmp_path / "cache"))
     (file,) = (tmp_path / "cache").iterdir()
-    assert file.name == f"sample-{fingerprint_of_model(str(model))}.npy"
+    assert file.name == f"{titles_fingerprint(TITLES)}-{fingerprint_of_model(str(model))}.npy"
     for values, candidates, (_, _, target) in zip(score_samples(reward), CANDIDATES, EXAMPLES, strict=True):
         if target in candidates:
             assert values[candidates.index(target)] == pytest.approx(1.0, abs=1e-5)
@@ -187,7 +188,7 @@ def test_sasrec_learns_a_cycle_stops_early_and_is_read_back(tmp_path: Path) -> N
     metrics = train_sasrec(CycleCatalog(), file, training, told.append, hidden=16, max_history=4)
     assert metrics["test/hr@1"] == metrics["valid/ndcg@10"] == 1.0
     assert len(told) < 20
-    model = load_sasrec(file, "sample")
+    model = load_sasrec(file, TITLES)
     assert model(model.pad([[3, 4], [8, 9]])).argmax(1).tolist() == [5, 0]
 
     values = score_samples(Collaborative(CycleCatalog(), model=str(file), output="probabilities"))
@@ -199,8 +200,8 @@ def test_sasrec_learns_a_cycle_stops_early_and_is_read_back(tmp_path: Path) -> N
 
 def test_a_sasrec_of_another_catalogue_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "sasrec.safetensors"
-    save_sasrec(SASRec(SASRecShape(num_classes=10)), file, "another", {})
-    with pytest.raises(RewardError, match="was trained on the catalogue another, this run has sample"):
+    save_sasrec(SASRec(SASRecShape(num_classes=2)), file, ["a", "b"], {})
+    with pytest.raises(RewardError, match="was trained on 2 other titles than the 10 of this catalogue"):
         Collaborative(SampleCatalog(), model=str(file))
     file.write_bytes(b"junk")
     with pytest.raises(RewardError, match="holds no SASRec model"):
