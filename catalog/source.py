@@ -126,8 +126,12 @@ def _read_csv(files: tuple[Path, ...], max_history: int) -> Interactions:
 
 def _info_lines(file: Path) -> tuple[list[str], list[int]]:
     """Titles and ids of ReRe's info file: one item per line, title, tab, id."""
+    try:
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise CatalogError(f"{file}: not UTF-8 text ({error}); write it again as UTF-8") from error
     titles, item_ids = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         title, tab, item_id = line.rpartition("\t")
         if not tab or not item_id.strip().isdecimal():
             raise CatalogError(f"{file}: line {number}: expected a title, a tab and the item's number, got {line!r}")

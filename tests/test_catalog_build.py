@@ -1,0 +1,214 @@
+"""Built catalogues: what is in them, when they are built again, and that nothing half-built is ever seen."""
+
+import json
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from catalog.build import build_catalog, catalog_texts
+from catalog.catalog import Catalog
+from catalog.config import DataConfig, GeneratedConfig, TemplateConfig
+from catalog.errors import CatalogError
+from catalog.interactions import SPLITS
+from catalog.metrics import ranking_metrics
+from catalog.tokenizer import load_tokenizer, train_byte_bpe
+from catalog.trie import TrieError
+
+SMALL = GeneratedConfig(items=60, users=60, duplicates=0.1, seed=1)
+TITLES = ["Acme Bolt", "Acme Nut", "Acme Bolt", "Acme Bolt, Pack of 2"]
+
+
+def config(cache: Path, **changes: object) -> DataConfig:
+    return replace(DataConfig(cache=str(cache), generated=SMALL, max_prompt_tokens=4000), **changes)
+
+
+def write_folder(folder: Path, titles: list[str]) -> Path:
+    folder.mkdir()
+    pq.write_table(pa.table({"item_id": [7, 8, 9, 5], "title": titles}), folder / "items.parquet")
+    for split in SPLITS:
+        columns = {"user_id": ["ann", "bob"], "history": [[7], [9, 8]], "target": [9, 5], "timestamp": [1, 2]}
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Catalog:
+    return build_catalog(config(tmp_path_factory.mktemp("cache")), str(tiny_tokenizer_dir))
+
+
+def test_examples_of_a_folder_are_as_written(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    folder = write_folder(tmp_path / "data", TITLES)
+    catalog = build_catalog(config(tmp_path / "cache", path=str(folder)), str(tiny_tokenizer_dir))
+    assert [catalog.title(c) for c in range(catalog.num_classes)] == ["Acme Bolt", "Acme Nut", "Acme Bolt, Pack of 2"]
+    assert [catalog.item_ids_of_class(c) for c in range(3)] == [[7, 9], [8], [5]]
+    examples = catalog.examples("valid")
+    assert (len(examples), examples.user_id(1), examples.timestamp.tolist()) == (2, "bob", [1, 2])
+    assert examples.history_items(1).tolist() == [2, 1]
+    assert examples.history_classes(1).tolist() == [0, 1]
+    assert examples.target_item.tolist() == [2, 3]
+    assert examples.target_class.tolist() == [0, 2]
+    assert catalog.best_possible is examples.best_rank is None
+    text = load_tokenizer(catalog.tokenizer_path).decode(examples.prompt_tokens(1))
+    assert text == TemplateConfig().prompt.replace("{history}", '"Acme Bolt",\t"Acme Nut"')
+
+
+def test_every_prompt_and_title_is_its_text(built: Catalog) -> None:
+    tokenizer = load_tokenizer(built.tokenizer_path)
+    for item_class in range(built.num_classes):
+        tokens = built.trie.title_tokens(item_class)
+        assert tokens[-1] == built.eos_token == tokenizer.eos_token_id
+        assert tokenizer.decode(tokens[:-1]) == f'"{built.title(item_class)}"\n'
+        assert built.trie.classify(tokens) == item_class
+    for split in SPLITS:
+        examples = built.examples(split)
+        for i in range(0, len(examples), 7):
+            shown = ",\t".join(f'"{built.title(c)}"' for c in examples.history_classes(i))
+            prompt = TemplateConfig().prompt.replace("{history}", shown)
+            assert tokenizer.encode(prompt) == examples.prompt_tokens(i).tolist()
+            answer = built.trie.title_tokens(examples.target_class[i])[:-1]
+            whole = tokenizer.encode(prompt + f'"{built.title(examples.target_class[i])}"\n')
+            assert whole == [*examples.prompt_tokens(i).tolist(), *answer]
+
+
+def test_statistics_and_best_possible_are_of_the_catalogue(built: Catalog) -> None:
+    stats, titles = built.stats, [built.trie.title_tokens(c) for c in range(built.num_classes)]
+    assert (stats["items"], stats["classes"], stats["duplicate_titles"]) == (60, 54, 6)
+    assert stats["title_tokens"]["max"] == max(map(len, titles)) == built.trie.max_tokens == stats["trie"]["depth"]
+    assert stats["title_tokens"]["mean"] == pytest.approx(np.mean([len(title) for title in titles]))
+    lengths = np.concatenate([built.examples(split).prompt_lengths for split in SPLITS])
+    assert stats["prompt_tokens"]["p95"] == pytest.approx(np.quantile(lengths, 0.95))
+    assert sum(stats["examples"].values()) == len(lengths)
+    assert stats["truncated_prompts"] == 0
+    assert built.examples("test").best_rank is not None
+    assert built.best_possible == ranking_metrics(built.examples("test").best_rank, [1, 3, 5, 10, 20, 50])
+
+
+def test_long_prompts_lose_their_first_tokens_and_are_counted(built: Catalog, tiny_tokenizer_dir: Path) -> None:
+    cache = built.path.parent
+    short = build_catalog(config(cache, max_prompt_tokens=200), str(tiny_tokenizer_dir))
+    lost = 0
+    for split in SPLITS:
+        for i in range(len(short.examples(split))):
+            whole = built.examples(split).prompt_tokens(i)
+            lost += len(whole) > 200
+            assert short.examples(split).prompt_tokens(i).tolist() == whole[-200:].tolist()
+    assert 0 < lost == short.stats["truncated_prompts"]
+
+
+def test_a_catalogue_is_reused_until_something_it_depends_on_changes(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    folder = write_folder(tmp_path / "data", TITLES)
+    base = config(tmp_path / "cache", path=str(folder))
+    first = build_catalog(base, str(tiny_tokenizer_dir))
+    before = (first.path / "trie.arrow").stat().st_mtime_ns
+    again = build_catalog(base, str(tiny_tokenizer_dir))
+    assert (again.path, (again.path / "trie.arrow").stat().st_mtime_ns) == (first.path, before)
+
+    train_byte_bpe(["Acme Bolt"] * 9, 280, tmp_path / "other")
+    others = [
+        build_catalog(replace(base, max_history=1), str(tiny_tokenizer_dir)),
+        build_catalog(replace(base, template=TemplateConfig(separator="; ")), str(tiny_tokenizer_dir)),
+        build_catalog(base, str(tmp_path / "other")),
+    ]
+    write_folder(tmp_path / "renamed", [*TITLES[:3], "Acme Screw"])
+    others.append(build_catalog(replace(base, path=str(tmp_path / "renamed")), str(tiny_tokenizer_dir)))
+    assert len({catalog.path for catalog in (first, *others)}) == 5
+    assert len({catalog.fingerprint for catalog in (first, *others)}) == 5
+
+
+def test_the_tokenizer_travels_with_the_catalogue(built: Catalog, tiny_tokenizer_dir: Path) -> None:
+    assert Path(built.tokenizer_path).parent == built.path
+    assert load_tokenizer(built.tokenizer_path).get_vocab() == load_tokenizer(tiny_tokenizer_dir).get_vocab()
+
+
+def test_pickling_sends_the_path_only(built: Catalog) -> None:
+    sent = pickle.dumps(built)
+    assert len(sent) < 500
+    assert pickle.loads(sent).examples("train").target_class.tolist() == built.examples("train").target_class.tolist()
+
+
+def test_examples_are_mapped_not_copied(built: Catalog) -> None:
+    prompt = Catalog.load(built.path).examples("train").prompt_tokens(3)
+    assert prompt.dtype == np.int32
+    assert not prompt.flags.owndata
+    assert not prompt.flags.writeable
+
+
+def test_building_at_once_leaves_one_whole_catalogue(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(build_catalog, config(tmp_path), str(tiny_tokenizer_dir)) for _ in range(4)]
+        paths = {job.result().path for job in jobs}
+    assert [path.name for path in tmp_path.iterdir()] == [path.name for path in paths]
+    assert len(Catalog.load(paths.pop()).examples("train")) > 0
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    folder = write_folder(tmp_path / "data", ["Bolt", "Nut", "Screw<|endoftext|>", "Wire"])
+    with pytest.raises(CatalogError, match=r"title 'Screw<\|endoftext\|>'.*end-of-sequence"):
+        build_catalog(config(tmp_path / "cache", path=str(folder)), str(tiny_tokenizer_dir))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (TemplateConfig(prompt="History:\n"), r"template\.prompt must contain \{history\}"),
+        (TemplateConfig(item="title"), r"template\.item must contain \{title\}"),
+        (TemplateConfig(response="{title}{title}"), r"template\.response must contain \{title\} exactly once"),
+        (TemplateConfig(prompt="History: {history}"), "no token of its own"),
+    ],
+)
+def test_templates_that_cannot_work_are_named(
+    tmp_path: Path, tiny_tokenizer_dir: Path, template: TemplateConfig, words: str
+) -> None:
+    with pytest.raises(CatalogError, match=words):
+        build_catalog(config(tmp_path, template=template), str(tiny_tokenizer_dir))
+
+
+@pytest.mark.parametrize("name", ["max_history", "max_prompt_tokens"])
+def test_limits_below_one_are_named(tmp_path: Path, tiny_tokenizer_dir: Path, name: str) -> None:
+    with pytest.raises(CatalogError, match=f"data.{name} must be 1 or more"):
+        build_catalog(config(tmp_path, **{name: 0}), str(tiny_tokenizer_dir))
+
+
+@pytest.mark.parametrize("name", ["catalog.json", "trie.arrow", "items.arrow", "classes.arrow", "train.arrow"])
+def test_damaged_files_are_named(tmp_path: Path, tiny_tokenizer_dir: Path, name: str) -> None:
+    catalog = build_catalog(config(tmp_path), str(tiny_tokenizer_dir))
+    content = (catalog.path / name).read_bytes()
+    (catalog.path / name).write_bytes(content[: len(content) // 3])
+    with pytest.raises((CatalogError, TrieError), match=f"{name if name != 'catalog.json' else catalog.path.name}"):
+        Catalog.load(catalog.path).examples("train")
+
+
+def test_an_unknown_split_is_named(built: Catalog) -> None:
+    with pytest.raises(CatalogError, match="'dev'"):
+        built.examples("dev")
+
+
+def test_texts_to_train_a_tokenizer_on_hold_all_titles_and_the_prompt(tmp_path: Path) -> None:
+    texts = catalog_texts(config(tmp_path))
+    assert sum(text.startswith('"') for text in texts) == 60
+    assert all(TemplateConfig().prompt.split("{history}")[0] in text for text in texts[60:])
+    assert len(texts) > 100
+    assert texts == catalog_texts(config(tmp_path))
+
+
+def test_description_is_readable(built: Catalog) -> None:
+    assert set(json.loads((built.path / "catalog.json").read_text())) == {"fingerprint", "stats", "best_possible"}
+
+
+@pytest.mark.slow
+def test_real_titles_build(shared_dir: Path, golden_dir: Path, tmp_path: Path) -> None:
+    catalog = build_catalog(config(tmp_path, path=str(shared_dir / "data/industrial")), str(golden_dir / "model"))
+    assert (catalog.stats["classes"], catalog.stats["duplicate_titles"]) == (3646, 40)
+    items = pq.read_table(shared_dir / "data/industrial/items.parquet").to_pydict()
+    test = pq.read_table(shared_dir / "data/industrial/test.parquet").to_pydict()
+    title = dict(zip(items["item_id"], items["title"], strict=True))
+    examples = catalog.examples("test")
+    assert [catalog.title(c) for c in examples.target_class] == [title[target] for target in test["target"]]

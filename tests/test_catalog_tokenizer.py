@@ -1,0 +1,147 @@
+"""Tokens of prompts and titles: in context, without loss, bound to the tokenizer."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from catalog.errors import CatalogError
+from catalog.tokenizer import (
+    check_prompt_ends,
+    check_titles_follow,
+    encode_batch,
+    encode_prompts,
+    encode_titles,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_byte_bpe,
+)
+
+CONTEXT = "\n\n### Response:\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir: Path) -> PreTrainedTokenizerFast:
+    return load_tokenizer(tiny_tokenizer_dir)
+
+
+def word_tokenizer(words: list[str], **special: str) -> PreTrainedTokenizerFast:
+    """One token per word of a closed vocabulary."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", "<s>", *words])}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="<eos>", **special)
+
+
+@given(st.text())
+def test_trained_tokenizer_loses_nothing(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assert tokenizer.decode(encode_batch(tokenizer, [text])[0]) == text
+
+
+def test_trained_tokenizer_ends_and_pads_with_one_token_and_begins_with_none(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == len(tokenizer) - 1
+    assert tokenizer.bos_token is None
+    assert len(tokenizer) <= 400
+    assert encode_prompts(tokenizer, ["Bolt"])[0].tolist() == tokenizer.encode("Bolt")
+
+
+def test_a_vocabulary_without_all_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="at least 257"):
+        train_byte_bpe(["Bolt"], 256, tmp_path)
+
+
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=5))
+def test_titles_continue_their_context(tokenizer: PreTrainedTokenizerFast, titles: list[str]) -> None:
+    titles = [title.replace("<|endoftext|>", "") for title in titles]
+    responses = [f'"{title}"\n' for title in titles]
+    tokens = encode_titles(tokenizer, CONTEXT, responses, titles)
+    whole = encode_batch(tokenizer, [CONTEXT + response for response in responses])
+    prefix = encode_batch(tokenizer, [CONTEXT])[0].tolist()
+    for i in range(len(titles)):
+        assert [*prefix, *tokens[i].tolist()] == [*whole[i].tolist(), tokenizer.eos_token_id]
+
+
+def test_titles_in_context_differ_from_titles_alone(tmp_path: Path) -> None:
+    """Why context matters: a title is not always tokenised alone as it is behind the prompt."""
+    train_byte_bpe(["\n\n\n", "a\n\n\n"] * 10, 260, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(CatalogError, match=r"title 'x'.*merges"):
+        encode_titles(tokenizer, "a\n", ["\n\nx"], ["title 'x'"])
+
+
+def test_a_title_that_does_not_come_back_is_named() -> None:
+    tokenizer = word_tokenizer(["Response:", "Bolt"])
+    assert encode_titles(tokenizer, "Response: ", ["Bolt"], ["title 'Bolt'"])[0].tolist() == [4, 1]
+    with pytest.raises(CatalogError, match=r"title 'Zwölf'.*cannot round-trip"):
+        encode_titles(tokenizer, "Response: ", ["Bolt", "Zwölf"], ["title 'Bolt'", "title 'Zwölf'"])
+
+
+def test_a_title_with_the_end_of_sequence_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(CatalogError, match=r"title 'b'.*contains the end-of-sequence token"):
+        encode_titles(tokenizer, CONTEXT, ["Bolt\n", "a<|endoftext|>\n"], ["title 'a'", "title 'b'"])
+
+
+def test_prompts_begin_as_the_tokenizer_begins_them() -> None:
+    tokenizer = word_tokenizer(["Bolt"], bos_token="<s>")
+    assert encode_prompts(tokenizer, ["Bolt", "Bolt Bolt"])[1].tolist() == [2, 3, 3] == tokenizer.encode("Bolt Bolt")
+
+
+def test_prompts_must_end_in_tokens_of_their_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    good = encode_prompts(tokenizer, ['"Bolt"' + CONTEXT, "Nut" + CONTEXT])
+    check_prompt_ends(tokenizer, CONTEXT, good)
+    with pytest.raises(CatalogError, match="no token of its own"):
+        check_prompt_ends(tokenizer, "", good)
+    with pytest.raises(CatalogError, match="no token of its own"):
+        check_prompt_ends(tokenizer, CONTEXT, encode_prompts(tokenizer, ["Bolt" + CONTEXT, "Nut"]))
+
+
+def test_whole_prompts_reveal_what_the_context_hides(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts, responses = ["Bolt" + CONTEXT], ["Nut\n"]
+    titles = encode_titles(tokenizer, CONTEXT, responses, responses)
+    check_titles_follow(tokenizer, prompts, encode_prompts(tokenizer, prompts), responses, titles)
+    with pytest.raises(CatalogError, match="example 0"):
+        check_titles_follow(tokenizer, prompts, encode_prompts(tokenizer, ["Nut" + CONTEXT]), responses, titles)
+
+
+def test_fingerprint_survives_saving_and_settings_but_not_other_tokens(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    again(["Bolt", "Bolt and Nut"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_fingerprint(again) == before
+    train_byte_bpe(["Bolt and Nut"] * 20, 270, tmp_path / "other")
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "other")) != before
+    again.add_tokens(["<extra>"])
+    assert tokenizer_fingerprint(again) != before
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(CatalogError, match="no end-of-sequence token"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(CatalogError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_golden_prompts_have_their_published_length(golden_dir: Path) -> None:
+    tokenizer = load_tokenizer(golden_dir / "model")
+    examples = pq.read_table(golden_dir / "examples.parquet").to_pydict()
+    titles = pq.read_table(golden_dir / "items.parquet")["title"].to_pylist()
+    prompts = encode_prompts(tokenizer, examples["prompt"])
+    assert prompts.lengths.tolist() == examples["prompt_tokens"]
+    check_prompt_ends(tokenizer, CONTEXT, prompts)
+    responses = encode_titles(tokenizer, CONTEXT, [f'"{title}"\n' for title in titles], titles)
+    whole = encode_prompts(tokenizer, [a + b for a, b in zip(examples["prompt"], examples["completion"], strict=True)])
+    for i, target in enumerate(examples["target_item_id"]):
+        assert np.array_equal(whole[i], np.concatenate([prompts[i], responses[target][:-1]]))
