@@ -129,21 +129,28 @@ class ItemIndex:
         ids, lengths = columns.id_lists(name)
         return Ragged.from_lengths(self._find(columns, name, ids, lengths), lengths)
 
-    def _find(self, columns: Columns, name: str, ids: pa.Array, lengths: np.ndarray) -> np.ndarray:
+    def known(self, columns: Columns, name: str) -> np.ndarray:
+        """int32 [n]: the items of a column of ids, -1 for those that are no item here."""
+        return self._lookup(columns, name, columns.ids(name)).fill_null(-1).to_numpy()
+
+    def _lookup(self, columns: Columns, name: str, ids: pa.Array) -> pa.Int32Array:
         if ids.type != self.ids.type:
             kinds = {pa.int64(): "integers"}
             raise CatalogError(
                 f"{columns.file}: column {name!r} holds {kinds.get(ids.type, 'strings')}, but the ids in "
                 f"{self.file.name} are {kinds.get(self.ids.type, 'strings')}; write both in the same type"
             )
-        items = pc.index_in(ids, self.ids)
+        return pc.index_in(ids, self.ids)
+
+    def _find(self, columns: Columns, name: str, ids: pa.Array, lengths: np.ndarray) -> np.ndarray:
+        items = self._lookup(columns, name, ids)
         if items.null_count:
             at = _first(items.is_null())
             row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
             raise columns.fault(
                 name, row, f"item {ids[at].as_py()!r} is not in {self.file.name}; add the item or drop the row"
             )
-        return items.to_numpy().astype(np.int32)
+        return items.to_numpy()
 
 
 def _is_text(kind: pa.DataType) -> bool:

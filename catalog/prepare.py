@@ -1,0 +1,151 @@
+"""From raw interactions to a data folder: time window, k-core, histories, splits by time."""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from catalog.columns import Columns, ItemIndex
+from catalog.errors import CatalogError
+from catalog.interactions import cut_by_time, sliding_histories
+
+
+def prepare(
+    interactions: Path,
+    items: Path,
+    out_dir: Path,
+    *,
+    k: int = 5,
+    start: str | None = None,
+    end: str | None = None,
+    max_title_words: int = 20,
+    max_history: int = 10,
+) -> dict[str, int]:
+    """Write items.parquet and {train,valid,test}.parquet to `out_dir` as the paper makes its data; return the counts.
+
+    interactions: Parquet of (user_id, item_id, timestamp). items: Parquet of (item_id, title).
+    Kept are interactions from day `start` up to but not including day `end` (YYYY-MM-DD, UTC) with items whose title
+    is present and has at most max_title_words words; then users and items with fewer than k interactions are
+    removed until none is left. Each user's interactions in time order (the file's order where times are equal) give
+    one example per position but the first, with the up to max_history items before it; all examples, sorted by
+    time, are cut 80/10/10. Raises CatalogError for bad files, an out_dir that exists, or when nothing is left.
+    """
+    if out_dir.exists():
+        raise CatalogError(f"{out_dir}: exists; choose another folder or delete it")
+    catalogue, log = Columns.of_parquet(items), Columns.of_parquet(interactions)
+    index = ItemIndex(catalogue, "item_id")
+    usable = np.append(_short_titles(catalogue, max_title_words), False)  # the last is for unknown items, row -1
+    row_of = index.known(log, "item_id")
+    users, time = pc.dictionary_encode(log.texts("user_id")), log.seconds("timestamp")
+    user = users.indices.to_numpy()
+
+    kept = np.flatnonzero((time >= _day(start, -(2**62))) & (time < _day(end, 2**62)) & usable[row_of])
+    kept = kept[_k_core(user[kept], row_of[kept], k)]
+    if not len(kept):
+        raise CatalogError(
+            f"{interactions}: nothing is left of {len(time)} interactions with k={k}, start={start}, end={end}, "
+            f"max_title_words={max_title_words}; widen the window or lower k"
+        )
+    kept = kept[np.lexsort((time[kept], user[kept]))]
+    lengths = np.bincount(user[kept])
+    targets, histories = sliding_histories(row_of[kept], lengths[lengths > 0], max_history)
+    order = np.argsort(time[kept[targets]], kind="stable")
+    histories, rows = histories.take(order), kept[targets[order]]
+    examples = pa.table(
+        {
+            "user_id": users.dictionary.take(pa.array(user[rows])),
+            "history": pa.LargeListArray.from_arrays(histories.start, index.ids.take(pa.array(histories.flat))),
+            "target": index.ids.take(pa.array(row_of[rows])),
+            "timestamp": time[rows],
+        }
+    )
+    cut = cut_by_time(time[rows])
+    for split, part in cut.items():
+        if part.start == part.stop:
+            raise CatalogError(f"{interactions}: only {len(rows)} examples are left, too few for a {split} split")
+    used = pa.array(np.unique(row_of[kept]))
+    titles = pa.table({"item_id": index.ids.take(used), "title": catalogue.table["title"].combine_chunks().take(used)})
+    _write(out_dir, titles, {split: examples.slice(part.start, part.stop - part.start) for split, part in cut.items()})
+    return {
+        "interactions": len(time),
+        "interactions_kept": len(kept),
+        "users": int((lengths > 0).sum()),
+        "items": len(used),
+        **{split: part.stop - part.start for split, part in cut.items()},
+    }
+
+
+def _k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the largest part of n interactions in which every user and every item occurs k times or more."""
+    kept = np.arange(len(user))
+    while True:
+        dense = (np.bincount(user[kept])[user[kept]] >= k) & (np.bincount(item[kept])[item[kept]] >= k)
+        if dense.all():
+            return kept
+        kept = kept[dense]
+
+
+def _short_titles(items: Columns, max_words: int) -> np.ndarray:
+    """bool [items]: a title that is there and has at most max_words words; others are left out, not an error."""
+    if "title" not in items.table.column_names:
+        raise CatalogError(f"{items.file}: column 'title' is missing; it has {', '.join(items.table.column_names)}")
+    titles = items.table["title"].combine_chunks()
+    if not (pa.types.is_string(titles.type) or pa.types.is_large_string(titles.type)):
+        raise CatalogError(f"{items.file}: column 'title' is {titles.type}, expected strings")
+    words = pc.count_substring_regex(pc.fill_null(titles, ""), r"\S+").to_numpy()
+    return (words > 0) & (words <= max_words)
+
+
+def _day(day: str | None, unlimited: int) -> int:
+    if day is None:
+        return unlimited
+    try:
+        return int(datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
+    except ValueError as error:
+        raise CatalogError(f"{day!r} is no day; write it as 2018-11-30") from error
+
+
+def _write(out_dir: Path, items: pa.Table, splits: dict[str, pa.Table]) -> None:
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        pq.write_table(items, temporary / "items.parquet")
+        for split, table in splits.items():
+            pq.write_table(table, temporary / f"{split}.parquet")
+        temporary.chmod(0o755)
+        temporary.rename(out_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`rere prepare INTERACTIONS ITEMS OUT`: prepare, and print what is left."""
+    parser = argparse.ArgumentParser(prog="rere prepare", description=__doc__)
+    parser.add_argument("interactions", type=Path, help="Parquet with user_id, item_id, timestamp")
+    parser.add_argument("items", type=Path, help="Parquet with item_id, title")
+    parser.add_argument("out", type=Path, help="data folder to write; must not exist")
+    parser.add_argument("--k", type=int, default=5, help="fewest interactions of a user and of an item (5)")
+    parser.add_argument("--start", help="first day, YYYY-MM-DD")
+    parser.add_argument("--end", help="day after the last, YYYY-MM-DD")
+    parser.add_argument("--max-title-words", type=int, default=20, help="longer titles are left out (20)")
+    parser.add_argument("--max-history", type=int, default=10, help="items before a target (10)")
+    given = parser.parse_args(arguments)
+    counts = prepare(
+        given.interactions,
+        given.items,
+        given.out,
+        k=given.k,
+        start=given.start,
+        end=given.end,
+        max_title_words=given.max_title_words,
+        max_history=given.max_history,
+    )
+    print("\n".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items()))
+    return 0

@@ -1,0 +1,113 @@
+"""Preparing raw interactions, against loops that do what the paper says."""
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from catalog.errors import CatalogError
+from catalog.prepare import main, prepare
+from catalog.source import Source
+
+TITLES = ["Bolt", "Nut", None, "one two three four", "  ", "Wire"]
+DAY = 86400
+
+
+def write(folder: Path, log: list[tuple[str, int, int]]) -> tuple[Path, Path]:
+    """log: (user, item, day)."""
+    items = pa.table({"item_id": range(100, 100 + len(TITLES)), "title": TITLES})
+    pq.write_table(items, folder / "raw-items.parquet")
+    columns = {
+        "user_id": pa.array([user for user, _, _ in log], pa.string()),
+        "item_id": pa.array([100 + item for _, item, _ in log], pa.int64()),
+        "timestamp": pa.array([day * DAY for _, _, day in log], pa.int64()),
+    }
+    pq.write_table(pa.table(columns), folder / "log.parquet")
+    return folder / "log.parquet", folder / "raw-items.parquet"
+
+
+def by_hand(log: list[tuple[str, int, int]], k: int, start: int, end: int, words: int, history: int) -> tuple:
+    """(all examples in time order, ids of the items that are left), written as loops."""
+    good = {i for i, title in enumerate(TITLES) if title and 0 < len(title.split()) <= words}
+    log = [(user, item, day) for user, item, day in log if start <= day < end and item in good]
+    while True:
+        users, items = Counter(user for user, _, _ in log), Counter(item for _, item, _ in log)
+        rest = [row for row in log if users[row[0]] >= k and items[row[1]] >= k]
+        if len(rest) == len(log):
+            break
+        log = rest
+    examples = []
+    for user in dict.fromkeys(user for user, _, _ in log):
+        mine = sorted((row for row in log if row[0] == user), key=lambda row: row[2])
+        for at in range(1, len(mine)):
+            before = [100 + item for _, item, _ in mine[max(0, at - history) : at]]
+            examples.append((mine[at][2] * DAY, user, before, 100 + mine[at][1]))
+    left = {100 + item for _, item, _ in log}
+    return sorted(examples, key=lambda example: (example[0], example[1], len(example[2]))), left
+
+
+LOGS = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.integers(0, len(TITLES)), st.integers(0, 12)), min_size=30, max_size=90
+)
+
+
+@settings(suppress_health_check=[HealthCheck.filter_too_much], deadline=None)
+@given(LOGS, st.integers(1, 4), st.integers(0, 3), st.integers(8, 13), st.integers(1, 4))
+def test_prepared_examples_equal_the_loops(
+    tmp_path_factory: pytest.TempPathFactory,
+    log: list[tuple[str, int, int]],
+    k: int,
+    start: int,
+    end: int,
+    history: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("prepare")
+    expected, left = by_hand(log, k, start, end, 3, history)
+    log_file, items_file = write(folder, log)
+    days = {"start": f"1970-01-{start + 1:02d}", "end": f"1970-01-{end + 1:02d}"}
+    if len(expected) < 10:
+        return
+    counts = prepare(log_file, items_file, folder / "out", k=k, max_title_words=3, max_history=history, **days)
+    rows = []
+    for split in ("train", "valid", "test"):
+        table = pq.read_table(folder / "out" / f"{split}.parquet").to_pylist()
+        assert len(table) == counts[split]
+        rows += [(row["timestamp"], row["user_id"], row["history"], row["target"]) for row in table]
+    assert [row[0] for row in rows] == [row[0] for row in expected]
+    assert sorted(rows, key=lambda row: (row[0], row[1], len(row[2]))) == expected
+    assert counts["train"] == int(len(rows) * 0.8)
+    assert counts["train"] + counts["valid"] == int(len(rows) * 0.9)
+    assert set(pq.read_table(folder / "out/items.parquet")["item_id"].to_pylist()) == left
+    assert Source.of(folder / "out").read(10).splits["train"].target is not None
+
+
+def test_the_command_writes_a_folder_that_can_be_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = [(user, item, day) for day in range(8) for user in "abc" for item in (0, 1)]
+    files = write(tmp_path, log)
+    assert main([*map(str, files), str(tmp_path / "new/out"), "--k", "3", "--end", "1970-01-08"]) == 0
+    assert "interactions kept: 42" in capsys.readouterr().out
+    assert len(Source.of(tmp_path / "new/out").read(10).splits["train"]) == int(39 * 0.8)
+
+
+def test_faults_are_named(tmp_path: Path) -> None:
+    files = write(tmp_path, [("a", 0, 1), ("a", 1, 2), ("b", 0, 3)])
+    with pytest.raises(CatalogError, match="nothing is left of 3 interactions with k=5"):
+        prepare(*files, tmp_path / "out")
+    with pytest.raises(CatalogError, match="too few for a train split"):
+        prepare(*files, tmp_path / "out", k=1)
+    with pytest.raises(CatalogError, match="'November' is no day"):
+        prepare(*files, tmp_path / "out", start="November")
+    with pytest.raises(CatalogError, match="exists"):
+        prepare(*files, tmp_path)
+    with pytest.raises(CatalogError, match=r"nowhere\.parquet: missing"):
+        prepare(tmp_path / "nowhere.parquet", files[1], tmp_path / "out")
+    pq.write_table(pa.table({"item_id": [1], "name": ["Bolt"]}), files[1])
+    with pytest.raises(CatalogError, match="'title' is missing"):
+        prepare(*files, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
