@@ -23,12 +23,11 @@ class BeamBlocks:
 
     def __init__(self, prompts: Sequence[np.ndarray], beams: int, num_blocks: int, block_size: int) -> None:
         """prompts: int32 [L_p] each; their tokens belong to beam 0 of each group. Block 0 stays unused."""
-        self.block_size, self.beams = block_size, beams
+        self.block_size, self.beams, self._num_blocks = block_size, beams, num_blocks
         slots = len(prompts) * beams
         self.length = np.zeros(slots, np.int64)
         """Tokens of each beam that are in the cache, or will be after the next forward pass."""
         self.table = np.zeros((slots, max(_columns(len(prompt), block_size) for prompt in prompts)), np.int32)
-        self._references = np.zeros(num_blocks, np.int32)
         self._free = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)
         self._num_free = num_blocks - 1
         self.shared = np.zeros(len(prompts), np.int64)
@@ -51,7 +50,6 @@ class BeamBlocks:
             if column < shareable:
                 known[key] = block
             row[column] = before = block
-        self._references[row[:columns]] += 1
         self.length[group * self.beams] = len(prompt)
 
     def extend(self, slots: np.ndarray, counts: np.ndarray) -> None:
@@ -63,7 +61,6 @@ class BeamBlocks:
         while (more := have < need).any():
             blocks = self._take(int(more.sum()))
             self.table[slots[more], have[more]] = blocks
-            self._references[blocks] = 1
             have = have + more
 
     def follow(self, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,16 +81,14 @@ class BeamBlocks:
         copied = self.table[parted, last].copy()
         self.table[parted, last] = 0
 
-        np.add.at(self._references, self.table.ravel(), 1)
-        np.subtract.at(self._references, old_table.ravel(), 1)
-        released = np.unique(old_table)
-        self._give(released[(self._references[released] == 0) & (released > 0)])
+        held = np.zeros(self._num_blocks, bool)
+        held[0] = held[self.table.ravel()] = True
+        self._give(np.unique(old_table[~held[old_table]]))
         blocks = self._take(len(parted))
         self.table[parted, last] = blocks
-        self._references[blocks] = 1
         return copied, blocks
 
-    def slots_of(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """int64: the place in the cache of the token at `positions` of beam `slots`, elementwise."""
         blocks = self.table[slots, positions // self.block_size].astype(np.int64)
         return blocks * self.block_size + positions % self.block_size
@@ -113,39 +108,31 @@ class BeamBlocks:
         self._num_free += len(blocks)
 
 
-def blocks_needed(length: int, beams: int, level_width: np.ndarray, block_size: int) -> int:
+def blocks_needed(length: int, beams: int, level_width: np.ndarray, lookahead: int, block_size: int) -> int:
     """Most blocks that one group can hold at a time: its prompt's and those of as many beams as the trie allows.
 
-    length: of the prompt. level_width: int64 [D], nodes of the trie at each depth.
+    length: of the prompt. level_width: int64 [D], nodes of the trie at each depth. lookahead: tokens of a beam that
+    may be computed at once.
     """
-    columns = _columns(length + np.arange(len(level_width)), block_size) - length // block_size
+    tokens = np.minimum(np.arange(len(level_width)) + lookahead - 1, len(level_width) - 1)
+    columns = _columns(length + tokens, block_size) - length // block_size
     return length // block_size + int((np.minimum(beams, level_width) * columns).max())
 
 
-def prefill_pieces(
-    lengths: np.ndarray, computed: np.ndarray, budget: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Cut prompts into forward passes of at most `budget` tokens: (prompt [N], start [N], stop [N]) of each pass.
+def passes(
+    start: np.ndarray, stop: np.ndarray, budget: int
+) -> Iterator[tuple[int, int, slice, np.ndarray, np.ndarray]]:
+    """Cut N rows of tokens into forward passes of at most `budget` tokens.
 
-    lengths, computed: int64 [P], tokens of each prompt and how many of its first ones need no computing.
+    start, stop: int64 [N], positions of each row's tokens. Yields first and last (exclusive) token of a pass in the
+    sequence of all tokens, its rows, and start and stop of each row within it.
     """
-    rows: list[tuple[int, int, int]] = []
-    room = budget
-    for prompt, (start, length) in enumerate(zip(computed.tolist(), lengths.tolist(), strict=True)):
-        while start < length:
-            stop = min(length, start + room)
-            rows.append((prompt, start, stop))
-            room, start = room - (stop - start), stop
-            if room == 0:
-                yield _columns_of(rows)
-                rows, room = [], budget
-    if rows:
-        yield _columns_of(rows)
-
-
-def _columns_of(rows: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    prompt, start, stop = np.array(rows, np.int64).T
-    return prompt, start, stop
+    after = np.cumsum(stop - start)
+    for first in range(0, int(after[-1]), budget):
+        last = min(first + budget, int(after[-1]))
+        row = slice(int(np.searchsorted(after, first, "right")), int(np.searchsorted(after, last, "left")) + 1)
+        offset = stop[row] - after[row]
+        yield first, last, row, np.maximum(start[row], first + offset), np.minimum(stop[row], last + offset)
 
 
 def _columns(length: np.ndarray | int, block_size: int) -> np.ndarray:

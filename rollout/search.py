@@ -1,147 +1,60 @@
 """Trie-constrained beam search as pure tensor maths: no model, no cache, no per-beam Python.
 
-The search is driven from outside. It says which nodes must be scored, is given the log-probabilities of their
-children, and moves on:
+The search is driven from outside. It says which nodes must be scored, is given their best children, and moves on:
 
 >>> search = BeamSearch(trie, num_groups, beams)
 >>> while (frontier := search.frontier()).size:
-...     logits = model(...)                                    # [R, V], one row per beam of the frontier
-...     search.advance(frontier, top_children(trie, logits, frontier.node, frontier.fanout, keep=2 * beams))
+...     logits = model(frontier.token, ...)                       # [T, V]
+...     search.advance(frontier, top_children(trie, logits, frontier.node, frontier.fanout, search.keep, space))
 >>> groups = search.results()
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from catalog.trie import Trie
-from rollout.arrays import as_tensor
-from rollout.config import LogprobSpace
+from rollout.children import NEG_INF, Children, DeviceTrie
 from rollout.groups import Candidates
-
-NEG_INF = float("-inf")
-_GATHER_ELEMENTS = 1 << 21
-
-
-@dataclass(frozen=True)
-class DeviceTrie:
-    """The arrays of a catalogue trie on the device that searches; on the CPU they are the trie's own."""
-
-    first_edge: torch.Tensor
-    """int64 [N + 1]"""
-    edge_token: torch.Tensor
-    """int32 [E]"""
-    edge_target: torch.Tensor
-    """int32 [E]: the child node, or -1 - item_class at end-of-sequence."""
-    level_width: np.ndarray
-    """int64 [D]: nodes at each depth."""
-    source: Trie
-
-    @classmethod
-    def of(cls, trie: Trie, device: torch.device | str = "cpu") -> "DeviceTrie":
-        first_edge, edge_token, edge_target = (
-            as_tensor(array).to(device) for array in (trie.first_edge, trie.edge_token, trie.edge_target)
-        )
-        return cls(first_edge, edge_token, edge_target, np.diff(trie.level_start, append=trie.num_nodes), trie)
-
-    @property
-    def max_tokens(self) -> int:
-        return len(self.level_width)
-
-    @property
-    def device(self) -> torch.device:
-        return self.first_edge.device
-
-
-@dataclass(frozen=True)
-class Children:
-    """The best children of R nodes: padded to W per node, best first, -inf where there is none."""
-
-    logprob: torch.Tensor
-    """float32 [R, W]"""
-    edge: torch.Tensor
-    """int64 [R, W]"""
-
-    @classmethod
-    def cat(cls, pieces: "Sequence[Children]") -> "Children":
-        """Rows of all pieces, padded to the widest."""
-        width = max(piece.logprob.shape[1] for piece in pieces)
-
-        def padded(values: torch.Tensor, otherwise: float) -> torch.Tensor:
-            return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=otherwise)
-
-        return cls(
-            torch.cat([padded(piece.logprob, NEG_INF) for piece in pieces]),
-            torch.cat([padded(piece.edge, 0) for piece in pieces]),
-        )
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """The R beams that must be scored next; host arrays, known after one transfer."""
+    """What must be scored next: R beams, each at T_r successive nodes of a forced chain, T in all.
+
+    Arrays on the host are known after one transfer; tensors stay on the device.
+    """
 
     slot: np.ndarray
     """int64 [R]: group * beams + beam."""
-    fanout: np.ndarray
-    """int64 [R]: children of each beam's node."""
+    count: np.ndarray
+    """int64 [R]: nodes to score for each beam, at least one."""
     parent: np.ndarray
-    """int64 [groups, beams]: the beam of the last frontier that each beam extends, -1 where no beam is running."""
+    """int64 [P, G]: the beam, at the last frontier, that each beam extends; -1 where none is running."""
+    fanout: np.ndarray
+    """int64 [T]: children of each node."""
     node: torch.Tensor
-    """int64 [R]"""
+    """int64 [T]"""
     token: torch.Tensor
-    """int32 [R]: the token that led to each node (undefined at the root)."""
+    """int32 [T]: the token that leads to each node (undefined at the root)."""
 
     @property
     def size(self) -> int:
         return len(self.slot)
 
 
-def top_children(
-    trie: DeviceTrie, logits: torch.Tensor, node: torch.Tensor, fanout: np.ndarray, keep: int, space: LogprobSpace
-) -> Children:
-    """The `keep` most likely children of each node.
+@dataclass
+class _Known:
+    """What running beams know beyond their node: log-probabilities of a forced chain, then the children at its end."""
 
-    logits: [R, V]. node: int64 [R]. fanout: int64 [R], on the host. Equal log-probabilities: the lower token first.
-    Nodes are taken in buckets of similar fan-out, so memory follows the number of edges, not the widest node.
-    """
-    width = int(min(fanout.max(), keep))
-    logprob = logits.new_full((len(fanout), width), NEG_INF, dtype=torch.float32)
-    edge = torch.zeros_like(logprob, dtype=torch.int64)
-    normaliser = logsumexp(logits) if space == "vocabulary" else None
-    for rows_host in _fanout_buckets(fanout):
-        rows = torch.from_numpy(rows_host).to(node.device, non_blocking=True)
-        first = trie.first_edge[node[rows]][:, None]
-        edges = first + torch.arange(int(fanout[rows_host].max()), device=node.device)
-        exists = edges < trie.first_edge[node[rows] + 1][:, None]
-        edges = torch.where(exists, edges, first)
-        values = logits[rows[:, None], trie.edge_token[edges].long()].float()
-        values = torch.where(exists, values, NEG_INF)
-        values = values - (values.logsumexp(1) if normaliser is None else normaliser[rows])[:, None]
-        if values.shape[1] > keep:
-            values, order = values.sort(dim=1, descending=True, stable=True)
-            values, edges = values[:, :keep], edges.gather(1, order[:, :keep])
-        logprob[rows, : values.shape[1]] = values
-        edge[rows, : values.shape[1]] = edges
-    return Children(logprob, edge)
-
-
-def logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """float32 [R] of logits [R, V] in any precision, a few rows at a time: no copy of [R, V] is made."""
-    rows = max(1, (1 << 19) // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    return torch.cat([chunk.float().logsumexp(1) for chunk in logits.split(rows)])
-
-
-def _fanout_buckets(fanout: np.ndarray) -> list[np.ndarray]:
-    """Rows in buckets whose fan-outs differ by less than a factor of two and whose padded size is bounded."""
-    order = np.argsort(fanout, kind="stable")
-    size = np.frexp(fanout[order].astype(np.float64) - 0.5)[1]
-    buckets = np.split(order, np.flatnonzero(np.diff(size)) + 1)
-    rows = [max(1, _GATHER_ELEMENTS // int(fanout[bucket[-1]])) for bucket in buckets]
-    return [
-        bucket[i : i + step] for bucket, step in zip(buckets, rows, strict=True) for i in range(0, len(bucket), step)
-    ]
+    forced: torch.Tensor
+    """float32 [P, G, lookahead - 1]: of the forced tokens to come, the next one first."""
+    forced_left: torch.Tensor
+    """int64 [P, G]: how many of them remain."""
+    children: Children
+    """[P, G, W] each: children of the node after the forced tokens."""
+    scored: torch.Tensor
+    """bool [P, G]: whether `children` holds."""
 
 
 class BeamSearch:
@@ -151,111 +64,250 @@ class BeamSearch:
     first G enter the pool of the best G finished titles, and the G best others go on. A running beam that the worst of
     a full pool beats can never enter it, since scores only fall: it is dropped, which changes no result. Ties: the
     earlier beam, then the lower token; what is in the pool stays before what comes.
+
+    A group moves on as far as its beams' children are known, independently of other groups. With lookahead > 1, up to
+    that many nodes of a forced chain are scored at once; the results are the same.
     """
 
-    def __init__(self, trie: DeviceTrie, num_groups: int, beams: int) -> None:
+    def __init__(self, trie: DeviceTrie, num_groups: int, beams: int, lookahead: int = 1) -> None:
         shape, device = (num_groups, beams), trie.device
-        self.trie, self.beams, self.depth = trie, beams, 0
+        self.trie, self.groups, self.beams = trie, num_groups, beams
+        self.keep = 2 * beams
+        """Best children of a node that the search looks at."""
+        self.lookahead = min(lookahead, trie.max_tokens)
         self._node = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._node[:, 0] = 0
-        self._parent = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self._parent[:, 0] = 0
         self._token = torch.zeros(shape, dtype=torch.int32, device=device)
         self._score = torch.full(shape, NEG_INF, device=device)
         self._score[:, 0] = 0
-        self._logprobs = torch.zeros(*shape, trie.max_tokens, device=device)
-        self._pool_score = torch.full(shape, NEG_INF, device=device)
-        self._pool_class = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self._pool_logprobs = torch.zeros(*shape, trie.max_tokens, device=device)
+        self._origin = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self._origin[:, 0] = 0
+        self._depth = torch.zeros(num_groups, dtype=torch.int64, device=device)
+        self._known: _Known | None = None
+        steps = (num_groups, trie.max_tokens, beams)
+        self._past_parent = torch.zeros(steps, dtype=torch.int64, device=device)
+        self._past_edge = torch.zeros(steps, dtype=torch.int64, device=device)
+        self._past_logprob = torch.zeros(steps, device=device)
+        self._pool = _Pool.empty(shape, device)
 
     def frontier(self) -> Frontier:
-        """What must be scored now; empty when every group is done. The one transfer to the host in a step."""
+        """What must be scored now; empty when every group is done. The one transfer to the host."""
         running = self._node >= 0
-        node = self._node.clamp_min(0)
-        fanout = torch.where(running, self.trie.first_edge[node + 1] - self.trie.first_edge[node], 0)
-        host_fanout, host_parent = torch.stack([fanout, self._parent]).cpu().numpy()
-        slot = np.flatnonzero(host_fanout)
-        rows = torch.from_numpy(slot).to(node.device, non_blocking=True)
-        return Frontier(
-            slot, host_fanout.ravel()[slot], host_parent, self._node.view(-1)[rows], self._token.view(-1)[rows]
-        )
+        known = self._known.scored if self._known else torch.zeros_like(running)
+        node, token, count = self._chains(running & ~known)
+        last = node.gather(2, (count - 1).clamp_min(0)[..., None])[..., 0]
+        host_count, fanout, parent = torch.stack([count, self.trie.fanout(last), self._origin]).cpu().numpy()
+        self._origin = torch.where(running, torch.arange(self.beams, device=node.device), -1)
+        slot = np.flatnonzero(host_count)
+        counts = host_count.ravel()[slot]
+        step = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = torch.from_numpy(np.repeat(slot, counts) * self.lookahead + step).to(node.device, non_blocking=True)
+        fanouts = np.ones(len(step), np.int64)
+        fanouts[np.cumsum(counts) - 1] = fanout.ravel()[slot]
+        return Frontier(slot, counts, parent, fanouts, node.view(-1)[place], token.view(-1)[place])
+
+    def _chains(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Nodes and tokens [P, G, lookahead] of the forced chain from every wanted beam, and its length [P, G]."""
+        trie = self.trie
+        node, token = self._node.clamp_min(0), self._token
+        nodes, tokens, count, goes_on = [node], [token], wanted.long(), wanted & (self._depth > 0)[:, None]
+        for _ in range(self.lookahead - 1):
+            edge = trie.first_edge[node]
+            child = trie.edge_target[edge].long()
+            goes_on = goes_on & (trie.fanout(node) == 1) & (child >= 0)
+            node = torch.where(goes_on, child, node)
+            nodes.append(node)
+            tokens.append(trie.edge_token[edge])
+            count = count + goes_on
+        return torch.stack(nodes, -1), torch.stack(tokens, -1), count
 
     def advance(self, frontier: Frontier, children: Children) -> None:
-        """One step for every group: children are those of the frontier's nodes."""
-        groups, beams = self._node.shape
-        width = children.logprob.shape[1]
-        rows = torch.from_numpy(frontier.slot).to(self._node.device, non_blocking=True)
-        logprob = torch.full((groups * beams, width), NEG_INF, device=rows.device)
-        logprob[rows] = children.logprob
-        edge = torch.zeros((groups * beams, width), dtype=torch.int64, device=rows.device)
-        edge[rows] = children.edge
+        """Take the children of the frontier's T nodes, and move every group on as far as its beams' are known."""
+        self._learn(frontier, children)
+        steps = 0
+        while True:
+            ready = self._ready()
+            if (steps >= self.lookahead or ready.device.type == "cpu") and not bool(ready.any()):
+                return
+            self._step(ready)
+            steps += 1
 
-        score = (logprob + self._score.view(-1, 1)).view(groups, beams * width)
+    def _learn(self, frontier: Frontier, children: Children) -> None:
+        """Scatter the scores of the frontier's chains to their beams."""
+        shape, width, device = (self.groups, self.beams), children.logprob.shape[1], self._node.device
+        slot = torch.from_numpy(frontier.slot).to(device, non_blocking=True)
+        count = torch.from_numpy(frontier.count).to(device, non_blocking=True)
+        last = count.cumsum(0) - 1
+        old = self._known
+
+        def spread(values: torch.Tensor, before: torch.Tensor | None, otherwise: float) -> torch.Tensor:
+            spread_width = width if before is None else max(width, before.shape[2])
+            whole = values.new_full((*shape, spread_width), otherwise)
+            if before is not None:
+                whole[..., : before.shape[2]] = before
+            whole.view(-1, spread_width)[slot] = otherwise
+            whole.view(-1, spread_width)[slot, :width] = values[last]
+            return whole
+
+        best = Children(
+            spread(children.logprob, old.children.logprob if old else None, NEG_INF),
+            spread(children.edge, old.children.edge if old else None, 0),
+            spread(children.key, old.children.key if old else None, NEG_INF),
+        )
+        scored = old.scored.clone() if old else torch.zeros(shape, dtype=torch.bool, device=device)
+        scored.view(-1)[slot] = True
+        forced = old.forced if old else torch.zeros((*shape, self.lookahead - 1), device=device)
+        forced_left = old.forced_left if old else torch.zeros(shape, dtype=torch.int64, device=device)
+        if self.lookahead > 1:
+            ahead = torch.arange(self.lookahead - 1, device=device)
+            place = (last - count + 1)[:, None] + torch.minimum(ahead, count[:, None] - 1)
+            forced.view(-1, self.lookahead - 1)[slot] = children.logprob[place, 0]
+            forced_left.view(-1)[slot] = count - 1
+        self._known = _Known(forced, forced_left, best, scored)
+
+    def _ready(self) -> torch.Tensor:
+        """bool [P]: groups that still run and know the children of every running beam."""
+        assert self._known is not None
+        running = self._node >= 0
+        return running.any(1) & (self._known.scored | ~running).all(1)
+
+    def _next(self) -> Children:
+        """Children of every running beam's node: [P, G, W] each, -inf where a beam is not running."""
+        assert self._known is not None
+        known, node = self._known, self._node
+        children, is_forced = known.children, (known.forced_left > 0)[..., None]
+        running = (node >= 0)[..., None]
+        logprob, edge, key = children.logprob, children.edge, children.key
+        if self.lookahead > 1:
+            first = torch.arange(logprob.shape[2], device=node.device) == 0
+            forced = torch.where(first, known.forced[..., :1], NEG_INF)
+            logprob = torch.where(is_forced, forced, logprob)
+            key = torch.where(is_forced, forced.to(key.dtype), key)
+            edge = torch.where(is_forced, self.trie.first_edge[node.clamp_min(0)][..., None], edge)
+        return Children(torch.where(running, logprob, NEG_INF), edge, torch.where(running, key, NEG_INF))
+
+    def _step(self, ready: torch.Tensor) -> None:
+        """One token for every ready group."""
+        children = self._next()
+        width, keep = children.logprob.shape[2], self.keep
+        score = (self._score[..., None] + children.key).flatten(1)
         score, order = score.sort(dim=1, descending=True, stable=True)
-        score, order = score[:, : 2 * beams], order[:, : 2 * beams]
-        parent = order // width
-        edge = edge.view(groups, -1).gather(1, order)
-        logprobs = self._logprobs.gather(1, parent[..., None].expand(-1, -1, self._logprobs.shape[2]))
-        logprobs[:, :, self.depth] = logprob.view(groups, -1).gather(1, order)
+        score, order = score[:, :keep], order[:, :keep]
+        parent, edge = order // width, children.edge.flatten(1).gather(1, order)
+        logprob = children.logprob.flatten(1).gather(1, order)
         target = self.trie.edge_target[edge].long()
-        possible = score > NEG_INF
+        possible = (score > NEG_INF) & ready[:, None]
+
         ends = possible & (target < 0)
-        self._pool(torch.where(ends, score, NEG_INF)[:, :beams], -1 - target[:, :beams], logprobs[:, :beams])
-        self._continue(possible & ~ends, score, parent, edge, target, logprobs)
-        self.depth += 1
+        ended = _Pool(torch.where(ends, score, NEG_INF), -1 - target, parent, logprob, self._depth[:, None] + 0 * edge)
+        self._pool = self._pool.best_of(ended.first(self.beams))
 
-    def _pool(self, score: torch.Tensor, item_class: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Keep the best of the pool and of what ended now."""
-        score = torch.cat([self._pool_score, score], 1)
-        score, order = score.sort(dim=1, descending=True, stable=True)
-        order = order[:, : self.beams]
-        self._pool_score = score[:, : self.beams]
-        self._pool_class = torch.cat([self._pool_class, item_class], 1).gather(1, order)
-        order = order[..., None].expand(-1, -1, logprobs.shape[2])
-        self._pool_logprobs = torch.cat([self._pool_logprobs, logprobs], 1).gather(1, order)
+        goes_on = possible & (target >= 0)
+        first = (~goes_on).to(torch.int8).argsort(dim=1, stable=True)[:, : self.beams]
+        first = torch.nn.functional.pad(first, (0, self.beams - first.shape[1]))
+        valid = torch.arange(self.beams, device=first.device) < goes_on.sum(1, keepdim=True)
+        alive = valid & (score.gather(1, first) > self._pool.score[:, -1:])
+        self._replace(ready, alive, *(values.gather(1, first) for values in (score, parent, edge, logprob, target)))
 
-    def _continue(
+    def _replace(
         self,
-        goes_on: torch.Tensor,
+        ready: torch.Tensor,
+        alive: torch.Tensor,
         score: torch.Tensor,
         parent: torch.Tensor,
         edge: torch.Tensor,
+        logprob: torch.Tensor,
         target: torch.Tensor,
-        logprobs: torch.Tensor,
     ) -> None:
-        """The first G that go on are the running beams, unless the worst of a full pool beats them already."""
-        first = (~goes_on).to(torch.int8).argsort(dim=1, stable=True)[:, : self.beams]
-        score = score.gather(1, first)
-        running = goes_on.gather(1, first) & (score > self._pool_score[:, -1:])
-        pad = self.beams - running.shape[1]
-
-        def kept(values: torch.Tensor, otherwise: float) -> torch.Tensor:
-            values = torch.where(running, values, otherwise)
-            return torch.nn.functional.pad(values, (0, pad), value=otherwise)
-
-        self._score = kept(score, NEG_INF)
-        self._parent = kept(parent.gather(1, first), -1)
-        self._token = kept(self.trie.edge_token[edge.gather(1, first)], 0)
-        self._node = kept(target.gather(1, first), -1)
-        logprobs = logprobs.gather(1, first[..., None].expand(-1, -1, logprobs.shape[2]))
-        self._logprobs = torch.nn.functional.pad(logprobs, (0, 0, 0, pad))
+        """The new beams [P, G] of the ready groups; what their parents knew of a forced chain goes with them."""
+        assert self._known is not None
+        known, change = self._known, ready[:, None]
+        group = torch.arange(self.groups, device=ready.device)
+        for past, values in ((self._past_parent, parent), (self._past_edge, edge), (self._past_logprob, logprob)):
+            past[group, self._depth] = torch.where(change, values, past[group, self._depth])
+        self._depth = self._depth + ready
+        if self.lookahead > 1:
+            kept = torch.where(change, parent, torch.arange(self.beams, device=ready.device))
+            inherit = known.forced_left.gather(1, kept) - change.long()
+            wide = kept[..., None]
+            forced = known.forced.gather(1, wide.expand(-1, -1, known.forced.shape[2]))
+            shifted = torch.nn.functional.pad(forced[..., 1:], (0, 1))
+            rows = wide.expand(-1, -1, known.children.logprob.shape[2])
+            self._known = _Known(
+                torch.where(change[..., None], shifted, forced),
+                inherit.clamp_min(0),
+                Children(
+                    known.children.logprob.gather(1, rows),
+                    known.children.edge.gather(1, rows),
+                    known.children.key.gather(1, rows),
+                ),
+                known.scored.gather(1, kept) & ((inherit >= 0) | ~change),
+            )
+        else:
+            known.scored &= ~change
+        self._origin = torch.where(change, torch.where(alive, self._origin.gather(1, parent), -1), self._origin)
+        self._score = torch.where(change, torch.where(alive, score, NEG_INF), self._score)
+        self._node = torch.where(change, torch.where(alive, target, -1), self._node)
+        self._token = torch.where(change, self.trie.edge_token[edge], self._token)
 
     def results(self) -> list[Candidates]:
         """The pool of every group, best first: fewer than G candidates where the catalogue has fewer titles."""
-        score, item_class = self._pool_score.cpu().numpy(), self._pool_class.cpu().numpy()
-        logprobs = self._pool_logprobs.cpu().numpy()
+        score, item_class, beam, logprob, depth = (values.cpu().numpy() for values in self._pool.fields())
+        past_parent, past_logprob = self._past_parent.cpu().numpy(), self._past_logprob.cpu().numpy()
+        tokens_of = self.trie.edge_token
+        past_token = tokens_of[self._past_edge].cpu().numpy()
+        shape = (*score.shape, self.trie.max_tokens)
+        tokens, logprobs = np.full(shape, self.trie.source.eos_token, np.int32), np.zeros(shape, np.float32)
+        group = np.arange(self.groups)[:, None]
+        np.put_along_axis(logprobs, depth[..., None], logprob[..., None], 2)
+        for step in range(self.trie.max_tokens - 2, -1, -1):
+            before = step < depth
+            at = beam * before
+            tokens[..., step] = np.where(before, past_token[group, step, at], tokens[..., step])
+            logprobs[..., step] = np.where(before, past_logprob[group, step, at], logprobs[..., step])
+            beam = np.where(before, past_parent[group, step, at], beam)
         return [
-            candidates(self.trie.source, item_class[group][found], logprobs[group][found], score[group][found])
-            for group, found in enumerate(score > NEG_INF)
+            Candidates(
+                tokens=[row[: length + 1] for row, length in zip(tokens[g][found], depth[g][found], strict=True)],
+                logprobs=[row[: length + 1] for row, length in zip(logprobs[g][found], depth[g][found], strict=True)],
+                item_class=item_class[g][found].astype(np.int32),
+                score=score[g][found].astype(np.float32),
+            )
+            for g, found in enumerate(score > NEG_INF)
         ]
 
 
-def candidates(trie: Trie, item_class: np.ndarray, logprobs: np.ndarray, score: np.ndarray) -> Candidates:
-    """item_class: int [n]. logprobs: float32 [n, D], padded. score: float32 [n]."""
-    tokens = [np.asarray(trie.title_tokens(int(title)), np.int32) for title in item_class]
-    return Candidates(
-        tokens=tokens,
-        logprobs=[row[: len(title)] for row, title in zip(logprobs, tokens, strict=True)],
-        item_class=item_class.astype(np.int32),
-        score=score,
-    )
+@dataclass(frozen=True)
+class _Pool:
+    """Finished titles of every group, best first: [P, G] each."""
+
+    score: torch.Tensor
+    item_class: torch.Tensor
+    parent: torch.Tensor
+    """The beam, at the depth where the title ended, whose end-of-sequence this is."""
+    logprob: torch.Tensor
+    """Of the end-of-sequence token."""
+    depth: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], device: torch.device) -> "_Pool":
+        zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+        return cls(
+            torch.full(shape, NEG_INF, device=device), zeros - 1, zeros, torch.zeros(shape, device=device), zeros
+        )
+
+    def fields(self) -> tuple[torch.Tensor, ...]:
+        return self.score, self.item_class, self.parent, self.logprob, self.depth
+
+    def first(self, count: int) -> "_Pool":
+        return _Pool(*(values[:, :count] for values in self.fields()))
+
+    def best_of(self, others: "_Pool") -> "_Pool":
+        """As many as there were, the best of these and the others; of equals, these first."""
+        score, order = torch.cat([self.score, others.score], 1).sort(dim=1, descending=True, stable=True)
+        order = order[:, : self.score.shape[1]]
+        rest = (
+            torch.cat([mine, theirs], 1).gather(1, order)
+            for mine, theirs in zip(self.fields()[1:], others.fields()[1:], strict=True)
+        )
+        return _Pool(score[:, : self.score.shape[1]], *rest)

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from catalog.trie import Trie
+from rollout.children import Children, DeviceTrie, top_children
 from rollout.config import LogprobSpace
 from rollout.groups import Candidates
-from rollout.kv_blocks import BeamBlocks, blocks_needed, prefill_pieces
-from rollout.search import BeamSearch, Children, DeviceTrie, Frontier, top_children
+from rollout.kv_blocks import BeamBlocks, blocks_needed, passes
+from rollout.search import BeamSearch, Frontier
 from rollout.vllm_engine import EngineError
 from rollout.vllm_internals import PagedModel, TokenBatch
 from rollout.vllm_weights import WeightsWorker
@@ -29,91 +30,99 @@ class SearchWorker(WeightsWorker):
         self.logprob_space = logprob_space
 
     @torch.inference_mode()
-    def search_groups(self, prompts: Sequence[np.ndarray], beams: int) -> list[Candidates]:
+    def search_groups(self, prompts: Sequence[np.ndarray], beams: int, lookahead: int = 1) -> list[Candidates]:
         """Candidates of every prompt, searched in as many batches as the KV cache requires."""
-        batches = self._batches_that_fit(prompts, beams)
-        return [group for batch in batches for group in self._search([prompts[i] for i in batch], beams)]
+        found: list[Candidates] = []
+        for batch in self._batches_that_fit(prompts, beams, lookahead):
+            found += self._search(batch, beams, lookahead)
+        return found
 
-    def _batches_that_fit(self, prompts: Sequence[np.ndarray], beams: int) -> Iterator[list[int]]:
-        """Indices of consecutive prompts whose searches fit the KV cache together."""
-        model, widths = self.paged_model, self.device_trie.level_width
-        batch: list[int] = []
-        free = model.num_blocks - 1
+    def _batches_that_fit(
+        self, prompts: Sequence[np.ndarray], beams: int, lookahead: int
+    ) -> Iterator[Sequence[np.ndarray]]:
+        """Consecutive prompts whose searches fit the KV cache together."""
+        model, first = self.paged_model, 0
+        total = free = model.num_blocks - 1
         for i, prompt in enumerate(prompts):
-            need = blocks_needed(len(prompt), beams, widths, model.block_size)
-            if need > model.num_blocks - 1:
+            need = blocks_needed(len(prompt), beams, self.device_trie.level_width, lookahead, model.block_size)
+            if need > total:
                 raise EngineError(
                     f"a prompt of {len(prompt)} tokens with {beams} beams needs {need} KV-cache blocks of "
-                    f"{model.block_size} tokens, the cache has {model.num_blocks - 1}: raise rollout.kv_cache_gib "
-                    f"by a factor of {need / (model.num_blocks - 1):.1f}"
+                    f"{model.block_size} tokens, the cache has {total}: raise rollout.kv_cache_gib by a factor of "
+                    f"{need / total:.1f}"
                 )
             if need > free:
-                yield batch
-                batch, free = [], model.num_blocks - 1
-            batch.append(i)
+                yield prompts[first:i]
+                first, free = i, total
             free -= need
-        if batch:
-            yield batch
+        yield prompts[first:]
 
-    def _search(self, prompts: Sequence[np.ndarray], beams: int) -> list[Candidates]:
+    def _search(self, prompts: Sequence[np.ndarray], beams: int, lookahead: int) -> list[Candidates]:
         model = self.paged_model
-        search = BeamSearch(self.device_trie, len(prompts), beams)
+        search = BeamSearch(self.device_trie, len(prompts), beams, lookahead)
         blocks = BeamBlocks(prompts, beams, model.num_blocks, model.block_size)
         frontier, hidden = search.frontier(), self._prefill(prompts, blocks)
         while frontier.size:
-            search.advance(frontier, self._score(hidden, frontier, 2 * beams))
+            search.advance(frontier, self._score(hidden, frontier, search.keep))
             frontier = search.frontier()
             if frontier.size:
                 hidden = self._decode(frontier, blocks)
         return search.results()
 
     def _prefill(self, prompts: Sequence[np.ndarray], blocks: BeamBlocks) -> torch.Tensor:
-        """Hidden states [P, H] of the last token of every prompt, computed a token budget at a time."""
-        model, last = self.paged_model, []
-        lengths = np.array([len(prompt) for prompt in prompts])
-        for group, start, stop in prefill_pieces(lengths, blocks.shared, model.max_batched_tokens):
-            count = stop - start
-            row = np.repeat(np.arange(len(group)), count)
-            position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - start, count)
-            slot = group * blocks.beams
-            token = np.concatenate([prompts[g][a:b] for g, a, b in zip(group, start, stop, strict=True)])
-            batch = TokenBatch(
-                token=torch.from_numpy(token.astype(np.int32)).to(model.device, non_blocking=True),
-                position=position,
-                slot=blocks.slots_of(slot[row], position),
-                count=count.astype(np.int32),
-                length=stop.astype(np.int32),
-                table=blocks.table[slot],
-            )
-            ends = np.cumsum(count) - 1
-            last.append(model.forward(batch)[ends[stop == lengths[group]]])
-        return torch.cat(last)
+        """Hidden states [P, H] of the last token of every prompt; what prompts share is computed once."""
+        length = np.array([len(prompt) for prompt in prompts])
+        token = np.concatenate([prompt[first:] for prompt, first in zip(prompts, blocks.shared, strict=True)])
+        slot = np.arange(len(prompts)) * blocks.beams
+        last = np.cumsum(length - blocks.shared) - 1
+        return self._forward(torch.from_numpy(token), slot, blocks.shared, length, blocks, last)
 
     def _decode(self, frontier: Frontier, blocks: BeamBlocks) -> torch.Tensor:
-        """Hidden states [R, H] of the tokens that led to the frontier."""
-        model = self.paged_model
-        model.copy_blocks(*blocks.follow(frontier.parent))
-        blocks.extend(frontier.slot, np.ones(frontier.size, np.int64))
-        hidden = []
-        for start in range(0, frontier.size, model.max_batched_tokens):
-            rows = slice(start, start + model.max_batched_tokens)
-            slot = frontier.slot[rows]
-            length = blocks.length[slot]
+        """Hidden states [T, H] of the tokens that lead to the frontier's nodes."""
+        self.paged_model.copy_blocks(*blocks.follow(frontier.parent))
+        start = blocks.length[frontier.slot]
+        blocks.extend(frontier.slot, frontier.count)
+        every = np.arange(len(frontier.fanout))
+        return self._forward(frontier.token, frontier.slot, start, start + frontier.count, blocks, every)
+
+    def _forward(
+        self,
+        token: torch.Tensor,
+        slot: np.ndarray,
+        start: np.ndarray,
+        stop: np.ndarray,
+        blocks: BeamBlocks,
+        wanted: np.ndarray,
+    ) -> torch.Tensor:
+        """Hidden states [K, H] of the tokens `wanted`, in passes of at most the engine's token budget.
+
+        token: int32 [T], those of beam slot[0] first. start, stop: int64 [N], positions of each beam's tokens. wanted:
+        int64 [K], ascending, of 0..T-1.
+        """
+        model, hidden = self.paged_model, []
+        token = token.to(model.device, non_blocking=True)
+        for first, last, row, begin, end in passes(start, stop, model.max_batched_tokens):
+            count = end - begin
+            of_token = np.repeat(np.arange(len(count)), count)
+            position = np.arange(last - first) - (np.cumsum(count) - count - begin)[of_token]
             batch = TokenBatch(
-                token=frontier.token[rows],
-                position=length - 1,
-                slot=blocks.slots_of(slot, length - 1),
-                count=np.ones(len(slot), np.int32),
-                length=length.astype(np.int32),
-                table=blocks.table[slot],
+                token=token[first:last],
+                position=position,
+                slot=blocks.places(slot[row][of_token], position),
+                count=count.astype(np.int32),
+                length=end.astype(np.int32),
+                table=blocks.table[slot[row]],
             )
-            hidden.append(model.forward(batch))
-        return torch.cat(hidden)
+            output = model.forward(batch)
+            here = wanted[(wanted >= first) & (wanted < last)] - first
+            all_wanted = len(here) == len(output)
+            hidden.append(output if all_wanted else output[torch.from_numpy(here).to(model.device)])
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _score(self, hidden: torch.Tensor, frontier: Frontier, keep: int) -> Children:
         """The best children of every frontier node, the logits computed a bounded piece at a time."""
         rows = max(1, LOGITS_BYTES // (self.paged_model.vocab_size * hidden.element_size()))
-        pieces = [slice(start, start + rows) for start in range(0, frontier.size, rows)]
+        pieces = [slice(start, start + rows) for start in range(0, len(hidden), rows)]
         return Children.cat(
             [
                 top_children(

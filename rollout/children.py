@@ -1,0 +1,153 @@
+"""The most likely children of trie nodes, from the model's logits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from catalog.trie import Trie
+from rollout.arrays import as_tensor
+from rollout.config import LogprobSpace
+
+NEG_INF = float("-inf")
+_GATHER_ELEMENTS = 1 << 21
+_CACHED_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class DeviceTrie:
+    """The arrays of a catalogue trie on the device that searches; on the CPU they are the trie's own."""
+
+    first_edge: torch.Tensor
+    """int64 [N + 1]"""
+    edge_token: torch.Tensor
+    """int32 [E]"""
+    edge_target: torch.Tensor
+    """int32 [E]: the child node, or -1 - item_class at end-of-sequence."""
+    level_width: np.ndarray
+    """int64 [D]: nodes at each depth."""
+    source: Trie
+
+    @classmethod
+    def of(cls, trie: Trie, device: torch.device | str = "cpu") -> "DeviceTrie":
+        first_edge, edge_token, edge_target = (
+            as_tensor(array).to(device) for array in (trie.first_edge, trie.edge_token, trie.edge_target)
+        )
+        return cls(first_edge, edge_token, edge_target, np.diff(trie.level_start, append=trie.num_nodes), trie)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the longest title, end-of-sequence included."""
+        return len(self.level_width)
+
+    @property
+    def device(self) -> torch.device:
+        return self.first_edge.device
+
+    def fanout(self, node: torch.Tensor) -> torch.Tensor:
+        """int64, like node: number of children."""
+        return self.first_edge[node + 1] - self.first_edge[node]
+
+    @cached_property
+    def forced_to_end(self) -> torch.Tensor:
+        """int16 [N]: tokens to the one title below a node, end-of-sequence excluded; -1 where several lie below."""
+        first, target = self.source.first_edge, self.source.edge_target
+        length = np.full(self.source.num_nodes, -1, np.int16)
+        starts = [*self.source.level_start.tolist(), self.source.num_nodes]
+        for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
+            single = start + np.flatnonzero(np.diff(first[start : stop + 1]) == 1)
+            child = target[first[single]]
+            below = length[np.maximum(child, 0)]
+            length[single] = np.where(child < 0, 0, np.where(below < 0, -1, below + 1))
+        return torch.from_numpy(length).to(self.device)
+
+
+@dataclass(frozen=True)
+class Children:
+    """The best children of R nodes: padded to W per node, best first, -inf where there is none."""
+
+    logprob: torch.Tensor
+    """float32 [R, W]: what is reported and, in beam search, summed."""
+    edge: torch.Tensor
+    """int64 [R, W]"""
+    key: torch.Tensor
+    """[R, W]: what they are ordered by."""
+
+    @classmethod
+    def cat(cls, pieces: "Sequence[Children]") -> "Children":
+        """Rows of all pieces, padded to the widest."""
+        if len(pieces) == 1:
+            return pieces[0]
+        width = max(piece.logprob.shape[1] for piece in pieces)
+
+        def joined(name: str, otherwise: float) -> torch.Tensor:
+            values = [getattr(piece, name) for piece in pieces]
+            return torch.cat([torch.nn.functional.pad(v, (0, width - v.shape[1]), value=otherwise) for v in values])
+
+        return cls(joined("logprob", NEG_INF), joined("edge", 0), joined("key", NEG_INF))
+
+
+Key = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(row [r], edge [r, w], raw logits of the children [r, w], -inf where there is none) -> key [r, w]."""
+
+
+def top_children(
+    trie: DeviceTrie,
+    logits: torch.Tensor,
+    node: torch.Tensor,
+    fanout: np.ndarray,
+    keep: int,
+    space: LogprobSpace,
+    key: Key | None = None,
+) -> Children:
+    """The `keep` best children of each node, by log-probability or by `key`.
+
+    logits: [R, V]. node: int64 [R]. fanout: int64 [R], on the host. Equal keys: the lower token first. Nodes are taken
+    in buckets of similar fan-out, so memory follows the number of edges and not the widest node.
+    """
+    width = int(min(fanout.max(), keep))
+    normaliser = logsumexp(logits) if space == "vocabulary" else None
+    pieces: list[tuple[torch.Tensor, Children]] = []
+    for rows_host in _fanout_buckets(fanout):
+        row = torch.from_numpy(rows_host).to(node.device, non_blocking=True)
+        first = trie.first_edge[node[row]][:, None]
+        edge = first + torch.arange(int(fanout[rows_host].max()), device=node.device)
+        exists = edge < trie.first_edge[node[row] + 1][:, None]
+        edge = torch.where(exists, edge, first)
+        raw = torch.where(exists, logits[row[:, None], trie.edge_token[edge].long()].float(), NEG_INF)
+        logprob = raw - (raw.logsumexp(1) if normaliser is None else normaliser[row])[:, None]
+        order_by = logprob if key is None else key(row, edge, raw)
+        if edge.shape[1] > keep or (edge.shape[1] > 1 and key is not None):
+            order_by, order = order_by.sort(dim=1, descending=True, stable=True)
+            order_by, order = order_by[:, :keep], order[:, :keep]
+            logprob, edge = logprob.gather(1, order), edge.gather(1, order)
+        pieces.append((row, Children(logprob, edge, order_by)))
+    if len(pieces) == 1 and len(pieces[0][0]) == len(fanout):
+        return pieces[0][1]
+    whole = Children(
+        logits.new_full((len(fanout), width), NEG_INF, dtype=torch.float32),
+        torch.zeros((len(fanout), width), dtype=torch.int64, device=logits.device),
+        logits.new_full((len(fanout), width), NEG_INF, dtype=pieces[0][1].key.dtype),
+    )
+    for row, found in pieces:
+        columns = slice(found.logprob.shape[1])
+        whole.logprob[row, columns], whole.edge[row, columns] = found.logprob, found.edge
+        whole.key[row, columns] = found.key
+    return whole
+
+
+def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """float32 [R] of logits [R, V] in any precision, a few rows at a time: no copy of [R, V] is made."""
+    rows = max(1, _CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return torch.cat([chunk.float().logsumexp(1) for chunk in logits.split(rows)])
+
+
+def _fanout_buckets(fanout: np.ndarray) -> list[np.ndarray]:
+    """Rows in buckets whose fan-outs differ by less than a factor of two and whose padded size is bounded."""
+    order = np.argsort(fanout, kind="stable")
+    size = np.frexp(fanout[order] - 0.5)[1]
+    buckets = [np.sort(bucket) for bucket in np.split(order, np.flatnonzero(np.diff(size)) + 1)]
+    rows = [max(1, _GATHER_ELEMENTS // int(fanout[bucket].max())) for bucket in buckets]
+    return [bucket[i : i + n] for bucket, n in zip(buckets, rows, strict=True) for i in range(0, len(bucket), n)]
