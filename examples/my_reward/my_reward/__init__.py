@@ -1,0 +1,1 @@
+"""Two rewards for rere, as a package of their own."""
