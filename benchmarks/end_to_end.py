@@ -110,7 +110,10 @@ def measure(shape: str) -> tuple[Row, dict[str, Any]]:
     warmups, repeats = WARMUPS.get(shape, 0), REPEATS[shape]
     steps = [workload.step_examples(step) for step in range(warmups + repeats)]
     with Side("benchmarks.end_to_end:Ours", shape) as ours, Side("benchmarks.end_to_end:Theirs", shape) as theirs:
-        calls = [(ours.call("step", ids), theirs.call("step", ids)) for ids in steps]
+        calls = []
+        for ids in steps:
+            calls.append((ours.call("step", ids), theirs.call("step", ids)))
+            print(f"{shape}: ours {calls[-1][0].seconds:.3g} s, theirs {calls[-1][1].seconds:.3g} s", flush=True)
     check_equal(workload, *calls[0])
     measured = calls[warmups:]
     row = row_of_pairs(

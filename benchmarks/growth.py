@@ -1,0 +1,170 @@
+"""Time of a training step against the size of everything: one plot each, beside the line of its arithmetic.
+
+A step here is rollout, reference, learn and sync on a random model of fixed size and random titles, so that every size
+can be varied alone. The arithmetic is what must be computed: tokens that the rollout feeds and tokens that the learner
+feeds forward and back. The line goes through the first point; nothing may grow faster than it.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import REPOSITORY, Side, timed
+from benchmarks.in_process import InProcess, counted_forwards
+from benchmarks.shapes import SHAPES, build
+from catalog.trie import Trie
+
+FIGURES = REPOSITORY / "docs/figures"
+REPEATS = 3
+SLACK = 1.5
+"""How much faster than its arithmetic a step may grow before it is said, over the whole range."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of one step."""
+
+    titles: int = 4000
+    prompt_tokens: int = 200
+    title_tokens: int = 16
+    group_size: int = 16
+    groups: int = 16
+
+
+SWEEPS: dict[str, tuple[str, Sequence[int]]] = {
+    "titles": ("titles in the catalogue", (1_000, 10_000, 100_000, 1_000_000)),
+    "prompt_tokens": ("tokens of a prompt", (50, 100, 200, 400, 800)),
+    "title_tokens": ("tokens of a title", (8, 16, 32, 64)),
+    "group_size": ("candidates of a group (G)", (4, 8, 16, 32, 64)),
+    "groups": ("groups of a step", (4, 8, 16, 32, 64)),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured size. Seconds are the fastest of REPEATS, the least disturbed by other work on the machine."""
+
+    size: int
+    seconds: float
+    rollout_s: float
+    learn_s: float
+    sync_s: float
+    fed_tokens: float
+    """Tokens through the model: rollout, reference, policy forward, and the backward pass counted twice."""
+
+
+class Stepper:
+    """Measures steps over one trie of random titles; lives in a process of its own."""
+
+    def __init__(self, titles: int, title_tokens: int) -> None:
+        base = build(SHAPES["tiny-64"])
+        self.vocabulary = int(base.catalog.trie.edge_token.max()) + 1
+        self.rng = np.random.default_rng(0)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trie.arrow"
+            random_trie(self.rng, titles, title_tokens, self.vocabulary, base.catalog.eos_token).save(path)
+            self.step = InProcess(base.config, base.model_path, base.catalog, path)
+
+    def measure(self, prompt_tokens: int, group_size: int, groups: int) -> dict[str, float]:
+        """Fields of a Point but its size."""
+        prompts = self.rng.integers(0, self.vocabulary, (groups, prompt_tokens)).astype(np.int32).tolist()
+        with counted_forwards() as counted:
+            candidates = self.step.rollout(prompts, group_size)
+        packed = self.step.learn(prompts, candidates)["packed_tokens"]
+        rollout_s = _fastest(lambda: self.step.rollout(prompts, group_size))
+        learn_s = _fastest(lambda: self.step.learn(prompts, candidates))
+        sync_s = _fastest(self.step.sync)
+        return {
+            "seconds": rollout_s + learn_s + sync_s,
+            "rollout_s": rollout_s,
+            "learn_s": learn_s,
+            "sync_s": sync_s,
+            "fed_tokens": counted.tokens + 4 * packed,
+        }
+
+
+def random_trie(rng: np.random.Generator, titles: int, length: int, vocabulary: int, eos: int) -> Trie:
+    """Distinct titles of `length` tokens, end-of-sequence included, that share beginnings as product titles do."""
+    brands = rng.integers(0, vocabulary, (max(32, titles // 100), 2))
+    tokens = rng.integers(0, vocabulary, (2 * titles, length - 1))
+    tokens[:, :2] = brands[rng.integers(0, len(brands), 2 * titles)]
+    tokens[tokens == eos] = (eos + 1) % vocabulary
+    distinct = np.unique(tokens, axis=0)
+    kept = distinct[rng.permutation(len(distinct))[:titles]]
+    ended = np.concatenate([kept, np.full((len(kept), 1), eos)], 1)
+    return Trie.from_titles(ended, eos_token=eos, tokenizer_fingerprint="random titles")
+
+
+def sweep(name: str) -> list[Point]:
+    """Points of one sweep, smallest first."""
+    points = []
+    for trie, works in groupby(
+        ((size, replace(Workload(), **{name: size})) for size in SWEEPS[name][1]),
+        key=lambda entry: (entry[1].titles, entry[1].title_tokens),
+    ):
+        with Side("benchmarks.growth:Stepper", *trie) as stepper:
+            for size, work in works:
+                fields = stepper.call("measure", work.prompt_tokens, work.group_size, work.groups).result
+                points.append(Point(size, **fields))
+    return points
+
+
+def growth_beyond_arithmetic(points: Sequence[Point]) -> float:
+    """How many times more the time grew over the whole range than the fed tokens did."""
+    return (points[-1].seconds / points[0].seconds) / (points[-1].fed_tokens / points[0].fed_tokens)
+
+
+def plot(name: str, points: Sequence[Point]) -> Path:
+    """Seconds per step and its stages, with the arithmetic through the first point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = [point.size for point in points]
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    axes.plot(sizes, [point.seconds for point in points], "o-", label="step")
+    for stage in ("rollout_s", "learn_s", "sync_s"):
+        axes.plot(sizes, [getattr(point, stage) for point in points], ".:", label=stage.removesuffix("_s"))
+    arithmetic = [points[0].seconds * point.fed_tokens / points[0].fed_tokens for point in points]
+    axes.plot(sizes, arithmetic, "k--", label="arithmetic")
+    axes.set(xscale="log", yscale="log", xlabel=SWEEPS[name][0], ylabel="seconds")
+    axes.legend()
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    path = FIGURES / f"growth-{name.replace('_', '-')}.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def markdown(results: dict[str, list[Point]]) -> str:
+    lines = ["| varied | from | to | time grew | arithmetic grew | beyond arithmetic |", "|---|---|---|---|---|---|"]
+    for name, points in results.items():
+        first, last, beyond = points[0], points[-1], growth_beyond_arithmetic(points)
+        lines.append(
+            f"| {SWEEPS[name][0]} | {first.size} | {last.size} | {last.seconds / first.seconds:.2f}x "
+            f"| {last.fed_tokens / first.fed_tokens:.2f}x | {beyond:.2f}{' (!)' if beyond > SLACK else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    return min(timed(call) for _ in range(REPEATS))
+
+
+def main(names: Sequence[str] = tuple(SWEEPS)) -> None:
+    results = {}
+    for name in names:
+        results[name] = sweep(name)
+        print(f"{plot(name, results[name])}\n{json.dumps([vars(point) for point in results[name]])}", flush=True)
+    print(f"\n## Growth\n\n{markdown(results)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or tuple(SWEEPS))

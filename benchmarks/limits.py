@@ -1,0 +1,139 @@
+"""Each stage at 135M against its bound on this machine: matrix peak for rollout and learner, memory for the sync.
+
+A stage's share is the arithmetic it needs (or the bytes it must move) divided by its seconds and by what the machine
+does at best in the same precision with the same threads (benchmarks.peak). Where the rest goes stands in the profiles
+beside the results.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
+
+from benchmarks.harness import REPOSITORY, machine_name, timed
+from benchmarks.in_process import InProcess, counted_forwards
+from benchmarks.peak import matrix_peak, memory_bandwidth
+from benchmarks.shapes import SHAPES, ShapeAbsentError, build
+from rollout.groups import Candidates
+
+RESULTS = REPOSITORY / "benchmarks/results"
+REPEATS = 3
+
+
+class Arithmetic:
+    """Floating-point operations of a decoder: 2 per weight of its matrices and token, 4 per value of attention."""
+
+    def __init__(self, model_path: Path) -> None:
+        config = AutoConfig.from_pretrained(model_path)
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        attention = config.hidden_size * head * 2 * (config.num_attention_heads + config.num_key_value_heads)
+        self.layers = config.num_hidden_layers
+        self.weights = self.layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+        self.attended_values = self.layers * config.num_attention_heads * head
+        self.vocabulary_weights = config.hidden_size * config.vocab_size
+
+    def forward(self, tokens: int, attended: int, logit_rows: int) -> float:
+        """attended: sum over the tokens of how many tokens each sees."""
+        return (
+            2.0 * (self.weights * tokens + self.vocabulary_weights * logit_rows)
+            + 4.0 * self.attended_values * attended
+        )
+
+
+def measure(shape_name: str) -> list[dict[str, Any]]:
+    """One entry per stage: {"shape", "stage", "seconds", "gflop" or "gigabytes", "share_of_bound"}."""
+    workload = build(SHAPES[shape_name])
+    prompts = workload.prompts(workload.step_examples(0))
+    step = InProcess(workload.config, workload.model_path, workload.catalog)
+    arithmetic, peak = Arithmetic(workload.model_path), matrix_peak(workload.shape.dtype)
+    groups = step.rollout(prompts)
+    step.learn(prompts, groups)
+
+    rollout_s = [timed(lambda: step.rollout(prompts)) for _ in range(REPEATS)]
+    with counted_forwards() as work:
+        step.rollout(prompts)
+    learned = [step.learn(prompts, groups) for _ in range(REPEATS)]
+    sync_s = [step.sync() for _ in range(REPEATS)]
+    save_profiles(shape_name, step, prompts, groups)
+
+    rollout = arithmetic.forward(work.tokens, work.attended, work.logit_rows)
+    tokens, attended, rows = packed_work(step, prompts, groups)
+    forward = arithmetic.forward(tokens, attended, rows)
+    stages = [
+        ("rollout", statistics.median(rollout_s), rollout),
+        ("rollout, forward passes alone", work.forward_s + work.logits_s, rollout),
+        ("reference", _median(learned, "seconds/reference"), forward),
+        ("policy forward", _median(learned, "seconds/forward"), forward),
+        ("policy backward", _median(learned, "seconds/backward"), 2 * forward),
+        ("learner", _median(learned, "seconds/learn"), 4 * forward),
+    ]
+    entries = [
+        {
+            "shape": shape_name,
+            "stage": stage,
+            "seconds": seconds,
+            "gflop": flop / 1e9,
+            "share_of_bound": flop / seconds / peak,
+        }
+        for stage, seconds, flop in stages
+    ]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in step.learner.policy.parameters())
+    moved = 4 * weights  # read and write once into the buckets, and once more into the engine
+    seconds = statistics.median(sync_s)
+    share = moved / seconds / memory_bandwidth()
+    entries.append(
+        {"shape": shape_name, "stage": "sync", "seconds": seconds, "gigabytes": moved / 1e9, "share_of_bound": share}
+    )
+    return entries
+
+
+def packed_work(step: InProcess, prompts: list[list[int]], groups: list[Candidates]) -> tuple[int, int, int]:
+    """(tokens fed, sum of the tokens that each sees, rows projected onto the vocabulary) of the learner's packing."""
+    candidates = [[tokens.tolist() for tokens in group.tokens] for group in groups]
+    packed = [step.learner.policy.pack([prompt], [group]) for prompt, group in zip(prompts, candidates, strict=True)]
+    return (
+        sum(batch.fed_tokens for batch in packed),
+        sum(int(batch.positions.sum()) + batch.positions.numel() for batch in packed),
+        sum(len(batch.rows) for batch in packed),
+    )
+
+
+def save_profiles(shape: str, step: InProcess, prompts: list[list[int]], groups: list[Candidates]) -> None:
+    """Where the time of a rollout and of a learner step goes, as text beside the results."""
+    RESULTS.mkdir(exist_ok=True)
+    for stage, call in (("rollout", lambda: step.rollout(prompts)), ("learn", lambda: step.learn(prompts, groups))):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            call()
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+        (RESULTS / f"profile-{machine_name()}-{shape}-{stage}.txt").write_text(table + "\n")
+
+
+def markdown(entries: list[dict[str, Any]]) -> str:
+    lines = ["| shape | stage | time | work | share of the bound |", "|---|---|---|---|---|"]
+    for entry in entries:
+        work = f"{entry['gflop']:.0f} GFLOP" if "gflop" in entry else f"{entry['gigabytes']:.2f} GB"
+        lines.append(
+            f"| {entry['shape']} | {entry['stage']} | {entry['seconds']:.3g} s | {work} "
+            f"| {entry['share_of_bound']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def _median(metrics: list[dict[str, float]], name: str) -> float:
+    return statistics.median(entry[name] for entry in metrics)
+
+
+def main(shape: str = "industrial-135m-fp32") -> None:
+    try:
+        entries = measure(shape)
+    except ShapeAbsentError as absent:
+        print(f"{shape}: skipped, {absent}")
+        return
+    print(f"\n## Limits\n\n{markdown(entries)}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
