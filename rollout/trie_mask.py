@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rollout.config import LogprobSpace
-from rollout.search import DeviceTrie
+from rollout.children import DeviceTrie
 
 ENDED = -1
 """Node of a row whose title has ended."""

@@ -1,0 +1,117 @@
+"""The `requests` engine: every strategy through vLLM's public request API, one request per place where titles part."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from catalog.trie import Trie
+from rollout.config import RolloutConfig, Strategy
+from rollout.dynamic import select
+from rollout.groups import Candidates
+from rollout.trie_mask import TrieRequest
+from rollout.vllm_engine import EngineError
+from rollout.vllm_requests import BeamRequests, Draw, create_trie_llm, sample
+from rollout.weights import WeightBucket, combine
+
+MIN_TEMPERATURE = 0.01
+"""vLLM silently raises a lower temperature to this."""
+
+
+class RequestsEngine:
+    """A RolloutEngine that touches nothing but vLLM's public API: the oracle of the worker engine, and the fallback.
+
+    >>> engine = RequestsEngine(model_path, trie_path, config)
+    >>> groups = engine.generate(prompts, seeds, target_classes)
+    """
+
+    def __init__(self, model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> None:
+        self._config = config
+        self._trie = Trie.load(Path(trie_path))
+        self._llm = create_trie_llm(model_path, trie_path, config)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        target_classes: Sequence[int],
+        *,
+        group_size: int | None = None,
+        strategy: Strategy | None = None,
+    ) -> list[Candidates]:
+        """See RolloutEngine.generate. Candidates of the sampling strategies are ordered by their log-probability."""
+        strategy, size = strategy or self._config.strategy, group_size or self._config.group_size
+        if strategy == "stochastic_beam":
+            raise EngineError("the requests engine has no strategy 'stochastic_beam'; use rollout.engine=worker")
+        constrained = strategy != "unconstrained"
+        longest = self._trie.max_tokens if constrained else self._config.max_completion_tokens
+        self._check(prompts, longest)
+        tokens = [np.asarray(prompt).tolist() for prompt in prompts]
+        if strategy == "beam":
+            return BeamRequests(self._llm, self._trie, tokens, size).run()
+        draws = math.ceil(size * self._config.oversample) if strategy == "dynamic" else size
+        groups = self._sample(tokens, seeds, draws, longest, constrained)
+        if strategy == "dynamic":
+            chosen = [select(g.item_class, target, size) for g, target in zip(groups, target_classes, strict=True)]
+            groups = [_take(group, indices) for group, indices in zip(groups, chosen, strict=True)]
+        return [_take(group, np.argsort(-group.score, kind="stable")) for group in groups]
+
+    def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
+        """See RolloutEngine.load_weights."""
+        loaded = self._llm.collective_rpc("load_bucket_weights", args=(list(buckets),))
+        self._llm.reset_prefix_cache()
+        return combine(loaded)
+
+    def shutdown(self) -> None:
+        """See RolloutEngine.shutdown."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _check(self, prompts: Sequence[Sequence[int]], longest: int) -> None:
+        limit = self._llm.llm_engine.model_config.max_model_len
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise EngineError(f"prompt {i} has no tokens")
+            if len(prompt) + longest > limit:
+                raise EngineError(
+                    f"prompt {i} has {len(prompt)} tokens and a completion up to {longest}, together more than the "
+                    f"engine's {limit}; raise rollout.vllm.max_model_len or lower data.max_prompt_tokens"
+                )
+
+    def _sample(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], draws: int, longest: int, constrained: bool
+    ) -> list[Candidates]:
+        """`draws` independent samples per prompt, in the order of drawing."""
+        temperature = self._config.temperature
+        if temperature < MIN_TEMPERATURE:
+            raise EngineError(f"rollout.temperature={temperature} is too low to sample; use {MIN_TEMPERATURE} or more")
+        root = 0 if constrained else None
+        planned = [
+            Draw(prompt, TrieRequest(f"{i} of prompt {group}", root), longest, seed)
+            for group, prompt in enumerate(prompts)
+            for i, seed in enumerate(_draw_seeds(seeds[group], draws))
+        ]
+        found = sample(self._llm, self._trie, planned, temperature)
+        return [self._candidates(found[i : i + draws]) for i in range(0, len(found), draws)]
+
+    def _candidates(self, found: Sequence[tuple[np.ndarray, np.ndarray]]) -> Candidates:
+        return Candidates(
+            tokens=[tokens for tokens, _ in found],
+            logprobs=[logprobs for _, logprobs in found],
+            item_class=np.asarray([self._trie.classify(tokens.tolist()) for tokens, _ in found], np.int32),
+            score=np.asarray([logprobs.sum() for _, logprobs in found], np.float32),
+        )
+
+
+def _draw_seeds(seed: int, draws: int) -> list[int]:
+    """One seed per sample, in [0, 2^63)."""
+    state = np.random.SeedSequence(seed).generate_state(draws, np.uint64)
+    return (state >> np.uint64(1)).tolist()
+
+
+def _take(group: Candidates, indices: np.ndarray) -> Candidates:
+    def picked(values: Any) -> list[np.ndarray]:
+        return [values[i] for i in indices]
+
+    return Candidates(picked(group.tokens), picked(group.logprobs), group.item_class[indices], group.score[indices])

@@ -1,0 +1,201 @@
+"""Searches and samples through vLLM's public request API: no access to its internals."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from catalog.trie import Trie
+from rollout.config import RolloutConfig
+from rollout.group_beam import GroupBeam
+from rollout.groups import Candidates
+from rollout.trie_mask import TrieRequest
+from rollout.vllm_engine import create_llm
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+WEIGHTS_EXTENSION = "rollout.vllm_weights.WeightsWorker"
+
+
+def create_trie_llm(model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> "LLM":
+    """An engine whose requests walk the trie and whose log-probabilities are those that the trie mask writes.
+
+    Uses Model Runner V1 unless VLLM_USE_V2_MODEL_RUNNER=1 is set.
+    """
+    second_runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1"
+    processor = "vllm_trie_v2:TrieLogitsProcessorV2" if second_runner else "vllm_trie_v1:TrieLogitsProcessor"
+    return create_llm(
+        model_path,
+        config,
+        worker_extension=WEIGHTS_EXTENSION,
+        logits_processors=[f"rollout.{processor}"],
+        first_runner=not second_runner,
+        logprobs_mode="processed_logits",
+        max_logprobs=-1,
+        disable_log_stats=True,
+        additional_config={"trie_path": str(trie_path), "logprob_space": config.logprob_space},
+    )
+
+
+@dataclass
+class _Walk:
+    """A running request: it scores one node of the trie per step, following the most likely child."""
+
+    name: str
+    group: int
+    first_depth: int
+    nodes: list[int]
+    """Those it has scored and, last, the one it scores next."""
+
+    def node_at(self, depth: int) -> int | None:
+        """None below what it has reached. Searches wait for the walks of their beams, so no beam can stand there."""
+        index = depth - self.first_depth
+        return self.nodes[index] if index < len(self.nodes) else None
+
+
+class BeamRequests:
+    """Beam search of many groups: a request per place where beams part, all groups moving independently.
+
+    A request starts at a node that a search needs and follows the most likely child to the end of a title, scoring
+    every node on the way; so one request serves a beam for as long as that beam takes the likeliest turns, all along
+    the forced chains that most of a title is. It is aborted as soon as no running beam stands on its way.
+    """
+
+    def __init__(self, llm: "LLM", trie: Trie, prompts: Sequence[Sequence[int]], beams: int) -> None:
+        self._engine = llm.llm_engine
+        self._trie, self._prompts, self._beams = trie, prompts, beams
+        self._searches = [GroupBeam(trie, beams) for _ in prompts]
+        self._walks: dict[str, _Walk] = {}
+        self._walks_of: list[dict[str, _Walk]] = [{} for _ in prompts]
+        self._started = 0
+
+    def run(self) -> list[Candidates]:
+        try:
+            for group in range(len(self._prompts)):
+                self._go_on(group)
+            while self._walks:
+                for group in self._step():
+                    self._go_on(group)
+        finally:
+            self._engine.abort_request(list(self._walks))
+        return [search.result() for search in self._searches]
+
+    def _step(self) -> list[int]:
+        """One step of vLLM; the groups that have news, in order."""
+        touched = set()
+        for output in self._engine.step():
+            walk = self._walks.get(output.request_id)
+            if walk is None:
+                continue  # an aborted request's last step was under way already
+            for token, logprobs in _steps(output.outputs[0]):
+                self._searches[walk.group].score(walk.nodes[-1], logprobs)
+                target = self._trie.step(walk.nodes[-1], token)
+                assert target is not None  # the logits processor raises before
+                if target >= 0:
+                    walk.nodes.append(target)
+            if output.finished:
+                self._forget(walk)
+            touched.add(walk.group)
+        return sorted(touched)
+
+    def _go_on(self, group: int) -> None:
+        """Advance a search; abort what serves it no more and ask for what it lacks."""
+        search = self._searches[group]
+        missing = search.advance()
+        running = search.running_nodes()
+        useless = [walk for walk in self._walks_of[group].values() if walk.node_at(search.depth) not in running]
+        for walk in useless:
+            self._forget(walk)
+        if useless:
+            self._engine.abort_request([walk.name for walk in useless])
+        under_way = {walk.nodes[-1] for walk in self._walks_of[group].values()}
+        for node in missing:
+            if node not in under_way:
+                self._start(group, node)
+
+    def _start(self, group: int, node: int) -> None:
+        path = self._trie.path(node)
+        walk = _Walk(f"{group}-{self._started}", group, len(path), [node])
+        self._started += 1
+        self._walks[walk.name] = walk
+        self._walks_of[group][walk.name] = walk
+        params = sampling_params(
+            self._trie, TrieRequest(f"{walk.name} at depth {len(path)}", node), self._trie.max_tokens - len(path)
+        )
+        params.logprobs = 2 * self._beams
+        self._engine.add_request(walk.name, {"prompt_token_ids": [*self._prompts[group], *path]}, params)
+
+    def _forget(self, walk: _Walk) -> None:
+        del self._walks[walk.name]
+        del self._walks_of[walk.group][walk.name]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample to take: independent of all others."""
+
+    prompt: Sequence[int]
+    request: TrieRequest
+    max_tokens: int
+    seed: int
+
+
+def sample(llm: "LLM", trie: Trie, draws: Sequence[Draw], temperature: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens int32 [T], log-probabilities float32 [T]) of each draw, taken at `temperature`.
+
+    The log-probabilities are those of the policy, at temperature 1, as the trie mask defines them.
+    """
+    engine = llm.llm_engine
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(draws))}
+    logprobs: dict[str, list[float]] = {str(i): [] for i in range(len(draws))}
+    for name, draw in zip(tokens, draws, strict=True):
+        params = sampling_params(trie, draw.request, draw.max_tokens, temperature=temperature, seed=draw.seed)
+        engine.add_request(name, {"prompt_token_ids": list(draw.prompt)}, params)
+    try:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                for token, found in _steps(output.outputs[0]):
+                    tokens[output.request_id].append(token)
+                    logprobs[output.request_id].append(found[token] * temperature)
+    finally:
+        if engine.has_unfinished_requests():
+            engine.abort_request(list(tokens))
+    return [(np.asarray(tokens[name], np.int32), np.asarray(logprobs[name], np.float32)) for name in tokens]
+
+
+def sampling_params(
+    trie: Trie, request: TrieRequest, max_tokens: int, *, temperature: float = 0.0, seed: int | None = None
+) -> "SamplingParams":
+    """Everything that shapes the distribution is set here: nothing comes from the model's generation_config."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=temperature,
+        seed=seed,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        max_tokens=max_tokens,
+        stop_token_ids=[trie.eos_token],
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        skip_clone=True,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args=request.extra_args(),
+    )
+
+
+def _steps(completion: Any) -> Iterator[tuple[int, dict[int, float]]]:
+    """(generated token, log-probability by token) of every new token of a completion."""
+    flat = completion.logprobs
+    for token, start, end in zip(completion.token_ids, flat.start_indices, flat.end_indices, strict=True):
+        yield token, dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
