@@ -5,7 +5,6 @@ import json
 import shutil
 import tempfile
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,14 @@ from catalog.errors import CatalogError
 from catalog.generate import generate
 from catalog.interactions import Interactions, SplitTable
 from catalog.metrics import ranking_metrics
+from catalog.prompts import PromptEncoder, history_texts
 from catalog.ragged import Ragged
 from catalog.source import Source
 from catalog.statistics import catalog_stats
-from catalog.template import check_template, prompt_end, prompt_texts, response_texts
+from catalog.template import check_template, prompt_end, response_texts
 from catalog.tokenizer import (
     check_prompt_ends,
     check_titles_follow,
-    encode_prompts,
     encode_titles,
     load_tokenizer,
     tokenizer_fingerprint,
@@ -38,6 +37,7 @@ FORMAT_VERSION = 1
 """Changes whenever the files or the generator do, so that nothing older is taken for them."""
 BEST_POSSIBLE_KS = (1, 3, 5, 10, 20, 50)
 PROMPTS_TO_LEARN_FROM = 2000
+WHOLE_PROMPTS_CHECKED = 256
 
 
 def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
@@ -70,8 +70,8 @@ def catalog_texts(config: DataConfig) -> list[str]:
     _check_config(config)
     data = _interactions(config, None if config.path is None else Source.of(Path(config.path)))
     titles, train = data.titles.to_pylist(), data.splits["train"]
-    rows = np.linspace(0, len(train) - 1, min(len(train), PROMPTS_TO_LEARN_FROM)).astype(np.int64)
-    return response_texts(config.template, titles) + _prompts(config, train.history.take(rows), titles)
+    histories = train.history.take(_evenly(len(train), PROMPTS_TO_LEARN_FROM))
+    return response_texts(config.template, titles) + history_texts(config.template, titles, histories)
 
 
 def _check_config(config: DataConfig) -> None:
@@ -118,16 +118,17 @@ def _write(
     trie.save(path / "trie.arrow")
     write_arrow(path / "items.arrow", {"item_id": data.item_ids, "item_class": pa.array(class_of_item)})
     write_arrow(path / "classes.arrow", {"title": titles})
+    encoder = PromptEncoder(tokenizer, config.template, texts)
     prompts = {}
     for name, split in data.splits.items():
-        classes = Ragged(class_of_item[split.history.flat], split.history.start)
-        prompt_text = _prompts(config, classes, texts)
-        prompts[name] = encode_prompts(tokenizer, prompt_text)
+        histories = Ragged(class_of_item[split.history.flat], split.history.start)
+        prompts[name] = encoder.encode(histories)
         check_prompt_ends(tokenizer, context, prompts[name])
-        check_titles_follow(tokenizer, prompt_text, prompts[name], responses, title_tokens)
-        write_arrow(
-            path / f"{name}.arrow", _columns(split, class_of_item, prompts[name].last(config.max_prompt_tokens))
-        )
+        rows = _evenly(len(split), WHOLE_PROMPTS_CHECKED)
+        whole, taken = encoder.texts(histories.take(rows)), prompts[name].take(rows)
+        check_titles_follow(tokenizer, whole, taken, responses, title_tokens)
+        shown = prompts[name].last(config.max_prompt_tokens)
+        write_arrow(path / f"{name}.arrow", _columns(split, class_of_item, shown))
     tokenizer.save_pretrained(path / "tokenizer")
     best_rank = data.splits["test"].best_rank
     description = {
@@ -144,10 +145,9 @@ def _classes(titles: pa.LargeStringArray) -> tuple[np.ndarray, pa.LargeStringArr
     return encoded.indices.to_numpy(), encoded.dictionary
 
 
-def _prompts(config: DataConfig, histories: Ragged, titles: list[str]) -> list[str]:
-    start, flat = histories.start.tolist(), histories.flat.tolist()
-    shown = ([titles[i] for i in flat[first:end]] for first, end in pairwise(start))
-    return prompt_texts(config.template, shown)
+def _evenly(count: int, at_most: int) -> np.ndarray:
+    """int64: up to `at_most` of `count` rows, evenly spaced."""
+    return np.linspace(0, count - 1, min(count, at_most)).astype(np.int64)
 
 
 def _columns(split: SplitTable, class_of_item: np.ndarray, prompts: Ragged) -> dict[str, pa.Array]:

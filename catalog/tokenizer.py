@@ -21,7 +21,6 @@ FINGERPRINT_PROBE = (
     'Pack of 10, 3/8" x 36\', 12.5 kg – naïve Größe\n \n### Response:\n"工业 Ltd."\n\t\t  don\'t <|endoftext|>'
 )
 BATCH = 8192
-WHOLE_PROMPTS = 256
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:
@@ -119,37 +118,39 @@ def encode_titles(
     decoded to its own text, or contains the end-of-sequence token.
     """
     prefix = encode_batch(tokenizer, [context])[0]
-    parts, first = [], 0
-    for batch in _batches(responses):
-        tokens = encode_batch(tokenizer, [context + response for response in batch])
-        starts_right = _starts_with(tokens, prefix)
-        decoded = tokenizer.batch_decode(
-            [tokens[i].tolist() for i in range(len(tokens))],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
+    tokens = encode_batch(tokenizer, [context + response for response in responses])
+    merged = np.flatnonzero(~_starts_with(tokens, prefix))
+    if len(merged):
+        raise CatalogError(
+            f"{names[merged[0]]}: the tokenizer merges the start of {responses[merged[0]]!r} with the end of the "
+            f"prompt {context!r}; change data.template.response or data.template.prompt so that a token ends between"
         )
-        for i, response in enumerate(batch):
-            name = names[first + i]
-            if not starts_right[i]:
+    in_context = np.delete(tokens.flat, (tokens.start[:-1, None] + np.arange(len(prefix))).ravel())
+    titles = Ragged.from_lengths(in_context, tokens.lengths - len(prefix))
+    ended = np.flatnonzero(np.add.reduceat(titles.flat == tokenizer.eos_token_id, titles.start[:-1]))
+    if len(ended):
+        raise CatalogError(
+            f"{names[ended[0]]}: the text {responses[ended[0]]!r} contains the end-of-sequence token "
+            f"{tokenizer.eos_token!r}; remove it from the title"
+        )
+    _check_round_trip(tokenizer, context, tokens, responses, names)
+    return titles.append(tokenizer.eos_token_id)
+
+
+def _check_round_trip(
+    tokenizer: PreTrainedTokenizerBase, context: str, tokens: Ragged, responses: Sequence[str], names: Sequence[str]
+) -> None:
+    """Decoding tokens[i] must give context + responses[i], where a tokenizer may normalise to Unicode's NFC."""
+    decode = tokenizer.backend_tokenizer.decode_batch
+    for first in range(0, len(responses), BATCH):
+        rows = range(first, min(first + BATCH, len(responses)))
+        texts = decode([tokens[i].tolist() for i in rows], skip_special_tokens=False)
+        for i, text in zip(rows, texts, strict=True):
+            if not text.endswith((responses[i], unicodedata.normalize("NFC", responses[i]))):
                 raise CatalogError(
-                    f"{name}: the tokenizer merges the start of {response!r} with the end of the prompt {context!r}; "
-                    "change template.response or template.prompt so that a token ends between them"
+                    f"{names[i]}: the tokenizer cannot round-trip {responses[i]!r}, it comes back as "
+                    f"{text[len(context) :]!r}; correct the title or use a byte-level tokenizer"
                 )
-            if not decoded[i].endswith((response, unicodedata.normalize("NFC", response))):
-                raise CatalogError(
-                    f"{name}: the tokenizer cannot round-trip {response!r}, it comes back as "
-                    f"{decoded[i][len(context) :]!r}; correct the title or use a byte-level tokenizer"
-                )
-        flat = np.delete(tokens.flat, (tokens.start[:-1, None] + np.arange(len(prefix))).ravel())
-        part = Ragged.from_lengths(flat, tokens.lengths - len(prefix))
-        for i in np.flatnonzero(np.add.reduceat(part.flat == tokenizer.eos_token_id, part.start[:-1])):
-            raise CatalogError(
-                f"{names[first + i]}: the text {batch[i]!r} contains the end-of-sequence token "
-                f"{tokenizer.eos_token!r}; remove it from the title"
-            )
-        parts.append(part)
-        first += len(batch)
-    return Ragged.concatenate(parts).append(tokenizer.eos_token_id)
 
 
 def check_prompt_ends(tokenizer: PreTrainedTokenizerBase, context: str, prompts: Ragged) -> None:
@@ -167,8 +168,8 @@ def check_prompt_ends(tokenizer: PreTrainedTokenizerBase, context: str, prompts:
             break
     if not shared:
         raise CatalogError(
-            f"the text behind {{history}} in template.prompt, {context!r}, has no token of its own in every prompt; "
-            "end template.prompt with a fixed marker such as '### Response:\\n'"
+            f"the text behind {{history}} in data.template.prompt, {context!r}, has no token of its own in every "
+            "prompt; end data.template.prompt with a fixed marker such as '### Response:\\n'"
         )
 
 
@@ -179,20 +180,19 @@ def check_titles_follow(
     responses: Sequence[str],
     title_tokens: Ragged,
 ) -> None:
-    """Raise CatalogError unless prompt + title is prompt tokens + title tokens, for up to 256 whole prompts.
+    """Raise CatalogError unless prompt + title is prompt tokens + title tokens, for each prompt with some title.
 
     prompts and prompt_tokens go together, and so do responses and title_tokens (end-of-sequence last).
     """
-    rows = np.linspace(0, len(prompts) - 1, min(len(prompts), WHOLE_PROMPTS)).astype(np.int64)
-    titles = rows * 31 % len(responses)
+    titles = [i * 31 % len(responses) for i in range(len(prompts))]
     whole = encode_prompts(
-        tokenizer, [prompts[row] + responses[title] for row, title in zip(rows, titles, strict=True)]
+        tokenizer, [prompt + responses[title] for prompt, title in zip(prompts, titles, strict=True)]
     )
-    for i, (row, title) in enumerate(zip(rows, titles, strict=True)):
-        if not np.array_equal(whole[i], np.concatenate([prompt_tokens[row], title_tokens[title][:-1]])):
+    for i, title in enumerate(titles):
+        if not np.array_equal(whole[i], np.concatenate([prompt_tokens[i], title_tokens[title][:-1]])):
             raise CatalogError(
-                f"example {row}: the tokenizer does not keep {responses[title]!r} apart from the prompt before it; "
-                "end template.prompt with a fixed marker such as '### Response:\\n'"
+                f"the tokenizer does not keep the title {responses[title]!r} apart from the prompt {prompts[i]!r}; "
+                "end data.template.prompt with a fixed marker such as '### Response:\\n'"
             )
 
 

@@ -108,7 +108,7 @@ def test_whole_prompts_reveal_what_the_context_hides(tokenizer: PreTrainedTokeni
     prompts, responses = ["Bolt" + CONTEXT], ["Nut\n"]
     titles = encode_titles(tokenizer, CONTEXT, responses, responses)
     check_titles_follow(tokenizer, prompts, encode_prompts(tokenizer, prompts), responses, titles)
-    with pytest.raises(CatalogError, match="example 0"):
+    with pytest.raises(CatalogError, match="does not keep the title"):
         check_titles_follow(tokenizer, prompts, encode_prompts(tokenizer, ["Nut" + CONTEXT]), responses, titles)
 
 

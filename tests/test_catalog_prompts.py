@@ -1,0 +1,59 @@
+"""Prompts joined from pieces equal prompts encoded whole, for any titles and templates."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from catalog.config import TemplateConfig
+from catalog.prompts import PromptEncoder, history_texts
+from catalog.ragged import Ragged
+from catalog.tokenizer import encode_prompts, load_tokenizer
+
+TEMPLATES = [
+    TemplateConfig(),
+    TemplateConfig(prompt="History: {history}\nNext:\n", separator=", "),
+    TemplateConfig(prompt="{history} ->", item="{title}", separator=" | "),
+    TemplateConfig(prompt="{history}.", item="{title}", separator=""),
+]
+HISTORIES = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=5), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir: Path) -> PreTrainedTokenizerFast:
+    return load_tokenizer(tiny_tokenizer_dir)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=12), HISTORIES, st.sampled_from(TEMPLATES))
+def test_joined_prompts_equal_whole_ones(
+    tokenizer: PreTrainedTokenizerFast, titles: list[str], histories: list, template: TemplateConfig
+) -> None:
+    encoder = PromptEncoder(tokenizer, template, titles)
+    shown = Ragged.from_lists([[c % len(titles) for c in history] for history in histories])
+    prompts, whole = encoder.encode(shown), encode_prompts(tokenizer, encoder.texts(shown))
+    assert prompts.start.tolist() == whole.start.tolist()
+    assert prompts.flat.tolist() == whole.flat.tolist()
+
+
+def test_text_of_a_prompt() -> None:
+    template = TemplateConfig(prompt="Seen: {history}.\n", item="<{title}>", separator="; ")
+    texts = history_texts(template, ["Bolt", "{history}"], Ragged.from_lists([[0], [1, 0]]))
+    assert texts == ["Seen: <Bolt>.\n", "Seen: <{history}>; <Bolt>.\n"]
+
+
+def test_real_titles_are_joined_exactly(shared_dir: Path, golden_dir: Path) -> None:
+    """On real titles the short cut is taken, and every prompt it gives is the whole prompt's."""
+    titles = pq.read_table(shared_dir / "data/industrial/items.parquet")["title"].to_pylist()
+    tokenizer = load_tokenizer(golden_dir / "model")
+    encoder = PromptEncoder(tokenizer, TemplateConfig(), titles)
+    assert encoder._pieces is not None
+    draw = np.random.default_rng(0)
+    histories = Ragged.from_lists([draw.integers(len(titles), size=size) for size in draw.integers(1, 11, 1000)])
+    prompts, whole = encoder.encode(histories), encode_prompts(tokenizer, encoder.texts(histories))
+    assert np.array_equal(prompts.flat, whole.flat)
+    assert np.array_equal(prompts.start, whole.start)
