@@ -52,7 +52,11 @@ def _named_stream(method: Callable[P, Iterator[R]]) -> Callable[P, Iterator[R]]:
     return call
 
 
-@ray.remote
+# Waiting threads must sleep: ranks, rollout workers and rewards share cores, and spinning starves the others.
+ACTOR_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+
+
+@ray.remote(runtime_env={"env_vars": ACTOR_ENVIRONMENT})
 class LearnerRank:
     """The policy, its optimizer and its reference on one device, in lockstep with the other ranks.
 
@@ -95,11 +99,13 @@ class LearnerRank:
     def join(self, master_host: str, master_port: int) -> None:
         """Meet the other ranks, load the model, set up ZeRO. Returns when all ranks stand."""
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from catalog.catalog import Catalog
         from learner.engine import join_process_group
         from learner.learner import Learner
 
+        disable_progress_bar()
         torch.set_num_threads(self._config.threads or max(1, len(os.sched_getaffinity(0)) // self._config.ranks))
         os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
         device = join_process_group(self._rank, self._world_size, master_host, master_port, self._config.timeout_s)

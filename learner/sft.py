@@ -17,8 +17,8 @@ from learner.policy import Policy
 from learner.schedule import learning_rate
 from learner.sft_data import SupervisedExamples
 
-PROGRESS_S = 1.0
-# Least time between two reports within an epoch.
+REPORTS_PER_EPOCH = 20
+# At most; all ranks report at the same updates.
 
 
 class SupervisedWarmup:
@@ -38,7 +38,7 @@ class SupervisedWarmup:
         self._updates_per_epoch = math.ceil(len(self._train) / config.sft.batch_size)
 
     def run(self, folder: Path) -> Iterator[dict[str, float]]:
-        """Train; yields progress about once a second, and after each epoch a report with `valid_loss` and `stop`.
+        """Train; yields progress, and after each epoch a report with `valid_loss` and `stop`.
 
         The best weights so far are kept in `folder`, which all ranks must see, and removed at the end.
         Raises FloatingPointError when no epoch ends with a finite validation loss.
@@ -89,20 +89,19 @@ class SupervisedWarmup:
 
     def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
         """One pass; the reports give the mean loss of the epoch so far on this rank."""
-        start = reported = time.perf_counter()
+        start = time.perf_counter()
+        every = math.ceil(self._updates_per_epoch / REPORTS_PER_EPOCH)
         loss = tokens = fed = 0.0
         for update, batch in enumerate(self._train.batches(self._config.sft.batch_size, seed=epoch), start=1):
             added = self._update(batch, (epoch - 1) * self._updates_per_epoch + update - 1)
             loss, tokens, fed = loss + added[0], tokens + added[1], fed + added[2]
-            now = time.perf_counter()
-            if now - reported >= PROGRESS_S or update == self._updates_per_epoch:
-                reported = now
+            if update % every == 0 or update == self._updates_per_epoch:
                 yield {
                     "epoch": epoch,
                     "update": update,
                     "updates": self._updates_per_epoch,
                     "loss": loss / max(tokens, 1.0),
-                    "packed_tokens_per_second": fed / (now - start),
+                    "packed_tokens_per_second": fed / (time.perf_counter() - start),
                 }
 
     def _update(self, batch: np.ndarray, step: int) -> tuple[float, float, float]:
