@@ -1,4 +1,4 @@
-"""The `rere` command: `rere train`, `rere reward check`, `rere reward train-sasrec`."""
+"""The `rere` command: `rere train`, `rere prepare`, `rere reward check`, `rere reward train-sasrec`."""
 
 import argparse
 import os
@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["reward"]:
         return _reward(arguments[1:])
+    if arguments[:1] == ["prepare"]:
+        from catalog.prepare import main as prepare
+
+        return prepare(arguments[1:])
     options = _parser().parse_args(arguments)
     overrides = [text for text in options.overrides if text != "--"]
     if options.name:
@@ -67,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rere", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")
+    commands.add_parser("prepare", help="make a data folder of raw interactions")
     train = commands.add_parser("train", help="warm up, train and evaluate a recommender")
     train.add_argument("--cluster", default="local", help="a file of configs/cluster")
     train.add_argument("--data", default="embedded", help="a file of configs/data or a folder")
