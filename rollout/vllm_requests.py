@@ -18,7 +18,8 @@ from rollout.vllm_engine import create_llm
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
-WEIGHTS_EXTENSION = "rollout.vllm_weights.WeightsWorker"
+WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
+"""Here for loading weights only. vLLM extends its worker class once per process, so both engines name the same."""
 
 
 def create_trie_llm(model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> "LLM":
@@ -31,7 +32,7 @@ def create_trie_llm(model_path: str | Path, trie_path: str | Path, config: Rollo
     return create_llm(
         model_path,
         config,
-        worker_extension=WEIGHTS_EXTENSION,
+        worker_extension=WORKER_EXTENSION,
         logits_processors=[f"rollout.{processor}"],
         first_runner=not second_runner,
         logprobs_mode="processed_logits",
@@ -72,6 +73,7 @@ class BeamRequests:
         self._walks: dict[str, _Walk] = {}
         self._walks_of: list[dict[str, _Walk]] = [{} for _ in prompts]
         self._started = 0
+        self._widest = widest_fanout_below(trie)
 
     def run(self) -> list[Candidates]:
         try:
@@ -91,7 +93,7 @@ class BeamRequests:
             walk = self._walks.get(output.request_id)
             if walk is None:
                 continue  # an aborted request's last step was under way already
-            for token, logprobs in _steps(output.outputs[0]):
+            for token, logprobs in _steps(output):
                 self._searches[walk.group].score(walk.nodes[-1], logprobs)
                 target = self._trie.step(walk.nodes[-1], token)
                 assert target is not None  # the logits processor raises before
@@ -126,12 +128,25 @@ class BeamRequests:
         params = sampling_params(
             self._trie, TrieRequest(f"{walk.name} at depth {len(path)}", node), self._trie.max_tokens - len(path)
         )
-        params.logprobs = 2 * self._beams
+        params.logprobs = min(2 * self._beams, int(self._widest[node]))  # each one costs the host time at every step
         self._engine.add_request(walk.name, {"prompt_token_ids": [*self._prompts[group], *path]}, params)
 
     def _forget(self, walk: _Walk) -> None:
         del self._walks[walk.name]
         del self._walks_of[walk.group][walk.name]
+
+
+def widest_fanout_below(trie: Trie) -> np.ndarray:
+    """int64 [N]: the most children of any node from each node on."""
+    widest = np.diff(trie.first_edge)
+    starts = [*trie.level_start.tolist(), trie.num_nodes]
+    for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
+        edges = slice(int(trie.first_edge[start]), int(trie.first_edge[stop]))
+        of_child = np.where(trie.edge_target[edges] >= 0, widest[np.maximum(trie.edge_target[edges], 0)], 0)
+        if stop > start:
+            below = np.maximum.reduceat(of_child, trie.first_edge[start:stop] - edges.start)
+            widest[start:stop] = np.maximum(widest[start:stop], below)
+    return widest
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,7 @@ def sample(llm: "LLM", trie: Trie, draws: Sequence[Draw], temperature: float) ->
     try:
         while engine.has_unfinished_requests():
             for output in engine.step():
-                for token, found in _steps(output.outputs[0]):
+                for token, found in _steps(output):
                     tokens[output.request_id].append(token)
                     logprobs[output.request_id].append(found[token] * temperature)
     finally:
@@ -194,8 +209,9 @@ def sampling_params(
     )
 
 
-def _steps(completion: Any) -> Iterator[tuple[int, dict[int, float]]]:
-    """(generated token, log-probability by token) of every new token of a completion."""
+def _steps(output: Any) -> Iterator[tuple[int, dict[int, float]]]:
+    """(token, log-probability by token) of every token that a request has generated since its last output."""
+    completion = output.outputs[0]
     flat = completion.logprobs
     for token, start, end in zip(completion.token_ids, flat.start_indices, flat.end_indices, strict=True):
         yield token, dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
