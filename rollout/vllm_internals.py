@@ -135,7 +135,7 @@ class PagedModel:
         from vllm.v1.worker.utils import KVCacheBlockCopy, copy_kv_cache_blocks_inplace
 
         pairs = [KVCacheBlockCopy(*pair) for pair in zip(source.tolist(), destination.tolist(), strict=True)]
-        copy_kv_cache_blocks_inplace(self._runner.kv_caches, self.num_blocks, pairs)
+        copy_kv_cache_blocks_inplace(self._runner.kv_caches, len(self._runner.kv_caches[0]), pairs)
 
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
         tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array

@@ -91,14 +91,15 @@ def tensor_checksum(
     """
     if isinstance(tensor, np.ndarray):
         tensor = as_tensor(tensor)
+    if not tensor.numel():
+        return 0
     bits = tensor.detach().contiguous().view(_BITS_OF_ITEM_SIZE[tensor.element_size()])
     bits = bits.reshape(len(bits), -1) if bits.dim() else bits.reshape(1, 1)
     row = _odd_weights(len(bits) + row_offset, 1)[row_offset:].to(bits.device)
     column = _odd_weights(bits.shape[1] + column_offset, 2)[column_offset:].to(bits.device)
     step = max(1, _CHUNK_ELEMENTS // max(1, bits.shape[1]))
     sums = [(bits[i : i + step] * column).sum(1) for i in range(0, len(bits), step)]
-    total = (torch.cat(sums) * row).sum() if sums else torch.zeros((), dtype=torch.int64)
-    return int(total) * _key(name) % (1 << CHECKSUM_BITS)
+    return int((torch.cat(sums) * row).sum()) * _key(name) % (1 << CHECKSUM_BITS)
 
 
 @cache

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.groups import Candidates
 from rollout.vllm_engine import EngineError, create_llm
@@ -23,6 +24,15 @@ class WorkerEngine:
     def __init__(self, model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> None:
         self._config = config
         self._llm = create_llm(model_path, config, worker_extension=WORKER_EXTENSION, first_runner=True)
+        trie = Trie.load(Path(trie_path))
+        model_config = self._llm.llm_engine.model_config
+        self._vocab_size, self._max_model_len = model_config.get_vocab_size(), model_config.max_model_len
+        self._title_tokens = trie.max_tokens
+        if int(trie.edge_token.max()) >= self._vocab_size:
+            raise EngineError(
+                f"{trie_path} has token {trie.edge_token.max()}, the model's vocabulary is {self._vocab_size}: build "
+                "the catalogue with the model's tokenizer"
+            )
         self._llm.collective_rpc("start_search", args=(str(trie_path), config.logprob_space))
 
     def generate(
@@ -39,12 +49,25 @@ class WorkerEngine:
         if strategy != "beam":
             raise EngineError(f"the worker engine has no strategy {strategy!r}; use rollout.engine=requests")
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
-        for i, prompt in enumerate(arrays):
-            if not len(prompt):
-                raise EngineError(f"prompt {i} has no tokens")
+        self._check(arrays)
         if not arrays:
             return []
         return self._llm.collective_rpc("search_groups", args=(arrays, group_size or self._config.group_size))[0]
+
+    def _check(self, prompts: Sequence[np.ndarray]) -> None:
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise EngineError(f"prompt {i} has no tokens")
+            if prompt.min() < 0 or prompt.max() >= self._vocab_size:
+                raise EngineError(
+                    f"prompt {i} has token ids from {prompt.min()} to {prompt.max()}, the model's vocabulary is "
+                    f"{self._vocab_size}: it was tokenized for another model"
+                )
+            if len(prompt) + self._title_tokens > self._max_model_len:
+                raise EngineError(
+                    f"prompt {i} has {len(prompt)} tokens and titles up to {self._title_tokens}, the engine's limit "
+                    f"is {self._max_model_len}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len"
+                )
 
     def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
         """See RolloutEngine.load_weights."""

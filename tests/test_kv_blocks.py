@@ -1,0 +1,126 @@
+"""Block tables: every beam reads exactly its own past, and no block is lost or given twice."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout.kv_blocks import BeamBlocks, OutOfBlocksError, blocks_needed, passes
+
+
+class Cache:
+    """A cache that remembers what was written where."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self.tokens, self.size = np.full(blocks * size, -1), size
+
+    def copy(self, source: np.ndarray, destination: np.ndarray) -> None:
+        pages = self.tokens.reshape(-1, self.size)
+        pages[destination] = pages[source]
+
+    def read(self, blocks: BeamBlocks, slot: int) -> list[int]:
+        position = np.arange(blocks.length[slot])
+        return self.tokens[blocks.places(np.full(len(position), slot), position)].tolist()
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 10**6), groups=st.integers(1, 5), beams=st.integers(1, 9), size=st.sampled_from([2, 4, 16]))
+def test_every_beam_reads_its_own_past(seed: int, groups: int, beams: int, size: int) -> None:
+    draw = np.random.default_rng(seed)
+    common = draw.integers(0, 9, 12)
+    prompts = [
+        np.concatenate([common[: draw.integers(0, 12)], draw.integers(0, 9, draw.integers(1, 20))]).astype(np.int32)
+        for _ in range(groups)
+    ]
+    cache = Cache(2000, size)
+    blocks = BeamBlocks(prompts, beams, 2000, size)
+    for group, prompt in enumerate(prompts):
+        position = np.arange(blocks.shared[group], len(prompt))
+        cache.tokens[blocks.places(np.full(len(position), group * beams), position)] = prompt[position]
+    past = {group * beams: prompt.tolist() for group, prompt in enumerate(prompts)}
+    for _ in range(8):
+        alive = [[b for b in range(beams) if group * beams + b in past] for group in range(groups)]
+        parents = np.full((groups, beams), -1)
+        for group in range(groups):
+            for beam in range(beams):
+                if alive[group] and draw.random() < 0.8:
+                    parents[group, beam] = draw.choice(alive[group])
+        cache.copy(*blocks.follow(parents))
+        past = {
+            group * beams + beam: list(past[group * beams + parents[group, beam]])
+            for group in range(groups)
+            for beam in range(beams)
+            if parents[group, beam] >= 0
+        }
+        grow = np.array([slot for slot in past if draw.random() < 0.7], np.int64)
+        count = draw.integers(1, 6, len(grow))
+        start = blocks.length[grow]
+        blocks.extend(grow, count)
+        for slot, first, more in zip(grow, start, count, strict=True):
+            new = draw.integers(10, 99, more)
+            position = np.arange(first, first + more)
+            cache.tokens[blocks.places(np.full(more, slot), position)] = new
+            past[slot] += new.tolist()
+        for slot, tokens in past.items():
+            assert cache.read(blocks, slot) == tokens
+        held = np.unique(blocks.table)
+        free = blocks._free[: blocks._num_free]
+        assert len(held[held > 0]) + len(np.unique(free)) == 1999
+        assert not np.isin(free, held).any()
+
+
+def test_equal_beginnings_are_computed_once() -> None:
+    prompt = np.arange(20, dtype=np.int32)
+    blocks = BeamBlocks([prompt, prompt, prompt[:9], np.append(prompt[:8], 99).astype(np.int32)], 2, 50, 4)
+    assert blocks.shared.tolist() == [0, 16, 8, 8]
+    assert blocks.table[0, :4].tolist() == blocks.table[2, :4].tolist()
+    assert blocks.table[0, 4] != blocks.table[2, 4]
+
+
+def test_a_beam_that_does_not_part_is_not_copied() -> None:
+    blocks = BeamBlocks([np.arange(5, dtype=np.int32)], 3, 50, 4)
+    source, _ = blocks.follow(np.array([[0, 0, 0]]))
+    assert len(source) == 2
+    blocks.extend(np.arange(3), np.ones(3, np.int64))
+    source, _ = blocks.follow(np.array([[2, 0, 1]]))
+    assert len(source) == 0
+
+
+def test_too_few_blocks_is_an_error() -> None:
+    with pytest.raises(OutOfBlocksError, match="are free"):
+        BeamBlocks([np.arange(40, dtype=np.int32)], 2, 5, 4)
+
+
+@given(length=st.integers(1, 50), beams=st.integers(1, 8), depth=st.integers(1, 20), lookahead=st.integers(1, 30))
+def test_a_group_never_needs_more_than_was_planned(length: int, beams: int, depth: int, lookahead: int) -> None:
+    width = np.minimum(2 ** np.arange(depth), 10)
+    need = blocks_needed(length, beams, width, lookahead, 4)
+    blocks = BeamBlocks([np.zeros(length, np.int32)], beams, need + 1, 4)
+    draw = np.random.default_rng(0)
+    alive = 1
+    for level in range(1, depth):
+        parents = np.full((1, beams), -1)
+        alive_now = min(beams, int(width[level]))
+        parents[0, :alive_now] = draw.integers(0, alive, alive_now)
+        alive = alive_now
+        blocks.follow(parents)
+        slots = np.arange(alive)
+        ahead = np.minimum(length + level + lookahead - 1, length + depth - 1)
+        missing = ahead - blocks.length[slots]
+        blocks.extend(slots[missing > 0], missing[missing > 0])
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=20),
+    offset=st.integers(0, 9),
+    budget=st.integers(1, 40),
+)
+def test_passes_cover_every_token_once_within_the_budget(counts: list[int], offset: int, budget: int) -> None:
+    start = np.arange(len(counts)) + offset
+    stop = start + np.array(counts)
+    seen = []
+    for first, last, rows, begin, end in passes(start, stop, budget):
+        assert last - first == (end - begin).sum() <= budget
+        index = np.arange(len(counts))[rows]
+        seen += [(i, p) for i, b, e in zip(index, begin, end, strict=True) for p in range(b, e)]
+    assert seen == [(i, p) for i in range(len(counts)) for p in range(start[i], stop[i])]

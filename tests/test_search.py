@@ -1,0 +1,169 @@
+"""The search equals a plain one, on any trie and whatever is looked ahead."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from search_oracle import EOS, plain_beam_search, random_trie
+
+from catalog.trie import Trie
+from rollout.children import DeviceTrie, logsumexp, top_children
+from rollout.config import LogprobSpace
+from rollout.groups import Candidates
+from rollout.search import BeamSearch
+
+
+def run(
+    trie: Trie, logits: torch.Tensor, beams: int, *, lookahead: int = 1, space: LogprobSpace = "vocabulary"
+) -> tuple[list[Candidates], int]:
+    """Search groups whose model answers logits[group, node]: the candidates, and how often it was asked."""
+    device_trie = DeviceTrie.of(trie)
+    search, asked = BeamSearch(device_trie, len(logits), beams, lookahead), 0
+    while (frontier := search.frontier()).size:
+        group = torch.from_numpy(np.repeat(frontier.slot // beams, frontier.count))
+        answer = logits[group, frontier.node]
+        search.advance(frontier, top_children(device_trie, answer, frontier.node, frontier.fanout, search.keep, space))
+        asked += 1
+    return search.results(), asked
+
+
+def logprobs_of(trie: Trie, logits: torch.Tensor, space: LogprobSpace) -> np.ndarray:
+    """float32 [nodes, vocabulary] for the plain search."""
+    if space == "trie":
+        allowed = torch.full_like(logits, -torch.inf)
+        for node in range(trie.num_nodes):
+            allowed[node, trie.children(node)[0].tolist()] = 0
+        logits = logits + allowed
+    return logits.log_softmax(-1).numpy()
+
+
+def assert_equal(found: Candidates, expected: Sequence[tuple[np.float32, int, list[int]]]) -> None:
+    assert found.item_class.tolist() == [item_class for _, item_class, _ in expected]
+    assert [tokens.tolist() for tokens in found.tokens] == [tokens for *_, tokens in expected]
+    np.testing.assert_allclose(found.score, [score for score, *_ in expected], rtol=1e-5, atol=1e-4)
+    for logprobs, score in zip(found.logprobs, found.score, strict=True):
+        np.testing.assert_allclose(logprobs.sum(), score, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    titles=st.integers(1, 60),
+    vocabulary=st.sampled_from([3, 6, 30]),
+    longest=st.integers(1, 12),
+    groups=st.sampled_from([1, 2, 5, 64]),
+    beams=st.sampled_from([1, 2, 3, 8, 16, 50, 128]),
+    lookahead=st.sampled_from([1, 2, 5, 100]),
+    space=st.sampled_from(["vocabulary", "trie"]),
+    sharpness=st.sampled_from([0.3, 1.0, 4.0]),
+)
+def test_search_equals_the_plain_one(
+    seed: int,
+    titles: int,
+    vocabulary: int,
+    longest: int,
+    groups: int,
+    beams: int,
+    lookahead: int,
+    space: LogprobSpace,
+    sharpness: float,
+) -> None:
+    trie = random_trie(seed, titles, vocabulary, longest)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(groups, trie.num_nodes, vocabulary, generator=generator) * sharpness
+    found, _ = run(trie, logits, beams, lookahead=lookahead, space=space)
+    for group in range(groups):
+        logprobs = logprobs_of(trie, logits[group], space)
+        assert_equal(found[group], plain_beam_search(trie, logprobs.__getitem__, beams))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), titles=st.integers(1, 40))
+def test_width_of_the_catalogue_ranks_it_exhaustively(seed: int, titles: int) -> None:
+    trie = random_trie(seed, titles, 20, 8)
+    logits = torch.randn(1, trie.num_nodes, 20, generator=torch.Generator().manual_seed(seed))
+    logprobs = logprobs_of(trie, logits[0], "vocabulary")
+    scores = []
+    for item_class in range(trie.num_classes):
+        node, score = 0, 0.0
+        for token in trie.title_tokens(item_class):
+            score += float(logprobs[node, token])
+            node = trie.step(node, token) or 0
+        scores.append(score)
+    found, _ = run(trie, logits, trie.num_classes)
+    assert found[0].item_class.tolist() == np.argsort(-np.array(scores)).tolist()
+
+
+def test_equal_scores_go_to_the_earlier_beam_and_the_lower_token() -> None:
+    trie = Trie.from_titles([[a, b, EOS] for a in (1, 2) for b in (1, 2, 3)], eos_token=EOS, tokenizer_fingerprint="")
+    found, _ = run(trie, torch.zeros(1, trie.num_nodes, 4), beams=3)
+    assert [tokens.tolist() for tokens in found[0].tokens] == [[1, 1, 0], [1, 2, 0], [1, 3, 0]]
+
+
+def test_lookahead_asks_the_model_less_often() -> None:
+    titles = [[first, *range(5, 25), EOS] for first in (1, 2, 3)]
+    trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
+    logits = torch.randn(2, trie.num_nodes, 30, generator=torch.Generator().manual_seed(0))
+    step_by_step, often = run(trie, logits, beams=3)
+    at_once, seldom = run(trie, logits, beams=3, lookahead=100)
+    assert (often, seldom) == (22, 2)
+    for one, other in zip(step_by_step, at_once, strict=True):
+        assert one.item_class.tolist() == other.item_class.tolist()
+        np.testing.assert_array_equal(one.score, other.score)
+
+
+def test_groups_do_not_depend_on_each_other() -> None:
+    trie = random_trie(3, 50, 20, 10)
+    logits = torch.randn(8, trie.num_nodes, 20, generator=torch.Generator().manual_seed(1))
+    together, _ = run(trie, logits, 8)
+    for group in range(8):
+        alone, _ = run(trie, logits[group : group + 1], 8)
+        assert alone[0].item_class.tolist() == together[group].item_class.tolist()
+        np.testing.assert_array_equal(alone[0].score, together[group].score)
+
+
+def test_top_children_of_nodes_of_every_width() -> None:
+    titles = [[1, EOS], *([2, token, EOS] for token in range(1, 40)), *([3, token, EOS] for token in range(1, 3000))]
+    trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
+    device_trie = DeviceTrie.of(trie)
+    node = torch.arange(trie.num_nodes)[:50]
+    fanout = np.diff(trie.first_edge)[:50]
+    logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0))
+    found = top_children(device_trie, logits, node, fanout, 16, "vocabulary")
+    assert found.logprob.shape == (50, 16)
+    logprobs = logits.log_softmax(-1)
+    for row in range(50):
+        tokens, _ = trie.children(row)
+        best = tokens[np.argsort(-logprobs[row, tokens.tolist()].numpy(), kind="stable")][:16]
+        kept = found.logprob[row] > -torch.inf
+        assert trie.edge_token[found.edge[row][kept].numpy()].tolist()[: len(best)] == (
+            best.tolist() if len(tokens) > 16 else sorted(best.tolist())
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logsumexp_is_float32_for_any_dtype(dtype: torch.dtype) -> None:
+    logits = torch.randn(37, 50_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = logits.double().logsumexp(1).float()
+    torch.testing.assert_close(logsumexp(logits), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_search_on_a_gpu_equals_the_cpu() -> None:
+    trie = random_trie(5, 60, 30, 10)
+    logits = torch.randn(16, trie.num_nodes, 30, generator=torch.Generator().manual_seed(2))
+    expected, _ = run(trie, logits, 16, lookahead=5)
+    device_trie = DeviceTrie.of(trie, "cuda")
+    search, logits = BeamSearch(device_trie, 16, 16, 5), logits.cuda()
+    while (frontier := search.frontier()).size:
+        group = torch.from_numpy(np.repeat(frontier.slot // 16, frontier.count)).cuda()
+        answer = logits[group, frontier.node]
+        search.advance(
+            frontier, top_children(device_trie, answer, frontier.node, frontier.fanout, search.keep, "vocabulary")
+        )
+    for one, other in zip(search.results(), expected, strict=True):
+        assert one.item_class.tolist() == other.item_class.tolist()
