@@ -118,8 +118,8 @@ def _flat_values(name: str, returned: Any, groups: Groups) -> np.ndarray:
 def _row(name: str, row: Any, groups: Groups, index: int) -> np.ndarray:
     size = int(groups.layout.sizes[index])
     try:
-        values = np.asarray(row)
-    except (TypeError, ValueError, RuntimeError):
+        values = np.asarray(row.detach().cpu() if hasattr(row, "detach") else row)
+    except (TypeError, ValueError):
         values = np.asarray(None)
     if values.shape != (size,) or (size and values.dtype.kind not in "biuf"):
         found = f"{len(row)} values ({_shown(row)})" if isinstance(row, Sequence | np.ndarray) else _shown(row)
@@ -135,14 +135,15 @@ def _check_arguments(name: str, written: Callable, args: dict[str, Any]) -> None
         signature = inspect.signature(written)
     except ValueError:
         return
+    if inspect.isclass(written) and next(iter(signature.parameters), None) != "catalog":
+        raise RewardError(
+            f"reward {name!r}: {written.__name__} is made as {written.__name__}(catalog, **args), so that the first "
+            f"parameter of its __init__ must be called catalog; it takes {signature}"
+        )
     try:
         signature.bind(None, **args)
     except TypeError as error:
-        kind, first = ("class", "catalog") if inspect.isclass(written) else ("function", "group")
-        raise RewardError(
-            f"reward {name!r}: {error}. Its {kind} is called as {written.__name__}({first}, **args) with args {args}; "
-            f"it takes {signature}"
-        ) from None
+        raise RewardError(f"reward {name!r}: {error}; args are {args}, and it takes {signature}") from None
 
 
 def _raised(name: str, example_ids: list[int], error: BaseException) -> RewardError:

@@ -37,6 +37,8 @@ def resolve(name: str, root: Path | None = None) -> Any:
     if ":" not in name:
         return _registered(name)
     place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise RewardError(f"reward {name!r}: write 'package.module:Name' or 'path/file.py:name'")
     module = _module_of_file(root / place, name) if place.endswith(".py") else _module_of_import(place, name, root)
     if not hasattr(module, attribute):
         public = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
+import torch
 
 from rewards.group import Group, Groups
 from rewards.interface import Returned
@@ -17,6 +18,11 @@ BAD_EXAMPLE = 2
 def title_length(group: Group) -> list[float]:
     """Nothing goes wrong here."""
     return [len(title) / 100 for title in group.candidate_titles]
+
+
+def tensors(group: Group) -> torch.Tensor:
+    """Nor here."""
+    return torch.tensor(group.scores, requires_grad=True) + 0
 
 
 def raises(group: Group) -> list[float]:
@@ -100,6 +106,11 @@ class CannotStart:
 
     def __call__(self, groups: Groups) -> Returned:
         return []
+
+
+class WithoutCatalog(Constant):
+    def __init__(self, value: float = 1.0) -> None:
+        self.value = value
 
 
 class NotCallable:

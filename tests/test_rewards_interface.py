@@ -58,6 +58,10 @@ def test_functions_and_classes_score_alike() -> None:
     assert score_samples("Constant", value=0.5) == [[0.5] * 6] * 4
 
 
+def test_tensors_are_taken_off_the_graph() -> None:
+    assert score_samples("tensors")[0] == pytest.approx(sample_groups()[0].scores)
+
+
 @pytest.mark.parametrize("shuffled", [[2, 0, 3, 1], [3, 2, 1, 0]])
 def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
     groups = sample_groups()
@@ -83,6 +87,7 @@ def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
         ("Flat", r"reward 'Flat' returned 24 lists for 4 groups"),
         ("CannotStart", r"(?s)reward 'CannotStart' could not be made with args {}:.*FileNotFoundError: weights.bin"),
         ("NotCallable", "class NotCallable needs a method __call__"),
+        ("WithoutCatalog", "first parameter of its __init__ must be called catalog; it takes \\(value: float"),
     ],
 )
 def test_nonsense_is_named(name: str, message: str) -> None:
@@ -127,6 +132,7 @@ def test_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
         ("no_such_module:f", "there is no module 'no_such_module', neither installed nor under"),
         ("faulty_rewards:title_lenth", "faulty_rewards has no 'title_lenth'; it has .*title_length"),
         ("no_such_file.py:f", "there is no file .*no_such_file.py"),
+        (":f", "write 'package.module:Name' or 'path/file.py:name'"),
     ],
 )
 def test_what_is_not_found_is_named(name: str, message: str) -> None:
