@@ -67,6 +67,11 @@ class Ours:
             "seconds": clock.seconds | {"reference": reference, "learn": clock.seconds["learn"] - reference},
         }
 
+    def roll_out(self, groups: int) -> None:
+        """Rollouts alone, spread over the workers."""
+        example_ids = np.arange(groups)
+        ray.wait(list(self.actors.rollouts.land(self.actors.rollouts.launch("train", example_ids, seed=0))))
+
     def _sync(self) -> None:
         self.actors.rollouts.publish(self.actors.learner.export(version=self.version))
         self.actors.rollouts.loaded()
