@@ -75,6 +75,10 @@ class Children:
     key: torch.Tensor
     """[R, W]: what they are ordered by."""
 
+    def select(self, row: torch.Tensor) -> "Children":
+        """Of some rows."""
+        return Children(self.logprob[row], self.edge[row], self.key[row])
+
     @classmethod
     def cat(cls, pieces: "Sequence[Children]") -> "Children":
         """Rows of all pieces, padded to the widest."""

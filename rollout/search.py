@@ -1,60 +1,14 @@
-"""Trie-constrained beam search as pure tensor maths: no model, no cache, no per-beam Python.
-
-The search is driven from outside. It says which nodes must be scored, is given their best children, and moves on:
-
->>> search = BeamSearch(trie, num_groups, beams)
->>> while (frontier := search.frontier()).size:
-...     logits = model(frontier.token, ...)                       # [T, V]
-...     search.advance(frontier, top_children(trie, logits, frontier.node, frontier.fanout, search.keep, space))
->>> groups = search.results()
-"""
-
-from dataclasses import dataclass
+"""Trie-constrained beam search as pure tensor maths: no model, no cache, no per-beam Python."""
 
 import numpy as np
 import torch
 
-from rollout.children import NEG_INF, Children, DeviceTrie
+from rollout.children import NEG_INF, Children, DeviceTrie, top_children
+from rollout.config import LogprobSpace
+from rollout.frontier import Frontier
 from rollout.groups import Candidates
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """What must be scored next: R beams, each at T_r successive nodes of a forced chain, T in all.
-
-    Arrays on the host are known after one transfer; tensors stay on the device.
-    """
-
-    slot: np.ndarray
-    """int64 [R]: group * beams + beam."""
-    count: np.ndarray
-    """int64 [R]: nodes to score for each beam, at least one."""
-    parent: np.ndarray
-    """int64 [P, G]: the beam, at the last frontier, that each beam extends; -1 where none is running."""
-    fanout: np.ndarray
-    """int64 [T]: children of each node."""
-    node: torch.Tensor
-    """int64 [T]"""
-    token: torch.Tensor
-    """int32 [T]: the token that leads to each node (undefined at the root)."""
-
-    @property
-    def size(self) -> int:
-        return len(self.slot)
-
-
-@dataclass
-class _Known:
-    """What running beams know beyond their node: log-probabilities of a forced chain, then the children at its end."""
-
-    forced: torch.Tensor
-    """float32 [P, G, lookahead - 1]: of the forced tokens to come, the next one first."""
-    forced_left: torch.Tensor
-    """int64 [P, G]: how many of them remain."""
-    children: Children
-    """[P, G, W] each: children of the node after the forced tokens."""
-    scored: torch.Tensor
-    """bool [P, G]: whether `children` holds."""
+from rollout.history import Past, Pool, Steps
+from rollout.known import Known
 
 
 class BeamSearch:
@@ -66,35 +20,31 @@ class BeamSearch:
     earlier beam, then the lower token; what is in the pool stays before what comes.
 
     A group moves on as far as its beams' children are known, independently of other groups. With lookahead > 1, up to
-    that many nodes of a forced chain are scored at once; the results are the same.
+    that many nodes of a forced chain are scored at once; the results are the same. Driven as TrieSearch says.
     """
 
-    def __init__(self, trie: DeviceTrie, num_groups: int, beams: int, lookahead: int = 1) -> None:
-        shape, device = (num_groups, beams), trie.device
-        self.trie, self.groups, self.beams = trie, num_groups, beams
-        self.keep = 2 * beams
-        """Best children of a node that the search looks at."""
+    def __init__(
+        self, trie: DeviceTrie, groups: int, beams: int, space: LogprobSpace = "vocabulary", lookahead: int = 1
+    ) -> None:
+        shape, device = (groups, beams), trie.device
+        self.trie, self.groups, self.beams, self.space = trie, groups, beams, space
         self.lookahead = min(lookahead, trie.max_tokens)
         self._node = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._node[:, 0] = 0
+        self._origin = self._node.clone()
         self._token = torch.zeros(shape, dtype=torch.int32, device=device)
         self._score = torch.full(shape, NEG_INF, device=device)
         self._score[:, 0] = 0
-        self._origin = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self._origin[:, 0] = 0
-        self._depth = torch.zeros(num_groups, dtype=torch.int64, device=device)
-        self._known: _Known | None = None
-        steps = (num_groups, trie.max_tokens, beams)
-        self._past_parent = torch.zeros(steps, dtype=torch.int64, device=device)
-        self._past_edge = torch.zeros(steps, dtype=torch.int64, device=device)
-        self._past_logprob = torch.zeros(steps, device=device)
-        self._pool = _Pool.empty(shape, device)
+        self._policy = self._score.double()
+        self._depth = torch.zeros(groups, dtype=torch.int64, device=device)
+        self._known = Known(trie, groups, beams, self.lookahead)
+        self._past = Past(trie, groups, beams)
+        self._pool = Pool.empty(groups, beams, device)
 
     def frontier(self) -> Frontier:
-        """What must be scored now; empty when every group is done. The one transfer to the host."""
+        """See TrieSearch."""
         running = self._node >= 0
-        known = self._known.scored if self._known else torch.zeros_like(running)
-        node, token, count = self._chains(running & ~known)
+        node, token, count = self._chains(running & ~self._known.scored)
         last = node.gather(2, (count - 1).clamp_min(0)[..., None])[..., 0]
         host_count, fanout, parent = torch.stack([count, self.trie.fanout(last), self._origin]).cpu().numpy()
         self._origin = torch.where(running, torch.arange(self.beams, device=node.device), -1)
@@ -121,193 +71,80 @@ class BeamSearch:
             count = count + goes_on
         return torch.stack(nodes, -1), torch.stack(tokens, -1), count
 
+    def children(self, frontier: Frontier, rows: slice, logits: torch.Tensor) -> Children:
+        """See TrieSearch: the 2G most likely."""
+        return top_children(self.trie, logits, frontier.node[rows], frontier.fanout[rows], 2 * self.beams, self.space)
+
     def advance(self, frontier: Frontier, children: Children) -> None:
-        """Take the children of the frontier's T nodes, and move every group on as far as its beams' are known."""
-        self._learn(frontier, children)
-        steps = 0
+        """See TrieSearch: every group moves on as far as the children of its beams are known."""
+        self._known.learn(frontier, children)
+        steps, asks_often = 0, self.trie.device.type == "cpu"
         while True:
-            ready = self._ready()
-            if (steps >= self.lookahead or ready.device.type == "cpu") and not bool(ready.any()):
+            running = self._node >= 0
+            ready = running.any(1) & (self._known.scored | ~running).all(1)
+            if (asks_often or steps >= self.lookahead) and not bool(ready.any()):
                 return
             self._step(ready)
             steps += 1
 
-    def _learn(self, frontier: Frontier, children: Children) -> None:
-        """Scatter the scores of the frontier's chains to their beams."""
-        shape, width, device = (self.groups, self.beams), children.logprob.shape[1], self._node.device
-        slot = torch.from_numpy(frontier.slot).to(device, non_blocking=True)
-        count = torch.from_numpy(frontier.count).to(device, non_blocking=True)
-        last = count.cumsum(0) - 1
-        old = self._known
-
-        def spread(values: torch.Tensor, before: torch.Tensor | None, otherwise: float) -> torch.Tensor:
-            spread_width = width if before is None else max(width, before.shape[2])
-            whole = values.new_full((*shape, spread_width), otherwise)
-            if before is not None:
-                whole[..., : before.shape[2]] = before
-            whole.view(-1, spread_width)[slot] = otherwise
-            whole.view(-1, spread_width)[slot, :width] = values[last]
-            return whole
-
-        best = Children(
-            spread(children.logprob, old.children.logprob if old else None, NEG_INF),
-            spread(children.edge, old.children.edge if old else None, 0),
-            spread(children.key, old.children.key if old else None, NEG_INF),
-        )
-        scored = old.scored.clone() if old else torch.zeros(shape, dtype=torch.bool, device=device)
-        scored.view(-1)[slot] = True
-        forced = old.forced if old else torch.zeros((*shape, self.lookahead - 1), device=device)
-        forced_left = old.forced_left if old else torch.zeros(shape, dtype=torch.int64, device=device)
-        if self.lookahead > 1:
-            ahead = torch.arange(self.lookahead - 1, device=device)
-            place = (last - count + 1)[:, None] + torch.minimum(ahead, count[:, None] - 1)
-            forced.view(-1, self.lookahead - 1)[slot] = children.logprob[place, 0]
-            forced_left.view(-1)[slot] = count - 1
-        self._known = _Known(forced, forced_left, best, scored)
-
-    def _ready(self) -> torch.Tensor:
-        """bool [P]: groups that still run and know the children of every running beam."""
-        assert self._known is not None
-        running = self._node >= 0
-        return running.any(1) & (self._known.scored | ~running).all(1)
-
-    def _next(self) -> Children:
-        """Children of every running beam's node: [P, G, W] each, -inf where a beam is not running."""
-        assert self._known is not None
-        known, node = self._known, self._node
-        children, is_forced = known.children, (known.forced_left > 0)[..., None]
-        running = (node >= 0)[..., None]
-        logprob, edge, key = children.logprob, children.edge, children.key
-        if self.lookahead > 1:
-            first = torch.arange(logprob.shape[2], device=node.device) == 0
-            forced = torch.where(first, known.forced[..., :1], NEG_INF)
-            logprob = torch.where(is_forced, forced, logprob)
-            key = torch.where(is_forced, forced.to(key.dtype), key)
-            edge = torch.where(is_forced, self.trie.first_edge[node.clamp_min(0)][..., None], edge)
-        return Children(torch.where(running, logprob, NEG_INF), edge, torch.where(running, key, NEG_INF))
-
     def _step(self, ready: torch.Tensor) -> None:
         """One token for every ready group."""
-        children = self._next()
-        width, keep = children.logprob.shape[2], self.keep
-        score = (self._score[..., None] + children.key).flatten(1)
-        score, order = score.sort(dim=1, descending=True, stable=True)
-        score, order = score[:, :keep], order[:, :keep]
-        parent, edge = order // width, children.edge.flatten(1).gather(1, order)
-        logprob = children.logprob.flatten(1).gather(1, order)
-        target = self.trie.edge_target[edge].long()
-        possible = (score > NEG_INF) & ready[:, None]
-
-        ends = possible & (target < 0)
-        ended = _Pool(torch.where(ends, score, NEG_INF), -1 - target, parent, logprob, self._depth[:, None] + 0 * edge)
-        self._pool = self._pool.best_of(ended.first(self.beams))
+        steps = self._best_steps(self._known.next(self._node))
+        target = self.trie.edge_target[steps.edge].long()
+        possible = (steps.score > NEG_INF) & ready[:, None]
+        ended = possible & (target < 0)
+        ended[:, self.beams :] = False
+        self._pool = self._pool.best_with(Pool.of(ended, steps, -1 - target, self._depth))
 
         goes_on = possible & (target >= 0)
         first = (~goes_on).to(torch.int8).argsort(dim=1, stable=True)[:, : self.beams]
         first = torch.nn.functional.pad(first, (0, self.beams - first.shape[1]))
-        valid = torch.arange(self.beams, device=first.device) < goes_on.sum(1, keepdim=True)
-        alive = valid & (score.gather(1, first) > self._pool.score[:, -1:])
-        self._replace(ready, alive, *(values.gather(1, first) for values in (score, parent, edge, logprob, target)))
+        rank = torch.arange(self.beams, device=first.device)
+        steps, target = steps.gather(first), target.gather(1, first)
+        alive = (rank < goes_on.sum(1, keepdim=True)) & (steps.score > self._pool.score[:, -1:])
+        self._follow(ready, alive, steps, target)
 
-    def _replace(
-        self,
-        ready: torch.Tensor,
-        alive: torch.Tensor,
-        score: torch.Tensor,
-        parent: torch.Tensor,
-        edge: torch.Tensor,
-        logprob: torch.Tensor,
-        target: torch.Tensor,
-    ) -> None:
-        """The new beams [P, G] of the ready groups; what their parents knew of a forced chain goes with them."""
-        assert self._known is not None
-        known, change = self._known, ready[:, None]
-        group = torch.arange(self.groups, device=ready.device)
-        for past, values in ((self._past_parent, parent), (self._past_edge, edge), (self._past_logprob, logprob)):
-            past[group, self._depth] = torch.where(change, values, past[group, self._depth])
+    def _best_steps(self, children: Children) -> Steps:
+        """The 2G best steps from the children [P, G, W] of all beams."""
+        width = children.logprob.shape[2]
+        score = (self._score[..., None] + children.logprob).flatten(1)
+        score, order = score.sort(dim=1, descending=True, stable=True)
+        score, order = score[:, : 2 * self.beams], order[:, : 2 * self.beams]
+        edge, logprob = (values.flatten(1).gather(1, order) for values in (children.edge, children.logprob))
+        return Steps(score, order // width, edge, logprob, score.double())
+
+    def _follow(self, ready: torch.Tensor, alive: torch.Tensor, steps: Steps, target: torch.Tensor) -> None:
+        """Beams of the ready groups are replaced by `steps` [P, G], where these are alive."""
+        change = ready[:, None]
+        self._past.record(self._depth, ready, steps)
+        self._known.follow(ready, steps.parent)
         self._depth = self._depth + ready
-        if self.lookahead > 1:
-            kept = torch.where(change, parent, torch.arange(self.beams, device=ready.device))
-            inherit = known.forced_left.gather(1, kept) - change.long()
-            wide = kept[..., None]
-            forced = known.forced.gather(1, wide.expand(-1, -1, known.forced.shape[2]))
-            shifted = torch.nn.functional.pad(forced[..., 1:], (0, 1))
-            rows = wide.expand(-1, -1, known.children.logprob.shape[2])
-            self._known = _Known(
-                torch.where(change[..., None], shifted, forced),
-                inherit.clamp_min(0),
-                Children(
-                    known.children.logprob.gather(1, rows),
-                    known.children.edge.gather(1, rows),
-                    known.children.key.gather(1, rows),
-                ),
-                known.scored.gather(1, kept) & ((inherit >= 0) | ~change),
-            )
-        else:
-            known.scored &= ~change
-        self._origin = torch.where(change, torch.where(alive, self._origin.gather(1, parent), -1), self._origin)
-        self._score = torch.where(change, torch.where(alive, score, NEG_INF), self._score)
-        self._node = torch.where(change, torch.where(alive, target, -1), self._node)
-        self._token = torch.where(change, self.trie.edge_token[edge], self._token)
+
+        def renew(old: torch.Tensor, new: torch.Tensor, otherwise: float) -> torch.Tensor:
+            return torch.where(change, torch.where(alive, new, otherwise), old)
+
+        self._origin = renew(self._origin, self._origin.gather(1, steps.parent), -1)
+        self._node = renew(self._node, target, -1)
+        self._token = renew(self._token, self.trie.edge_token[steps.edge], 0)
+        self._score = renew(self._score, steps.score, NEG_INF)
+        self._policy = renew(self._policy, steps.policy, NEG_INF)
 
     def results(self) -> list[Candidates]:
-        """The pool of every group, best first: fewer than G candidates where the catalogue has fewer titles."""
-        score, item_class, beam, logprob, depth = (values.cpu().numpy() for values in self._pool.fields())
-        past_parent, past_logprob = self._past_parent.cpu().numpy(), self._past_logprob.cpu().numpy()
-        tokens_of = self.trie.edge_token
-        past_token = tokens_of[self._past_edge].cpu().numpy()
-        shape = (*score.shape, self.trie.max_tokens)
-        tokens, logprobs = np.full(shape, self.trie.source.eos_token, np.int32), np.zeros(shape, np.float32)
-        group = np.arange(self.groups)[:, None]
-        np.put_along_axis(logprobs, depth[..., None], logprob[..., None], 2)
-        for step in range(self.trie.max_tokens - 2, -1, -1):
-            before = step < depth
-            at = beam * before
-            tokens[..., step] = np.where(before, past_token[group, step, at], tokens[..., step])
-            logprobs[..., step] = np.where(before, past_logprob[group, step, at], logprobs[..., step])
-            beam = np.where(before, past_parent[group, step, at], beam)
-        return [
-            Candidates(
-                tokens=[row[: length + 1] for row, length in zip(tokens[g][found], depth[g][found], strict=True)],
-                logprobs=[row[: length + 1] for row, length in zip(logprobs[g][found], depth[g][found], strict=True)],
-                item_class=item_class[g][found].astype(np.int32),
-                score=score[g][found].astype(np.float32),
+        """See TrieSearch: fewer than G candidates where the catalogue has fewer titles."""
+        pool = self._pool
+        score, item_class, depth = (values.cpu().numpy() for values in (pool.score, pool.item_class, pool.depth))
+        tokens, logprobs = self._past.trace(pool.beam.cpu().numpy(), depth)
+        np.put_along_axis(tokens, depth[..., None], self.trie.source.eos_token, 2)
+        np.put_along_axis(logprobs, depth[..., None], pool.logprob.cpu().numpy()[..., None], 2)
+        groups = []
+        for group, found in enumerate(score > NEG_INF):
+            length = depth[group][found] + 1
+            groups.append(
+                Candidates(
+                    tokens=[row[:n] for row, n in zip(tokens[group][found], length, strict=True)],
+                    logprobs=[row[:n] for row, n in zip(logprobs[group][found], length, strict=True)],
+                    item_class=item_class[group][found].astype(np.int32),
+                    score=score[group][found].astype(np.float32),
+                )
             )
-            for g, found in enumerate(score > NEG_INF)
-        ]
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """Finished titles of every group, best first: [P, G] each."""
-
-    score: torch.Tensor
-    item_class: torch.Tensor
-    parent: torch.Tensor
-    """The beam, at the depth where the title ended, whose end-of-sequence this is."""
-    logprob: torch.Tensor
-    """Of the end-of-sequence token."""
-    depth: torch.Tensor
-
-    @classmethod
-    def empty(cls, shape: tuple[int, int], device: torch.device) -> "_Pool":
-        zeros = torch.zeros(shape, dtype=torch.int64, device=device)
-        return cls(
-            torch.full(shape, NEG_INF, device=device), zeros - 1, zeros, torch.zeros(shape, device=device), zeros
-        )
-
-    def fields(self) -> tuple[torch.Tensor, ...]:
-        return self.score, self.item_class, self.parent, self.logprob, self.depth
-
-    def first(self, count: int) -> "_Pool":
-        return _Pool(*(values[:, :count] for values in self.fields()))
-
-    def best_of(self, others: "_Pool") -> "_Pool":
-        """As many as there were, the best of these and the others; of equals, these first."""
-        score, order = torch.cat([self.score, others.score], 1).sort(dim=1, descending=True, stable=True)
-        order = order[:, : self.score.shape[1]]
-        rest = (
-            torch.cat([mine, theirs], 1).gather(1, order)
-            for mine, theirs in zip(self.fields()[1:], others.fields()[1:], strict=True)
-        )
-        return _Pool(score[:, : self.score.shape[1]], *rest)
+        return groups

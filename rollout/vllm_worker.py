@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from catalog.trie import Trie
-from rollout.children import Children, DeviceTrie, top_children
+from rollout.children import Children, DeviceTrie
 from rollout.config import LogprobSpace
+from rollout.frontier import Frontier, TrieSearch
 from rollout.groups import Candidates
 from rollout.kv_blocks import BeamBlocks, blocks_needed, passes
-from rollout.search import BeamSearch, Frontier
+from rollout.search import BeamSearch
 from rollout.vllm_engine import EngineError
 from rollout.vllm_internals import PagedModel, TokenBatch
 from rollout.vllm_weights import WeightsWorker
@@ -59,11 +60,11 @@ class SearchWorker(WeightsWorker):
 
     def _search(self, prompts: Sequence[np.ndarray], beams: int, lookahead: int) -> list[Candidates]:
         model = self.paged_model
-        search = BeamSearch(self.device_trie, len(prompts), beams, lookahead)
+        search = BeamSearch(self.device_trie, len(prompts), beams, self.logprob_space, lookahead)
         blocks = BeamBlocks(prompts, beams, model.num_blocks, model.block_size)
         frontier, hidden = search.frontier(), self._prefill(prompts, blocks)
         while frontier.size:
-            search.advance(frontier, self._score(hidden, frontier, search.keep))
+            search.advance(frontier, self._score(search, frontier, hidden))
             frontier = search.frontier()
             if frontier.size:
                 hidden = self._decode(frontier, blocks)
@@ -119,20 +120,10 @@ class SearchWorker(WeightsWorker):
             hidden.append(output if all_wanted else output[torch.from_numpy(here).to(model.device)])
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
-    def _score(self, hidden: torch.Tensor, frontier: Frontier, keep: int) -> Children:
-        """The best children of every frontier node, the logits computed a bounded piece at a time."""
+    def _score(self, search: TrieSearch, frontier: Frontier, hidden: torch.Tensor) -> Children:
+        """The children of every frontier node, the logits computed a bounded piece at a time."""
         rows = max(1, LOGITS_BYTES // (self.paged_model.vocab_size * hidden.element_size()))
         pieces = [slice(start, start + rows) for start in range(0, len(hidden), rows)]
         return Children.cat(
-            [
-                top_children(
-                    self.device_trie,
-                    self.paged_model.logits(hidden[piece]),
-                    frontier.node[piece],
-                    frontier.fanout[piece],
-                    keep,
-                    self.logprob_space,
-                )
-                for piece in pieces
-            ]
+            [search.children(frontier, piece, self.paged_model.logits(hidden[piece])) for piece in pieces]
         )

@@ -21,11 +21,11 @@ def run(
 ) -> tuple[list[Candidates], int]:
     """Search groups whose model answers logits[group, node]: the candidates, and how often it was asked."""
     device_trie = DeviceTrie.of(trie)
-    search, asked = BeamSearch(device_trie, len(logits), beams, lookahead), 0
+    search, asked = BeamSearch(device_trie, len(logits), beams, space, lookahead), 0
     while (frontier := search.frontier()).size:
         group = torch.from_numpy(np.repeat(frontier.slot // beams, frontier.count))
         answer = logits[group, frontier.node]
-        search.advance(frontier, top_children(device_trie, answer, frontier.node, frontier.fanout, search.keep, space))
+        search.advance(frontier, search.children(frontier, slice(None), answer))
         asked += 1
     return search.results(), asked
 
@@ -158,12 +158,10 @@ def test_search_on_a_gpu_equals_the_cpu() -> None:
     logits = torch.randn(16, trie.num_nodes, 30, generator=torch.Generator().manual_seed(2))
     expected, _ = run(trie, logits, 16, lookahead=5)
     device_trie = DeviceTrie.of(trie, "cuda")
-    search, logits = BeamSearch(device_trie, 16, 16, 5), logits.cuda()
+    search, logits = BeamSearch(device_trie, 16, 16, lookahead=5), logits.cuda()
     while (frontier := search.frontier()).size:
         group = torch.from_numpy(np.repeat(frontier.slot // 16, frontier.count)).cuda()
         answer = logits[group, frontier.node]
-        search.advance(
-            frontier, top_children(device_trie, answer, frontier.node, frontier.fanout, search.keep, "vocabulary")
-        )
+        search.advance(frontier, search.children(frontier, slice(None), answer))
     for one, other in zip(search.results(), expected, strict=True):
         assert one.item_class.tolist() == other.item_class.tolist()

@@ -1,0 +1,96 @@
+"""What a search has done: the steps of its beams, and the titles that they have finished."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from rollout.children import NEG_INF, DeviceTrie
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Ways to go on, or to end, of every group: [P, C] each, best first."""
+
+    score: torch.Tensor
+    """What they are ordered by; -inf where there is none."""
+    parent: torch.Tensor
+    """int64: the beam that is extended."""
+    edge: torch.Tensor
+    """int64: of the trie."""
+    logprob: torch.Tensor
+    """float32: of the edge's token."""
+    policy: torch.Tensor
+    """float64: log-probability of the whole prefix under the policy that is sampled from."""
+
+    def gather(self, index: torch.Tensor) -> "Steps":
+        return Steps(*(getattr(self, field.name).gather(1, index) for field in fields(self)))
+
+
+class Past:
+    """Which step every beam took at every depth, so that a title's tokens and log-probabilities can be read back."""
+
+    def __init__(self, trie: DeviceTrie, groups: int, beams: int) -> None:
+        shape = (groups, trie.max_tokens, beams)
+        self._trie = trie
+        self._parent = torch.zeros(shape, dtype=torch.int64, device=trie.device)
+        self._edge = torch.zeros(shape, dtype=torch.int64, device=trie.device)
+        self._logprob = torch.zeros(shape, device=trie.device)
+        self._group = torch.arange(groups, device=trie.device)
+
+    def record(self, depth: torch.Tensor, ready: torch.Tensor, steps: Steps) -> None:
+        """depth: int64 [P]. ready: bool [P], the groups that took the steps [P, G]."""
+        for past, new in ((self._parent, steps.parent), (self._edge, steps.edge), (self._logprob, steps.logprob)):
+            past[self._group, depth] = torch.where(ready[:, None], new, past[self._group, depth])
+
+    def trace(self, beam: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and log-probabilities [P, K, D] of the first `depth` steps to each `beam`, both [P, K]."""
+        parent, logprob = self._parent.cpu().numpy(), self._logprob.cpu().numpy()
+        token = self._trie.edge_token[self._edge].cpu().numpy()
+        found = (*beam.shape, self._trie.max_tokens)
+        tokens, logprobs = np.zeros(found, np.int32), np.zeros(found, np.float32)
+        group = np.arange(len(beam))[:, None]
+        for step in range(self._trie.max_tokens - 1, -1, -1):
+            at = np.where(step < depth, beam, 0)
+            tokens[..., step], logprobs[..., step] = token[group, step, at], logprob[group, step, at]
+            beam = np.where(step < depth, parent[group, step, at], beam)
+        return tokens, logprobs
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The best finished titles of every group, best first: [P, K] each."""
+
+    score: torch.Tensor
+    """-inf where there is none."""
+    item_class: torch.Tensor
+    beam: torch.Tensor
+    """int64: the beam, at the depth where the title ended, that ended."""
+    depth: torch.Tensor
+    """int64: tokens before end-of-sequence."""
+    logprob: torch.Tensor
+    """float32: of end-of-sequence."""
+    policy: torch.Tensor
+    """float64: see Steps."""
+
+    @classmethod
+    def empty(cls, groups: int, size: int, device: torch.device) -> "Pool":
+        nothing = torch.full((groups, size), NEG_INF, device=device)
+        zero = torch.zeros((groups, size), dtype=torch.int64, device=device)
+        return cls(nothing, zero - 1, zero, zero, nothing, nothing.double())
+
+    @classmethod
+    def of(cls, ended: torch.Tensor, steps: Steps, item_class: torch.Tensor, depth: torch.Tensor) -> "Pool":
+        """Of steps [P, C], those that `ended`; depth: int64 [P]."""
+        score = torch.where(ended, steps.score, NEG_INF)
+        return cls(score, item_class, steps.parent, depth[:, None].expand_as(score), steps.logprob, steps.policy)
+
+    def best_with(self, others: "Pool") -> "Pool":
+        """As many as there were, the best of these and the others; of equals, these first."""
+        size = self.score.shape[1]
+        joined = {
+            field.name: torch.cat([getattr(self, field.name), getattr(others, field.name)], 1)
+            for field in fields(self)
+        }
+        order = joined["score"].argsort(dim=1, descending=True, stable=True)[:, :size]
+        return Pool(**{name: values.gather(1, order) for name, values in joined.items()})
