@@ -5,7 +5,6 @@ can be varied alone. The arithmetic is what must be computed: tokens that the ro
 feeds forward and back. The line goes through the first point; nothing may grow faster than it.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import REPOSITORY, Side, timed
+from benchmarks.harness import REPOSITORY, Side, timed, write_section
 from benchmarks.in_process import InProcess, counted_forwards
 from benchmarks.shapes import SHAPES, build
 from catalog.trie import Trie
@@ -162,8 +161,9 @@ def main(names: Sequence[str] = tuple(SWEEPS)) -> None:
     results = {}
     for name in names:
         results[name] = sweep(name)
-        print(f"{plot(name, results[name])}\n{json.dumps([vars(point) for point in results[name]])}", flush=True)
-    print(f"\n## Growth\n\n{markdown(results)}\n")
+        print(plot(name, results[name]), flush=True)
+    points = {name: [vars(point) for point in points] for name, points in results.items()}
+    write_section("Growth of a step", markdown(results), {"growth": points})
 
 
 if __name__ == "__main__":

@@ -79,12 +79,17 @@ def row_of_pairs(case: str, shape: str, pairs: Sequence[tuple[float, float]], *,
 
 
 def write_rows(rows: Sequence[Row], title: str, extra: dict[str, Any] | None = None) -> None:
-    """Print a Markdown table and, if OUT is set, write {"rows", "machine", ...extra} there as JSON."""
-    print(f"\n## {title}\n\n{markdown(rows)}\n", flush=True)
+    """Print a Markdown table and, if OUT is set, write {"rows", "machine", "markdown", ...extra} there as JSON."""
+    write_section(title, markdown(rows), {"rows": [asdict(row) for row in rows], **(extra or {})})
+
+
+def write_section(title: str, text: str, content: dict[str, Any]) -> None:
+    """Print Markdown under a heading and, if OUT is set, write it there as JSON with `content` and the machine."""
+    section = f"## {title}\n\n{text}\n"
+    print(f"\n{section}", flush=True)
     if out := os.environ.get("OUT"):
-        content = {"rows": [asdict(row) for row in rows], "machine": machine(), **(extra or {})}
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(content, indent=1) + "\n")
+        Path(out).write_text(json.dumps({**content, "machine": machine(), "markdown": section}, indent=1) + "\n")
 
 
 def markdown(rows: Sequence[Row]) -> str:

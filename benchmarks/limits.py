@@ -13,7 +13,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
-from benchmarks.harness import REPOSITORY, machine_name, timed
+from benchmarks.harness import REPOSITORY, machine_name, timed, write_section
 from benchmarks.in_process import InProcess, counted_forwards
 from benchmarks.peak import matrix_peak, memory_bandwidth
 from benchmarks.shapes import SHAPES, ShapeAbsentError, build
@@ -132,7 +132,7 @@ def main(shape: str = "industrial-135m-fp32") -> None:
     except ShapeAbsentError as absent:
         print(f"{shape}: skipped, {absent}")
         return
-    print(f"\n## Limits\n\n{markdown(entries)}\n")
+    write_section(f"Limits, {shape}", markdown(entries), {"limits": entries})
 
 
 if __name__ == "__main__":

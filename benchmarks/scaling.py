@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from benchmarks.harness import Side
+from benchmarks.harness import Side, write_section
 
 SHAPE = "tiny-64"
 WORKERS = (1, 2)
@@ -32,7 +32,8 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 
 
 def main(shape: str = SHAPE) -> None:
-    print(f"\n## Groups per second, {shape}\n\n{markdown(measure(shape))}\n")
+    entries = measure(shape)
+    write_section(f"Groups per second, {shape}", markdown(entries), {"scaling": entries})
 
 
 if __name__ == "__main__":

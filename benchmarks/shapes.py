@@ -33,12 +33,17 @@ class Shape:
     overrides: tuple[str, ...] = ()
 
 
+ON_GPU = os.environ.get("SCALE") == "gpu"
+GROUPS = 64 if ON_GPU else 4
+ON_TWO_GPUS = ("cluster.device=gpu", "cluster.gpus=2", "rollout.kv_cache_gib=20") if ON_GPU else ()
+"""SCALE=gpu: one GPU rolls out, another learns, and a step has more groups."""
+
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny-64", groups=64, real=False, overrides=("data.generated.users=400",)),
-        Shape("industrial-135m-fp32", groups=4, real=True),
-        Shape("industrial-135m-bf16", groups=4, real=True, dtype="bfloat16"),
+        Shape("industrial-135m-fp32", groups=GROUPS, real=True),
+        Shape("industrial-135m-bf16", groups=GROUPS, real=True, dtype="bfloat16"),
     )
 }
 
@@ -80,6 +85,7 @@ def build(shape: Shape, *overrides: str) -> Workload:
             f"train.prompts_per_step={shape.groups}",
             "learner.optimizer.schedule=constant",
             "learner.optimizer.warmup_ratio=0",
+            *ON_TWO_GPUS,
             *shape.overrides,
             *overrides,
         ],

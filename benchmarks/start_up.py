@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import REPOSITORY
+from benchmarks.harness import REPOSITORY, write_section
 
 WITHOUT_WARM_UP = ("learner.sft.epochs=0", "train.eval_examples=1", "train.checkpoint_every=1000000")
 """What lies between start-up and the first step of a real run is warm-up and evaluation; they are no start-up."""
@@ -50,7 +50,9 @@ def _first_step_seconds(log: Path) -> float | None:
 
 
 def main() -> None:
-    print(f"start-up: {measure():.1f} s from `make launch` to the first step (catalogue and model on disk)")
+    seconds = measure()
+    text = f"{seconds:.1f} s from `make launch` to the first step, with the catalogue and the model on disk."
+    write_section("Start-up", text, {"start_up_s": seconds})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""`make bench`: every benchmark, one after the other, and one file of results for this machine.
+
+Each runs as a process of its own; one that fails or exceeds its share of the time is named in the results instead of
+ending the rest. Heavy cases come with fewer repeats, which their tables say.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import REPOSITORY, machine, machine_name
+
+RESULTS = REPOSITORY / "benchmarks/results"
+SECTIONS = {
+    "end_to_end": 1500,
+    "rollout": 600,
+    "learner": 480,
+    "rewards": 120,
+    "limits": 240,
+    "growth": 420,
+    "scaling": 180,
+    "start_up": 180,
+    "official_times": 240,
+}
+"""Module of benchmarks: the longest that it may take, in seconds."""
+
+
+def run(module: str, limit_s: float, out: Path) -> dict[str, Any]:
+    """What the module wrote, and its wall time; {"markdown": why not} when it failed."""
+    start = time.perf_counter()
+    environment = {**os.environ, "OUT": str(out)}
+    try:
+        status = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{module}"], cwd=REPOSITORY, env=environment, timeout=limit_s
+        ).returncode
+        problem = f"ended with status {status}" if status else "was skipped: its model or data is not here"
+    except subprocess.TimeoutExpired:
+        problem = f"was ended after its limit of {limit_s} s"
+    written = (
+        json.loads(out.read_text()) if out.is_file() else {"markdown": f"## {module}\n\nThis benchmark {problem}.\n"}
+    )
+    return written | {"seconds": time.perf_counter() - start}
+
+
+def main(modules: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        sections = {module: run(module, SECTIONS[module], Path(folder) / f"{module}.json") for module in modules}
+    rows = [row for section in sections.values() for row in section.get("rows", [])]
+    content = {"machine": machine(), "rows": rows, "sections": sections}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    outputs = [RESULTS / f"{machine_name()}.json", *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
+    for path in outputs:
+        path.write_text(text)
+    tables = "\n".join(section["markdown"] for section in sections.values())
+    description = "\n".join(f"- {key}: {value}" for key, value in machine().items())
+    path = RESULTS / f"{machine_name()}.md"
+    path.write_text(f"# Benchmarks\n\n{description}\n\n{tables}")
+    print(f"{path}\n{sum(section['seconds'] for section in sections.values()) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(SECTIONS))
