@@ -6,6 +6,7 @@ ending the rest. Heavy cases come with fewer repeats, which their tables say.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,17 +34,19 @@ SECTIONS = {
 def run(module: str, limit_s: float, out: Path) -> dict[str, Any]:
     """What the module wrote, and its wall time; {"markdown": why not} when it failed."""
     start = time.perf_counter()
-    environment = {**os.environ, "OUT": str(out)}
-    try:
-        status = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{module}"], cwd=REPOSITORY, env=environment, timeout=limit_s
-        ).returncode
-        problem = f"ended with status {status}" if status else "was skipped: its model or data is not here"
-    except subprocess.TimeoutExpired:
-        problem = f"was ended after its limit of {limit_s} s"
-    written = (
-        json.loads(out.read_text()) if out.is_file() else {"markdown": f"## {module}\n\nThis benchmark {problem}.\n"}
-    )
+    command, environment = [sys.executable, "-m", f"benchmarks.{module}"], {**os.environ, "OUT": str(out)}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True) as process:
+        try:
+            status = process.wait(limit_s)
+            problem = f"ended with status {status}" if status else ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            problem = f"was ended after its limit of {limit_s} s"
+    written = json.loads(out.read_text()) if out.is_file() else {"markdown": f"## {module}\n"}
+    if not out.is_file():
+        problem = problem or "was skipped: its model or its data is not here"
+    if problem:
+        written["markdown"] += f"\nThis benchmark {problem}.\n"
     return written | {"seconds": time.perf_counter() - start}
 
 
