@@ -16,6 +16,8 @@ from rewards.interface import Reward, make_reward, score
 from rewards.layout import Layout
 from rewards.metrics import reward_metrics
 from rewards.registry import resolve
+from rewards.rule import rule_rewards
+from rollout.groups import GROUP_SCHEMA
 
 COLUMN = "reward/{}"
 """Column of a term, before its weight."""
@@ -54,8 +56,9 @@ class RewardActor:
         }
 
     def ready(self) -> None:
-        """Make the rewards: load models, open connections."""
+        """Make the rewards (load models, open connections) and warm Arrow, whose first array imports pandas."""
         assert self.rewards is not None
+        rule_rewards(GROUP_SCHEMA.empty_table())
 
     def score(self, table: pa.Table, split: str) -> tuple[dict[str, pa.ListArray], dict[str, float]]:
         """list<float32> of one row per group and the seconds it took, both by term. Raises RewardError."""

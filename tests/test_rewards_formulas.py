@@ -123,3 +123,8 @@ def test_slices_and_chunks_are_read_right() -> None:
     table = groups([[1, 2], [3], [4, 5, 6], []], [2, 3, 4, 0])
     pieces = pa.concat_tables([table.slice(2), table.slice(0, 2)])
     assert rule_rewards(pieces).to_pylist() == [[1.0, 0.0, 0.0], [], [0.0, 1.0], [1.0]]
+
+
+def test_no_groups_have_no_rewards() -> None:
+    for rewards in (rule_rewards, ranking_rewards):
+        assert rewards(groups([], [])).to_pylist() == []
