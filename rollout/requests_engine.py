@@ -16,9 +16,6 @@ from rollout.vllm_engine import EngineError
 from rollout.vllm_requests import BeamRequests, Draw, create_trie_llm, sample
 from rollout.weights import WeightBucket, combine
 
-MIN_TEMPERATURE = 0.01
-"""vLLM silently raises a lower temperature to this."""
-
 
 class RequestsEngine:
     """A RolloutEngine that touches nothing but vLLM's public API: the oracle of the worker engine, and the fallback.
@@ -84,15 +81,15 @@ class RequestsEngine:
     ) -> list[Candidates]:
         """`draws` independent samples per prompt, in the order of drawing."""
         temperature = self._config.temperature
-        if temperature < MIN_TEMPERATURE:
-            raise EngineError(f"rollout.temperature={temperature} is too low to sample; use {MIN_TEMPERATURE} or more")
+        if not temperature > 0:
+            raise EngineError(f"rollout.temperature={temperature}: a sample needs a temperature above 0")
         root = 0 if constrained else None
         planned = [
-            Draw(prompt, TrieRequest(f"{i} of prompt {group}", root), longest, seed)
+            Draw(prompt, TrieRequest(f"{i} of prompt {group}", root, temperature, seed), longest)
             for group, prompt in enumerate(prompts)
             for i, seed in enumerate(_draw_seeds(seeds[group], draws))
         ]
-        found = sample(self._llm, self._trie, planned, temperature)
+        found = sample(self._llm, self._trie, planned)
         return [self._candidates(found[i : i + draws]) for i in range(0, len(found), draws)]
 
     def _candidates(self, found: Sequence[tuple[np.ndarray, np.ndarray]]) -> Candidates:

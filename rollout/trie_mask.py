@@ -1,23 +1,25 @@
 """The trie as a mask over logits: the core of the logits processors, free of vLLM.
 
 A row of logits stands at a node of the trie. `step` moves it along a generated token, `constrain_` turns its logits
-into the log-probabilities of the tokens that the trie allows there.
+into the log-probabilities of the tokens that the trie allows there. A row that samples keeps only the token that its
+noise chooses, so that whatever picks the likeliest token next picks this one, and reports its log-probability.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rollout.config import LogprobSpace
 from rollout.children import DeviceTrie
+from rollout.config import LogprobSpace
+from rollout.noise import gumbel, seed_tensor
 
 ENDED = -1
 """Node of a row whose title has ended."""
 LEFT = -2
 """Node of a row that generated a token which the trie does not allow."""
-_ROWS_PER_CHUNK = 128
+_ROWS_PER_CHUNK = 64
 
 
 class LeftTrie(RuntimeError):
@@ -42,9 +44,18 @@ class TrieRequest:
     """Names the request in errors."""
     node: int | None
     """Trie node at which its output starts; None: no constraint, log-probabilities only."""
+    temperature: float = 0.0
+    """Of the sample that it draws; 0: it draws none, and every allowed token keeps its log-probability."""
+    seed: int = 0
+    """int64, of the sample: another one for each draw."""
 
     def extra_args(self) -> dict[str, Any]:
-        return {"trie_request": self.label, "trie_node": self.node}
+        return {
+            "trie_request": self.label,
+            "trie_node": self.node,
+            "trie_temperature": self.temperature,
+            "trie_seed": self.seed,
+        }
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> "TrieRequest":
@@ -56,7 +67,35 @@ class TrieRequest:
                 f"extra_args {extra_args} must hold trie_node: a node of the title trie (0 is its root), or None "
                 "for a request without constraint"
             )
-        return cls(str(extra_args.get("trie_request", "without a label")), node)
+        label, temperature = extra_args.get("trie_request", "without a label"), extra_args.get("trie_temperature", 0.0)
+        return cls(str(label), node, float(temperature), int(extra_args.get("trie_seed", 0)))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rows sample. The noise is a function of the seed and the place, so a draw does not depend on its batch."""
+
+    temperature: torch.Tensor
+    """float64 [R]; 0 where a row does not sample."""
+    seed: torch.Tensor
+    """int64 [R]"""
+
+    @classmethod
+    def of(cls, requests: Sequence[TrieRequest], device: torch.device | str) -> "Sampling | None":
+        """None where no request samples."""
+        if all(request.temperature == 0 for request in requests):
+            return None
+        temperature = torch.tensor([request.temperature for request in requests], dtype=torch.float64)
+        seed = seed_tensor([request.seed for request in requests], torch.device("cpu"))
+        return cls(temperature.to(device), seed.to(device))
+
+    def __getitem__(self, rows: slice) -> "Sampling":
+        return Sampling(self.temperature[rows], self.seed[rows])
+
+    def key(self, logits: torch.Tensor, row: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
+        """float64: logits at the temperature of their rows plus Gumbel noise; the largest of a row is its sample."""
+        temperature = torch.where(self.temperature > 0, self.temperature, 1.0)[row]
+        return logits.double() / temperature + gumbel(self.seed[row], *place)
 
 
 class TrieMask:
@@ -90,29 +129,52 @@ class TrieMask:
         target = self.trie.edge_target[edge].long().clamp_min(ENDED)
         return torch.where(nodes < 0, nodes, torch.where(found, target, LEFT))
 
-    def constrain_(self, logits: torch.Tensor, rows: torch.Tensor, nodes: torch.Tensor) -> None:
+    def constrain_(
+        self, logits: torch.Tensor, rows: torch.Tensor, nodes: torch.Tensor, sampling: Sampling | None = None
+    ) -> None:
         """In logits [N, V] float32, replace rows [R], which stand at nodes [R] (none of them LEFT).
 
         An allowed token gets its log-probability: over the whole vocabulary, or renormalised over the allowed ones
-        (logprob_space "trie"); every other token gets -inf. After the end only end-of-sequence remains, at 0.
+        (logprob_space "trie"); every other token gets -inf, and so does all but the sample in rows that sample: from
+        the allowed tokens, in proportion to their probabilities at its temperature. After the end only end-of-sequence
+        remains, at 0.
         """
-        for some_rows, some_nodes in _chunks(rows, nodes):
+        for chunk in _chunks(len(rows)):
+            some_rows, some_nodes = rows[chunk], nodes[chunk]
             row, edge = self._edges(some_nodes)
             token = self.trie.edge_token[edge].long()
-            normaliser = None
+            values = logits[some_rows[row], token]
             if self.logprob_space == "vocabulary":
                 normaliser = torch.logsumexp(logits[some_rows], -1)
-            values = logits[some_rows[row], token]
-            if normaliser is None:
+            else:
                 normaliser = _segment_logsumexp(values, row, len(some_rows))
+            logprobs = values - normaliser[row]
+            if sampling is not None:
+                key = sampling[chunk].key(values, row, edge)
+                chosen = key == _segment_max(key, row, len(some_rows))[row]
+                logprobs = torch.where(chosen | (sampling[chunk].temperature[row] == 0), logprobs, float("-inf"))
             logits.index_fill_(0, some_rows, float("-inf"))
-            logits[some_rows[row], token] = values - normaliser[row]
+            logits[some_rows[row], token] = logprobs
             logits[some_rows[some_nodes == ENDED], self.eos_token] = 0.0
 
-    def normalise_(self, logits: torch.Tensor, rows: torch.Tensor) -> None:
-        """In logits [N, V] float32, replace rows [R] by log-probabilities over the whole vocabulary, unconstrained."""
-        for some_rows, _ in _chunks(rows, rows):
-            logits[some_rows] = torch.log_softmax(logits[some_rows], -1)
+    def normalise_(
+        self, logits: torch.Tensor, rows: torch.Tensor, depths: torch.Tensor, sampling: Sampling | None = None
+    ) -> None:
+        """In logits [N, V] float32, replace rows [R] by log-probabilities over the whole vocabulary, unconstrained.
+
+        depths: int64 [R], tokens that the row has generated. All but the sample becomes -inf in rows that sample.
+        """
+        for chunk in _chunks(len(rows)):
+            some_rows = rows[chunk]
+            values = logits[some_rows]
+            logprobs = torch.log_softmax(values, -1)
+            if sampling is not None:
+                row = torch.arange(len(some_rows), device=rows.device)[:, None]
+                token = torch.arange(values.shape[1], device=rows.device)
+                chosen = sampling[chunk].key(values, row, depths[chunk][:, None], token).argmax(1, keepdim=True)
+                sample = torch.full_like(logprobs, float("-inf")).scatter_(1, chosen, logprobs.gather(1, chosen))
+                logprobs = torch.where(sampling[chunk].temperature[:, None] == 0, logprobs, sample)
+            logits[some_rows] = logprobs
 
     def _edges(self, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(row, edge) of every allowed edge of nodes [R], ended ones having none."""
@@ -124,13 +186,18 @@ class TrieMask:
         return row, first[row] + offset
 
 
-def _chunks(rows: torch.Tensor, nodes: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(rows: int) -> Iterator[slice]:
     """A few rows at a time, so that copies of [rows, vocabulary] stay small."""
-    return zip(rows.split(_ROWS_PER_CHUNK), nodes.split(_ROWS_PER_CHUNK), strict=True)
+    return (slice(start, start + _ROWS_PER_CHUNK) for start in range(0, rows, _ROWS_PER_CHUNK))
+
+
+def _segment_max(values: torch.Tensor, segment: torch.Tensor, segments: int) -> torch.Tensor:
+    """[segments]: the largest of values [E] within each segment [E], -inf in one without values."""
+    return values.new_full((segments,), float("-inf")).scatter_reduce(0, segment, values, "amax")
 
 
 def _segment_logsumexp(values: torch.Tensor, segment: torch.Tensor, segments: int) -> torch.Tensor:
     """float32 [segments]: logsumexp of values [E] within each segment [E]."""
-    largest = values.new_full((segments,), float("-inf")).scatter_reduce(0, segment, values, "amax")
+    largest = _segment_max(values, segment, segments)
     total = values.new_zeros(segments).scatter_add(0, segment, (values - largest[segment]).exp())
     return largest + total.log()

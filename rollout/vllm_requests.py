@@ -125,10 +125,9 @@ class BeamRequests:
         self._started += 1
         self._walks[walk.name] = walk
         self._walks_of[group][walk.name] = walk
-        params = sampling_params(
-            self._trie, TrieRequest(f"{walk.name} at depth {len(path)}", node), self._trie.max_tokens - len(path)
-        )
-        params.logprobs = min(2 * self._beams, int(self._widest[node]))  # each one costs the host time at every step
+        request = TrieRequest(f"{walk.name} at depth {len(path)}", node)
+        needed = min(2 * self._beams, int(self._widest[node]))  # each one costs the host time at every step
+        params = sampling_params(self._trie, request, self._trie.max_tokens - len(path), needed)
         self._engine.add_request(walk.name, {"prompt_token_ids": [*self._prompts[group], *path]}, params)
 
     def _forget(self, walk: _Walk) -> None:
@@ -156,42 +155,41 @@ class Draw:
     prompt: Sequence[int]
     request: TrieRequest
     max_tokens: int
-    seed: int
 
 
-def sample(llm: "LLM", trie: Trie, draws: Sequence[Draw], temperature: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens int32 [T], log-probabilities float32 [T]) of each draw, taken at `temperature`.
+def sample(llm: "LLM", trie: Trie, draws: Sequence[Draw]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens int32 [T], log-probabilities float32 [T]) of each draw.
 
     The log-probabilities are those of the policy, at temperature 1, as the trie mask defines them.
     """
     engine = llm.llm_engine
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(draws))}
-    logprobs: dict[str, list[float]] = {str(i): [] for i in range(len(draws))}
+    logprobs: dict[str, list[float]] = {name: [] for name in tokens}
     for name, draw in zip(tokens, draws, strict=True):
-        params = sampling_params(trie, draw.request, draw.max_tokens, temperature=temperature, seed=draw.seed)
+        params = sampling_params(trie, draw.request, draw.max_tokens)
         engine.add_request(name, {"prompt_token_ids": list(draw.prompt)}, params)
     try:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 for token, found in _steps(output):
                     tokens[output.request_id].append(token)
-                    logprobs[output.request_id].append(found[token] * temperature)
+                    logprobs[output.request_id].append(found[token])
     finally:
         if engine.has_unfinished_requests():
             engine.abort_request(list(tokens))
     return [(np.asarray(tokens[name], np.int32), np.asarray(logprobs[name], np.float32)) for name in tokens]
 
 
-def sampling_params(
-    trie: Trie, request: TrieRequest, max_tokens: int, *, temperature: float = 0.0, seed: int | None = None
-) -> "SamplingParams":
-    """Everything that shapes the distribution is set here: nothing comes from the model's generation_config."""
+def sampling_params(trie: Trie, request: TrieRequest, max_tokens: int, logprobs: int = 0) -> "SamplingParams":
+    """Always greedy: samples are drawn in the trie mask, so nothing of vLLM's sampler or the model's defaults matters.
+
+    logprobs: log-probabilities to return per token, besides its own.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=temperature,
-        seed=seed,
+        temperature=0.0,
         top_p=1.0,
         top_k=0,
         min_p=0.0,
@@ -200,7 +198,7 @@ def sampling_params(
         frequency_penalty=0.0,
         max_tokens=max_tokens,
         stop_token_ids=[trie.eos_token],
-        logprobs=0,
+        logprobs=logprobs,
         flat_logprobs=True,
         detokenize=False,
         skip_clone=True,

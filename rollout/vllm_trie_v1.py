@@ -11,7 +11,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from catalog.trie import Trie
 from rollout.children import DeviceTrie
-from rollout.trie_mask import LEFT, LeftTrie, TrieMask, TrieRequest
+from rollout.trie_mask import LEFT, LeftTrie, Sampling, TrieMask, TrieRequest
 
 
 @dataclass
@@ -71,11 +71,18 @@ class TrieLogitsProcessor(LogitsProcessor):
         constrained = [index for index, row in self._rows.items() if row.request.node is not None]
         free = [index for index, row in self._rows.items() if row.request.node is None]
         if constrained:
-            nodes = torch.tensor([self._rows[index].node for index in constrained]).to(self._device)
-            self._mask.constrain_(logits, torch.tensor(constrained).to(self._device), nodes)
+            nodes = self._to_device([self._rows[index].node for index in constrained])
+            self._mask.constrain_(logits, self._to_device(constrained), nodes, self._sampling(constrained))
         if free:
-            self._mask.normalise_(logits, torch.tensor(free).to(self._device))
+            depths = self._to_device([len(self._rows[index].output) for index in free])
+            self._mask.normalise_(logits, self._to_device(free), depths, self._sampling(free))
         return logits
+
+    def _sampling(self, indices: list[int]) -> Sampling | None:
+        return Sampling.of([self._rows[index].request for index in indices], self._device)
+
+    def _to_device(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values).to(self._device)
 
     def _advance(self) -> None:
         """Walk every row along the tokens that it has generated since the last call: one for most rows."""

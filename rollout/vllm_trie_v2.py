@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 
 from catalog.trie import Trie
 from rollout.children import DeviceTrie
-from rollout.trie_mask import LEFT, LeftTrie, TrieMask, TrieRequest
+from rollout.trie_mask import LEFT, LeftTrie, Sampling, TrieMask, TrieRequest
 
 
 class TrieLogitsProcessorV2(LogitsProcessor):
@@ -37,8 +37,9 @@ class TrieLogitsProcessorV2(LogitsProcessor):
         device = req_states.device
         self._mask = TrieMask(DeviceTrie.of(trie, device), trie.eos_token, settings["logprob_space"])
         self._states = req_states
-        self._requests: list[TrieRequest | None] = [None] * req_states.max_num_reqs
+        self._requests: dict[int, TrieRequest] = {}
         self._constrained = np.zeros(req_states.max_num_reqs, bool)
+        self._free = np.zeros(req_states.max_num_reqs, bool)
         self._walked = np.zeros(req_states.max_num_reqs, np.int64)
         self._nodes = torch.zeros(req_states.max_num_reqs, dtype=torch.int64, device=device)
         self._staged: dict[int, int] = {}
@@ -46,7 +47,7 @@ class TrieLogitsProcessorV2(LogitsProcessor):
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         request = TrieRequest.of(sampling_params.extra_args)
         self._requests[req_idx] = request
-        self._constrained[req_idx] = request.node is not None
+        self._constrained[req_idx], self._free[req_idx] = request.node is not None, request.node is None
         self._walked[req_idx] = 0  # also after a preemption, which brings the tokens generated before it
         self._staged[req_idx] = LEFT if request.node is None else request.node
         return True
@@ -61,25 +62,28 @@ class TrieLogitsProcessorV2(LogitsProcessor):
         slots = ctx.idx_mapping_np
         if len(logits) != len(slots):
             raise ValueError(f"{len(logits)} rows of logits for {len(slots)} requests: expected one row per request")
-        constrained = self._constrained[slots]
-        rows = np.flatnonzero(constrained)
+        outputs = ctx.seq_lens_upper_bound_np.astype(np.int64) - self._states.prompt_len.np[slots]
+        rows = np.flatnonzero(self._constrained[slots])
         if len(rows):
-            self._advance(slots[rows], ctx.seq_lens_upper_bound_np[rows])
+            self._advance(slots[rows], outputs[rows])
             nodes = self._nodes[self._on_device(slots[rows])]
             self._check(nodes, slots[rows])
-            self._mask.constrain_(logits, self._on_device(rows), nodes)
-        free = np.flatnonzero(~constrained & np.array([self._requests[slot] is not None for slot in slots]))
+            self._mask.constrain_(logits, self._on_device(rows), nodes, self._sampling(slots[rows]))
+        free = np.flatnonzero(self._free[slots])
         if len(free):
-            self._mask.normalise_(logits, self._on_device(free))
+            depths = self._on_device(np.maximum(outputs[free], 0))
+            self._mask.normalise_(logits, self._on_device(free), depths, self._sampling(slots[free]))
         return logits
 
-    def _advance(self, slots: np.ndarray, lengths: np.ndarray) -> None:
-        """Walk slots whose sequences now have `lengths` tokens: one step each, more after a preemption.
+    def _sampling(self, slots: np.ndarray) -> Sampling | None:
+        return Sampling.of([self._requests[slot] for slot in slots.tolist()], self._nodes.device)
+
+    def _advance(self, slots: np.ndarray, outputs: np.ndarray) -> None:
+        """Walk slots that have generated `outputs` tokens by now: one step each, more after a preemption.
 
         A prompt that is still being read in chunks has no output yet, and its row is thrown away by the sampler.
         """
         prompt = self._states.prompt_len.np[slots].astype(np.int64)
-        outputs = lengths.astype(np.int64) - prompt
         tokens = self._states.all_token_ids.gpu
         while (behind := self._walked[slots] < outputs).any():
             late = slots[behind]
@@ -92,11 +96,10 @@ class TrieLogitsProcessorV2(LogitsProcessor):
         left = (nodes == LEFT).nonzero().flatten().tolist()
         if left:
             slot = int(slots[left[0]])
-            request = self._requests[slot]
             depth = int(self._walked[slot]) - 1
             prompt = int(self._states.prompt_len.np[slot])
             token = int(self._states.all_token_ids.gpu[slot, prompt + depth])
-            raise LeftTrie(request.label if request else f"in slot {slot}", token, depth)
+            raise LeftTrie(self._requests[slot].label, token, depth)
 
     def _on_device(self, values: np.ndarray | tuple[int, ...]) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, np.int64)).to(self._nodes.device, non_blocking=True)

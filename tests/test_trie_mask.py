@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 from search_oracle import EOS, random_trie
 
 from catalog.trie import Trie
 from rollout.children import DeviceTrie
 from rollout.config import LogprobSpace
-from rollout.trie_mask import ENDED, LEFT, LeftTrie, TrieMask, TrieRequest
+from rollout.noise import gumbel
+from rollout.trie_mask import ENDED, LEFT, LeftTrie, Sampling, TrieMask, TrieRequest
 
 VOCABULARY = 40
 TRIE = random_trie(3, 60, VOCABULARY, 9)
@@ -79,6 +81,27 @@ def test_in_trie_space_a_forced_token_costs_nothing() -> None:
     assert logits.max() == 0
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_samples_have_their_probabilities_at_the_temperature(temperature: float) -> None:
+    draws = 4000
+    row = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2)) * 2
+    requests = [TrieRequest("a", 0, temperature, seed) for seed in range(draws)]
+    mask, every = mask_of(TRIE), torch.arange(draws)
+    constrained, free = row.repeat(draws, 1), row.repeat(draws, 1)
+    mask.constrain_(constrained, every, torch.zeros(draws, dtype=torch.int64), Sampling.of(requests, "cpu"))
+    mask.normalise_(free, every, torch.zeros(draws, dtype=torch.int64), Sampling.of(requests, "cpu"))
+    allowed = masked(TRIE, 0, row, "vocabulary")
+    for logits, logprobs in ((constrained, allowed), (free, row.log_softmax(0))):
+        assert (torch.isfinite(logits).sum(1) == 1).all()
+        torch.testing.assert_close(logits.max(1).values, logprobs[logits.argmax(1)])
+        expected = (logprobs / temperature).softmax(0).numpy() * draws
+        drawn = np.bincount(logits.argmax(1).numpy(), minlength=VOCABULARY)
+        often = expected >= 5
+        assert drawn[expected == 0].sum() == 0
+        statistic = ((drawn[often] - expected[often]) ** 2 / expected[often]).sum()
+        assert chi2.sf(statistic, often.sum() - 1) > 1e-3
+
+
 def test_a_request_that_does_not_say_where_it_stands_is_refused() -> None:
     assert TrieRequest.of(TrieRequest("a", 3).extra_args()) == TrieRequest("a", 3)
     assert TrieRequest.of(TrieRequest("a", None).extra_args()).node is None
@@ -105,8 +128,10 @@ class Request:
     """One request of a simulated batch: where it stands, and what comes next by the plain walk."""
 
     def __init__(self, label: str, draw: np.random.Generator) -> None:
-        nodes = [None, *range(TRIE.num_nodes)]
-        self.trie_request = TrieRequest(label, nodes[draw.integers(len(nodes))])
+        nodes = [None, None, *range(TRIE.num_nodes)]
+        temperature = float(draw.choice([0.0, 0.5, 2.0]))
+        seed = int(draw.integers(-(2**63), 2**63))
+        self.trie_request = TrieRequest(label, nodes[draw.integers(len(nodes))], temperature, seed)
         self.prompt = draw.integers(1, VOCABULARY, draw.integers(1, 6)).tolist()
         self.output: list[int] = []
 
@@ -119,7 +144,28 @@ class Request:
         return SimpleNamespace(extra_args=self.trie_request.extra_args())
 
     def expected(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.log_softmax(0) if self.node is None else masked(TRIE, self.node, logits, "vocabulary")
+        if self.node is None:
+            place = [torch.tensor(len(self.output)), torch.arange(VOCABULARY)]
+            return self.drawn(logits.log_softmax(0), logits, place)
+        if self.node == ENDED:
+            return masked(TRIE, ENDED, logits, "vocabulary")
+        edge = torch.zeros(VOCABULARY, dtype=torch.int64)
+        first = int(TRIE.first_edge[self.node])
+        tokens = torch.from_numpy(TRIE.children(self.node)[0].astype(np.int64))
+        edge[tokens] = torch.arange(first, first + len(tokens))
+        return self.drawn(masked(TRIE, self.node, logits, "vocabulary"), logits, [edge])
+
+    def drawn(self, logprobs: torch.Tensor, logits: torch.Tensor, place: list[torch.Tensor]) -> torch.Tensor:
+        """Only the sample, which is where the logits at the temperature plus the noise are largest."""
+        if self.trie_request.temperature == 0:
+            return logprobs
+        noise = gumbel(torch.tensor(self.trie_request.seed), *place)
+        key = torch.where(
+            torch.isfinite(logprobs), logits.double() / self.trie_request.temperature + noise, -torch.inf
+        )
+        only = torch.full_like(logprobs, float("-inf"))
+        only[key.argmax()] = logprobs[key.argmax()]
+        return only
 
     def sample(self, row: torch.Tensor, draw: np.random.Generator) -> None:
         possible = torch.isfinite(row).nonzero().flatten().tolist()
