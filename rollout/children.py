@@ -1,6 +1,6 @@
 """The most likely children of trie nodes, from the model's logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,7 +66,7 @@ class DeviceTrie:
 
 @dataclass(frozen=True)
 class Children:
-    """The best children of R nodes: padded to W per node, best first, -inf where there is none."""
+    """The best children of R nodes: padded to W per node, -inf where there is none."""
 
     logprob: torch.Tensor
     """float32 [R, W]: what is reported and, in beam search, summed."""
@@ -108,35 +108,79 @@ def top_children(
 ) -> Children:
     """The `keep` best children of each node, by log-probability or by `key`.
 
-    logits: [R, V]. node: int64 [R]. fanout: int64 [R], on the host. Equal keys: the lower token first. Nodes are taken
-    in buckets of similar fan-out, so memory follows the number of edges and not the widest node.
+    logits: [R, V]. node: int64 [R]. fanout: int64 [R], on the host. Equal keys: the lower token first. Where no
+    node has more than `keep` children and there is no `key`, they stay in the order of tokens.
     """
-    width = int(min(fanout.max(), keep))
     normaliser = logsumexp(logits) if space == "vocabulary" else None
-    pieces: list[tuple[torch.Tensor, Children]] = []
-    for rows_host in _fanout_buckets(fanout):
-        row = torch.from_numpy(rows_host).to(node.device, non_blocking=True)
-        first = trie.first_edge[node[row]][:, None]
-        edge = first + torch.arange(int(fanout[rows_host].max()), device=node.device)
-        exists = edge < trie.first_edge[node[row] + 1][:, None]
-        edge = torch.where(exists, edge, first)
-        raw = torch.where(exists, logits[row[:, None], trie.edge_token[edge].long()].float(), NEG_INF)
-        logprob = raw - (raw.logsumexp(1) if normaliser is None else normaliser[row])[:, None]
+    pieces = []
+    for row, edge, raw in _expanded(trie, logits, node, fanout):
+        logprob = _normalised(raw, row, normaliser)
         order_by = logprob if key is None else key(row, edge, raw)
         if edge.shape[1] > keep or (edge.shape[1] > 1 and key is not None):
             order_by, order = order_by.sort(dim=1, descending=True, stable=True)
             order_by, order = order_by[:, :keep], order[:, :keep]
             logprob, edge = logprob.gather(1, order), edge.gather(1, order)
         pieces.append((row, Children(logprob, edge, order_by)))
-    if len(pieces) == 1 and len(pieces[0][0]) == len(fanout):
+    return _assembled(pieces, len(fanout))
+
+
+def draw_children(
+    trie: DeviceTrie,
+    logits: torch.Tensor,
+    node: torch.Tensor,
+    fanout: np.ndarray,
+    numbers: torch.Tensor,
+    temperature: float,
+    space: LogprobSpace,
+) -> Children:
+    """Children drawn from softmax(logits / temperature) over those that each node has, one per uniform number.
+
+    logits, node, fanout: see top_children. numbers: float64 [R, W] in (0, 1). The result has W columns, in that order.
+    """
+    normaliser = logsumexp(logits) if space == "vocabulary" else None
+    pieces = []
+    for row, edge, raw in _expanded(trie, logits, node, fanout):
+        cumulative = (raw.double() / temperature).softmax(1).cumsum(1)
+        drawn = torch.searchsorted(cumulative, numbers[row] * cumulative[:, -1:], right=True)
+        drawn = torch.minimum(drawn, (trie.fanout(node[row]) - 1)[:, None])
+        logprob = _normalised(raw, row, normaliser).gather(1, drawn)
+        pieces.append((row, Children(logprob, edge.gather(1, drawn), logprob)))
+    return _assembled(pieces, len(fanout))
+
+
+def _expanded(
+    trie: DeviceTrie, logits: torch.Tensor, node: torch.Tensor, fanout: np.ndarray
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A bounded piece at a time: rows [r], their edges [r, w], float32 logits of these, -inf where there is none.
+
+    Nodes are taken in buckets of similar fan-out, so memory follows the number of edges and not the widest node.
+    """
+    for rows in _fanout_buckets(fanout):
+        row = torch.from_numpy(rows).to(node.device, non_blocking=True)
+        first = trie.first_edge[node[row]][:, None]
+        edge = first + torch.arange(int(fanout[rows].max()), device=node.device)
+        exists = edge < trie.first_edge[node[row] + 1][:, None]
+        edge = torch.where(exists, edge, first)
+        yield row, edge, torch.where(exists, logits[row[:, None], trie.edge_token[edge].long()].float(), NEG_INF)
+
+
+def _normalised(raw: torch.Tensor, row: torch.Tensor, normaliser: torch.Tensor | None) -> torch.Tensor:
+    """Log-probabilities over the vocabulary (normaliser: logsumexp of every row), or over the children."""
+    return raw - (raw.logsumexp(1) if normaliser is None else normaliser[row])[:, None]
+
+
+def _assembled(pieces: Sequence[tuple[torch.Tensor, Children]], rows: int) -> Children:
+    """Pieces of all rows put into the order of rows and padded to the widest."""
+    if len(pieces) == 1:
         return pieces[0][1]
+    width, like = max(found.edge.shape[1] for _, found in pieces), pieces[0][1]
     whole = Children(
-        logits.new_full((len(fanout), width), NEG_INF, dtype=torch.float32),
-        torch.zeros((len(fanout), width), dtype=torch.int64, device=logits.device),
-        logits.new_full((len(fanout), width), NEG_INF, dtype=pieces[0][1].key.dtype),
+        like.logprob.new_full((rows, width), NEG_INF),
+        like.edge.new_zeros((rows, width)),
+        like.key.new_full((rows, width), NEG_INF),
     )
     for row, found in pieces:
-        columns = slice(found.logprob.shape[1])
+        columns = slice(found.edge.shape[1])
         whole.logprob[row, columns], whole.edge[row, columns] = found.logprob, found.edge
         whole.key[row, columns] = found.key
     return whole

@@ -22,8 +22,12 @@ GROUP_SCHEMA = pa.schema(
 
 candidate_class is -1 for a candidate that is no title (unconstrained rollouts only). candidate_tokens include the
 end-of-sequence token, candidate_logprobs has one value for each of them under the policy of policy_version, and
-score orders the candidates. Rewards add columns of list<float32>, one value per candidate.
+score orders the candidates. `stochastic_beam` adds the column INCLUSION_WEIGHT, and rewards add columns of
+list<float32>, one value per candidate.
 """
+
+INCLUSION_WEIGHT = "inclusion_weight"
+"""list<float32>: see Candidates.inclusion_weight."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,19 @@ class Candidates:
     """int32 [G], -1 where the tokens are no title."""
     score: np.ndarray
     """float32 [G], what the candidates are ordered by: the summed log-probability for beam search."""
+    inclusion_weight: np.ndarray | None = None
+    """float32 [G], of `stochastic_beam` only: sum(weight * f) estimates the mean of f under the policy, unbiased."""
+
+    def take(self, index: np.ndarray) -> "Candidates":
+        """Some of the candidates, in that order. index: int [n]."""
+        weight = self.inclusion_weight
+        return Candidates(
+            tokens=[self.tokens[i] for i in index],
+            logprobs=[self.logprobs[i] for i in index],
+            item_class=self.item_class[index],
+            score=self.score[index],
+            inclusion_weight=None if weight is None else weight[index],
+        )
 
 
 class GroupTableError(ValueError):
@@ -63,7 +80,12 @@ def group_table(
         "score": [group.score for group in groups],
     }
     arrays = [pa.array(columns[field.name], type=field.type) for field in GROUP_SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=GROUP_SCHEMA)
+    table = pa.Table.from_arrays(arrays, schema=GROUP_SCHEMA)
+    weights = [group.inclusion_weight for group in groups]
+    if not groups or any(weight is None for weight in weights):
+        return table
+    field = pa.field(INCLUSION_WEIGHT, pa.list_(pa.float32()), nullable=False)
+    return table.append_column(field, pa.array(weights, type=field.type))
 
 
 def validate_groups(table: pa.Table) -> None:

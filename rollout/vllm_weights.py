@@ -172,9 +172,10 @@ def _parts(model: Any, name: str, layer: Any, tensor: torch.Tensor) -> list[_Par
         prefix, fused, suffix = name.rsplit(".", 2)
         names = getattr(model, "packed_modules_mapping", {}).get(fused, [fused])
         sizes = layer.output_partition_sizes if len(names) > 1 else [len(tensor)]
-        if len(names) != len(sizes) or (len(names) == 1 and len(layer.output_sizes) > 1 and layer.tp_size > 1):
+        fused_in_file = len(names) == 1 and len(getattr(layer, "output_sizes", ())) > 1
+        if len(names) != len(sizes) or (fused_in_file and layer.tp_size > 1):
             raise UnsupportedModelError(
-                f"{name} fuses {names} into parts {layer.output_sizes}; its weights cannot be verified with "
+                f"{name} fuses {names} into parts of {sizes} rows; its weights cannot be verified with "
                 "rollout.tensor_parallel > 1"
             )
         parts = []

@@ -8,11 +8,13 @@ import torch
 
 from catalog.trie import Trie
 from rollout.children import Children, DeviceTrie
-from rollout.config import LogprobSpace
+from rollout.config import LogprobSpace, Strategy
 from rollout.frontier import Frontier, TrieSearch
 from rollout.groups import Candidates
 from rollout.kv_blocks import BeamBlocks, blocks_needed, passes
+from rollout.sampling import SampleSearch
 from rollout.search import BeamSearch
+from rollout.stochastic import StochasticBeamSearch
 from rollout.vllm_engine import EngineError
 from rollout.vllm_internals import PagedModel, TokenBatch
 from rollout.vllm_weights import WeightsWorker
@@ -31,16 +33,34 @@ class SearchWorker(WeightsWorker):
         self.logprob_space = logprob_space
 
     @torch.inference_mode()
-    def search_groups(self, prompts: Sequence[np.ndarray], beams: int, lookahead: int = 1) -> list[Candidates]:
-        """Candidates of every prompt, searched in as many batches as the KV cache requires."""
+    def search_groups(
+        self,
+        prompts: Sequence[np.ndarray],
+        seeds: Sequence[int],
+        strategy: Strategy,
+        size: int,
+        temperature: float,
+        lookahead: int,
+    ) -> list[Candidates]:
+        """`size` candidates of every prompt, searched in as many batches as the KV cache requires.
+
+        strategy: "beam", "sample" or "stochastic_beam"; seeds, one per prompt, and the temperature are for the last
+        two, lookahead for the first.
+        """
         found: list[Candidates] = []
-        for batch in self._batches_that_fit(prompts, beams, lookahead):
-            found += self._search(batch, beams, lookahead)
+        trie, space = self.device_trie, self.logprob_space
+        for batch in self._batches_that_fit(prompts, size + (strategy == "stochastic_beam"), lookahead):
+            search: BeamSearch | SampleSearch
+            if strategy == "beam":
+                search = BeamSearch(trie, len(prompts[batch]), size, space, lookahead)
+            else:
+                sampler = SampleSearch if strategy == "sample" else StochasticBeamSearch
+                search = sampler(trie, seeds[batch], size, temperature, space)
+            self._run(search, prompts[batch])
+            found += search.results()
         return found
 
-    def _batches_that_fit(
-        self, prompts: Sequence[np.ndarray], beams: int, lookahead: int
-    ) -> Iterator[Sequence[np.ndarray]]:
+    def _batches_that_fit(self, prompts: Sequence[np.ndarray], beams: int, lookahead: int) -> Iterator[slice]:
         """Consecutive prompts whose searches fit the KV cache together."""
         model, first = self.paged_model, 0
         total = free = model.num_blocks - 1
@@ -53,22 +73,21 @@ class SearchWorker(WeightsWorker):
                     f"{need / total:.1f}"
                 )
             if need > free:
-                yield prompts[first:i]
+                yield slice(first, i)
                 first, free = i, total
             free -= need
-        yield prompts[first:]
+        yield slice(first, len(prompts))
 
-    def _search(self, prompts: Sequence[np.ndarray], beams: int, lookahead: int) -> list[Candidates]:
+    def _run(self, search: BeamSearch | SampleSearch, prompts: Sequence[np.ndarray]) -> None:
+        """Drive a search to its end, the prompts' keys and values shared by all beams of a group."""
         model = self.paged_model
-        search = BeamSearch(self.device_trie, len(prompts), beams, self.logprob_space, lookahead)
-        blocks = BeamBlocks(prompts, beams, model.num_blocks, model.block_size)
+        blocks = BeamBlocks(prompts, search.beams, model.num_blocks, model.block_size)
         frontier, hidden = search.frontier(), self._prefill(prompts, blocks)
         while frontier.size:
             search.advance(frontier, self._score(search, frontier, hidden))
             frontier = search.frontier()
             if frontier.size:
                 hidden = self._decode(frontier, blocks)
-        return search.results()
 
     def _prefill(self, prompts: Sequence[np.ndarray], blocks: BeamBlocks) -> torch.Tensor:
         """Hidden states [P, H] of the last token of every prompt; what prompts share is computed once."""

@@ -1,5 +1,6 @@
 """The `worker` engine: the search runs inside the vLLM workers, all beams of all groups as tensors."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
+from rollout.dynamic import select
 from rollout.groups import Candidates
 from rollout.vllm_engine import EngineError, create_llm
 from rollout.weights import WeightBucket, combine
@@ -15,7 +17,7 @@ WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
 
 
 class WorkerEngine:
-    """A RolloutEngine for constrained beam search at full throughput.
+    """A RolloutEngine for constrained search and sampling at full throughput.
 
     >>> engine = WorkerEngine(model_path, trie_path, config)
     >>> groups = engine.generate(prompts, seeds, target_classes)
@@ -23,6 +25,7 @@ class WorkerEngine:
 
     def __init__(self, model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> None:
         self._config = config
+        self._lookahead = 1
         self._llm = create_llm(model_path, config, worker_extension=WORKER_EXTENSION, first_runner=True)
         trie = Trie.load(Path(trie_path))
         model_config = self._llm.llm_engine.model_config
@@ -44,15 +47,28 @@ class WorkerEngine:
         group_size: int | None = None,
         strategy: Strategy | None = None,
     ) -> list[Candidates]:
-        """See RolloutEngine.generate."""
-        strategy = strategy or self._config.strategy
-        if strategy != "beam":
-            raise EngineError(f"the worker engine has no strategy {strategy!r}; use rollout.engine=requests")
+        """See RolloutEngine.generate. Samples are ordered by their log-probability."""
+        config, strategy = self._config, strategy or self._config.strategy
+        size = group_size or config.group_size
+        if strategy == "unconstrained":
+            raise EngineError("the worker engine has no strategy 'unconstrained'; use rollout.engine=requests")
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
         self._check(arrays)
         if not arrays:
             return []
-        return self._llm.collective_rpc("search_groups", args=(arrays, group_size or self._config.group_size))[0]
+        if strategy in ("beam", "stochastic_beam"):
+            return self._search(arrays, seeds, strategy, size)
+        draws = math.ceil(size * config.oversample) if strategy == "dynamic" else size
+        groups = self._search(arrays, seeds, "sample", draws)
+        if strategy == "dynamic":
+            groups = [g.take(select(g.item_class, t, size)) for g, t in zip(groups, target_classes, strict=True)]
+        return [group.take(np.argsort(-group.score, kind="stable")) for group in groups]
+
+    def _search(
+        self, prompts: list[np.ndarray], seeds: Sequence[int], strategy: Strategy, size: int
+    ) -> list[Candidates]:
+        arguments = (prompts, list(seeds), strategy, size, self._config.temperature, self._lookahead)
+        return self._llm.collective_rpc("search_groups", args=arguments)[0]
 
     def _check(self, prompts: Sequence[np.ndarray]) -> None:
         for i, prompt in enumerate(prompts):

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from catalog.trie import Trie
 
@@ -54,3 +55,17 @@ def random_trie(seed: int, count: int, vocabulary: int, longest: int) -> Trie:
     """The trie of random_titles."""
     titles = random_titles(seed, count, vocabulary, longest)
     return Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="none")
+
+
+def class_probabilities(trie: Trie, logits: torch.Tensor, temperature: float) -> np.ndarray:
+    """float64 [classes]: of the policy renormalised over the trie at every node."""
+    probabilities = np.ones(trie.num_classes)
+    for item_class in range(trie.num_classes):
+        node = 0
+        for token in trie.title_tokens(item_class):
+            tokens, targets = trie.children(node)
+            allowed = (logits[node, tokens.tolist()].double() / temperature).softmax(0).numpy()
+            edge = tokens.tolist().index(token)
+            probabilities[item_class] *= allowed[edge]
+            node = int(targets[edge])
+    return probabilities

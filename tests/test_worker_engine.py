@@ -6,15 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from search_oracle import plain_beam_search, random_titles
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from catalog.trie import Trie
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, Strategy
 from rollout.engines import create_engine
-from rollout.groups import Candidates
+from rollout.groups import INCLUSION_WEIGHT, Candidates, group_table, validate_groups
 from rollout.vllm_engine import EngineError, create_llm
 from rollout.vllm_internals import RUNNER_NAMES, PagedModel, UnsupportedModelError
 from rollout.weights import WeightBucket, WeightsError, checksum
@@ -182,11 +183,46 @@ def test_chunks_and_batches_change_nothing(
 def test_lookahead_changes_nothing(engine: Any) -> None:
     prompts = [np.asarray(prompt, np.int32) for prompt in ragged_prompts(24)]
     step_by_step, at_once = (
-        engine._llm.collective_rpc("search_groups", args=(prompts, 16, lookahead))[0] for lookahead in (1, 100)
+        engine._llm.collective_rpc("search_groups", args=(prompts, [0] * 24, "beam", 16, 1.0, lookahead))[0]
+        for lookahead in (1, 100)
     )
     for one, other in zip(step_by_step, at_once, strict=True):
         assert one.item_class.tolist() == other.item_class.tolist()
         np.testing.assert_allclose(one.score, other.score, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["sample", "dynamic", "stochastic_beam"])
+def test_sampling_depends_on_the_seed_alone(engine: Any, model: Any, trie: Trie, strategy: Strategy) -> None:
+    prompts, seeds = ragged_prompts(12), list(range(12))
+    groups = engine.generate(prompts, seeds, [3] * 12, group_size=8, strategy=strategy)
+    for i in (0, 5, 11):
+        (alone,) = engine.generate([prompts[i]], [seeds[i]], [3], group_size=8, strategy=strategy)
+        assert alone.item_class.tolist() == groups[i].item_class.tolist()
+        np.testing.assert_allclose(alone.score, groups[i].score, atol=1e-4)
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert (np.diff(group.score) <= 0).all()
+        assert strategy == "sample" or len(set(group.item_class.tolist())) == len(group.item_class)
+        at = token_logprobs(model, trie, prompt)
+        for item_class, tokens, logprobs in zip(group.item_class, group.tokens, group.logprobs, strict=True):
+            assert tokens.tolist() == trie.title_tokens(int(item_class))
+            node, expected = 0, []
+            for token in tokens.tolist():
+                expected.append(at[node][token])
+                node = trie.step(node, token) or 0
+            np.testing.assert_allclose(logprobs, expected, rtol=2e-6, atol=2e-5)
+    other = engine.generate(prompts, [seed + 99 for seed in seeds], [3] * 12, group_size=8, strategy=strategy)
+    assert [g.item_class.tolist() for g in groups] != [g.item_class.tolist() for g in other]
+
+
+def test_inclusion_weights_become_a_column(engine: Any) -> None:
+    prompts = ragged_prompts(4)
+    groups = engine.generate(prompts, [0] * 4, [0] * 4, group_size=8, strategy="stochastic_beam")
+    table = group_table(range(4), 0, prompts, [0] * 4, groups)
+    validate_groups(table)
+    assert table[INCLUSION_WEIGHT].type == pa.list_(pa.float32())
+    assert (
+        INCLUSION_WEIGHT not in group_table(range(4), 0, prompts, [0] * 4, generate(engine, prompts, 8)).column_names
+    )
 
 
 def named_weights(model: Any) -> list[tuple[str, torch.Tensor]]:

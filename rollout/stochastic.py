@@ -1,0 +1,95 @@
+"""Sampling without replacement from the constrained policy: stochastic beam search over the trie."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from rollout.children import NEG_INF, Children, DeviceTrie, top_children
+from rollout.config import LogprobSpace
+from rollout.frontier import Frontier
+from rollout.groups import Candidates
+from rollout.history import Pool, Steps
+from rollout.noise import gumbel, seed_tensor
+from rollout.search import BeamSearch
+
+
+class StochasticBeamSearch(BeamSearch):
+    """Gumbel top-k over titles (Kool, van Hoof and Welling 2019): G distinct titles and their inclusion weights.
+
+    The policy sampled from is the model's, renormalised over the allowed tokens at every node, at a temperature. Every
+    title has its log-probability plus a Gumbel variable, and the G largest are an ordered sample without replacement;
+    they are found top down, since the largest below a node is known from the node alone. The search is one wider than
+    G: with kappa the next largest value, a title of probability p is included with probability q = P(Gumbel(log p) >
+    kappa), and sum(p / q * f(title)) over the sample is an unbiased estimate of the mean of f under the policy.
+
+    The noise is a function of (seed, edge), so a group does not depend on the others nor on how it is batched.
+    """
+
+    def __init__(
+        self,
+        trie: DeviceTrie,
+        seeds: Sequence[int],
+        size: int,
+        temperature: float,
+        space: LogprobSpace = "vocabulary",
+    ) -> None:
+        """seeds: one per group. size: G. space: of the log-probabilities that are reported."""
+        super().__init__(trie, len(seeds), size + 1, space)
+        self.size, self.temperature = size, temperature
+        self._seed = seed_tensor(seeds, trie.device)
+        self._score = self._score.double()
+        self._score[:, 0] = gumbel(self._seed, torch.full_like(self._seed, -1))
+        self._pool = replace(self._pool, score=self._pool.score.double())
+
+    def children(self, frontier: Frontier, rows: slice, logits: torch.Tensor) -> Children:
+        """See TrieSearch: the G + 1 whose log-probability plus noise is largest."""
+        group = torch.from_numpy(np.repeat(frontier.slot // self.beams, frontier.count)[rows])
+        seed = self._seed[group.to(self._seed.device)]
+
+        def perturbed(row: torch.Tensor, edge: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+            return (raw.double() / self.temperature).log_softmax(1) + gumbel(seed[row][:, None], edge)
+
+        return top_children(
+            self.trie, logits, frontier.node[rows], frontier.fanout[rows], self.beams, self.space, perturbed
+        )
+
+    def _best_steps(self, children: Children) -> Steps:
+        """The G + 1 largest among the children of all beams and what has ended; smaller ones drop out of both."""
+        width = children.key.shape[2]
+        score = _conditioned(self._score[..., None], self._policy[..., None] + children.key).flatten(1)
+        policy = self._policy[..., None] + children.key - gumbel(self._seed[:, None, None], children.edge)
+        score, order = score.sort(dim=1, descending=True, stable=True)
+        score, order = score[:, : self.beams], order[:, : self.beams]
+        rivals = torch.cat([self._pool.score, score], 1)
+        smallest = rivals.topk(min(self.beams, rivals.shape[1]), 1).values[:, -1:]
+        self._pool = replace(self._pool, score=torch.where(self._pool.score < smallest, NEG_INF, self._pool.score))
+        edge, logprob, policy = (v.flatten(1).gather(1, order) for v in (children.edge, children.logprob, policy))
+        return Steps(torch.where(score < smallest, NEG_INF, score), order // width, edge, logprob, policy)
+
+    def results(self) -> list[Candidates]:
+        """See TrieSearch: the largest value first, which is also the order of drawing."""
+        weight = inclusion_weights(self._pool, self.size).cpu().numpy()
+        groups = []
+        for group, found in enumerate(super().results()):
+            drawn = found.take(np.arange(min(self.size, len(found.score))))
+            groups.append(replace(drawn, inclusion_weight=weight[group, : len(drawn.score)].astype(np.float32)))
+        return groups
+
+
+def _conditioned(largest: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Gumbel variables [..., W], the first the largest, given that the largest is `largest` [..., 1].
+
+    Kool et al. 2019, appendix B.3, in the form that does not lose precision.
+    """
+    ahead = largest - values + torch.log(-torch.expm1(values - values[..., :1]))
+    shifted = largest - ahead.clamp_min(0) - torch.log1p(torch.exp(-ahead.abs()))
+    return torch.where(values > NEG_INF, shifted, NEG_INF)
+
+
+def inclusion_weights(pool: Pool, size: int) -> torch.Tensor:
+    """float64 [P, size]: p / q of the first `size` titles of a pool of size + 1."""
+    kappa, policy = pool.score[:, size:], pool.policy[:, :size]
+    log_inclusion = torch.log(-torch.expm1(-torch.exp(policy - kappa)))
+    return torch.exp(policy - torch.where(kappa == NEG_INF, 0.0, log_inclusion))
