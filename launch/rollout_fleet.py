@@ -13,7 +13,7 @@ from catalog.catalog import Catalog
 from rollout.actor import RolloutWorker
 from rollout.assign import assign
 from rollout.config import RolloutConfig, Strategy
-from rollout.streams import PublishedWeights, RolloutStream, RolloutTimeout, collect, stream_rollout
+from rollout.streams import PublishedWeights, RolloutStream, RolloutTimeout, bring_back, collect, stream_rollout
 
 RESTARTS = 3
 
@@ -131,7 +131,6 @@ class RolloutFleet:
                 f"rollout worker {rank} did not load version {weights.version} in {self.config.timeout_s:g} s"
             ) from error
         except RayActorError:
-            ray.get(self.workers[rank].ready.remote(), timeout=self.config.timeout_s)
-            ray.get(weights.load(self.workers[rank]), timeout=self.config.timeout_s)
+            bring_back(self.workers[rank], weights, self.config.timeout_s, f"rollout worker {rank}")
             return True
         return False

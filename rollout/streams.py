@@ -168,16 +168,22 @@ def _revive(stream: RolloutStream, weights: PublishedWeights | None, timeout_s: 
     stream.deaths += 1
     if stream.deaths >= DEATHS_PER_TABLE:
         raise WorkerLost(f"{stream}: died {stream.deaths} times at this table; last: {_first_line(death)}") from death
-    deadline = time.monotonic() + timeout_s
     try:
-        _retry_until(deadline, lambda: stream.worker.ready.remote(), f"{stream}: restart")
-        if weights is not None:
-            _retry_until(
-                deadline, lambda: weights.load(stream.worker), f"{stream}: reload of version {weights.version}"
-            )
+        bring_back(stream.worker, weights, timeout_s, str(stream))
     except RayActorError as error:
         raise WorkerLost(f"{stream}: died and was not restarted ({_first_line(error)})") from death
     stream.start()
+
+
+def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s: float, name: str) -> None:
+    """Wait for a dead worker's restart and give it its weights.
+
+    Raises RolloutTimeout naming it, or RayActorError when it stays dead.
+    """
+    deadline = time.monotonic() + timeout_s
+    _retry_until(deadline, lambda: worker.ready.remote(), f"{name}: restart")
+    if weights is not None:
+        _retry_until(deadline, lambda: weights.load(worker), f"{name}: reload of version {weights.version}")
 
 
 def _retry_until(deadline: float, call: Callable[[], ray.ObjectRef], what: str) -> None:
