@@ -126,7 +126,8 @@ class LearnerGang:
         Raises what a rank raised, or LearnerLost naming the rank that died or does not answer.
         """
         deadline = time.monotonic() + self._config.learner.timeout_s
-        waiting, failures = list(refs), {}
+        waiting: list[ObjectRef] = list(refs)
+        failures: dict[int, RayError] = {}
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not done and not failures:
