@@ -19,7 +19,7 @@ from launch.actors import Actors
 from launch.placement import plan
 from launch.train import Clock
 
-REPEATS = {"tiny-64": 3, "industrial-135m-fp32": 1, "industrial-135m-bf16": 1}
+REPEATS = {"tiny-64": 2, "industrial-135m-fp32": 1, "industrial-135m-bf16": 1}
 WARMUPS = {"tiny-64": 1}
 GRADIENT_TOLERANCE = 1e-3
 PUBLISHED_BATCHES = {"tiny-64": {"generate_groups": 16, "learn_groups": 4}}
