@@ -11,7 +11,7 @@ from launch.data_order import DataOrder
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
 def test_each_pass_visits_every_example_once(num_examples: int, per_step: int, seed: int) -> None:
     if num_examples < per_step:
-        with pytest.raises(ValueError, match="train.prompts_per_step"):
+        with pytest.raises(ValueError, match=r"train\.prompts_per_step"):
             DataOrder(num_examples, per_step, seed)
         return
     order = DataOrder(num_examples, per_step, seed)
