@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -52,8 +51,8 @@ class RequestsEngine:
         groups = self._sample(tokens, seeds, draws, longest, constrained)
         if strategy == "dynamic":
             chosen = [select(g.item_class, target, size) for g, target in zip(groups, target_classes, strict=True)]
-            groups = [_take(group, indices) for group, indices in zip(groups, chosen, strict=True)]
-        return [_take(group, np.argsort(-group.score, kind="stable")) for group in groups]
+            groups = [group.take(index) for group, index in zip(groups, chosen, strict=True)]
+        return [group.take(np.argsort(-group.score, kind="stable")) for group in groups]
 
     def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
         """See RolloutEngine.load_weights."""
@@ -85,9 +84,9 @@ class RequestsEngine:
             raise EngineError(f"rollout.temperature={temperature}: a sample needs a temperature above 0")
         root = 0 if constrained else None
         planned = [
-            Draw(prompt, TrieRequest(f"{i} of prompt {group}", root, temperature, seed), longest)
+            Draw(prompt, TrieRequest(f"{i} of prompt {group}", root, temperature, seeds[group], i), longest)
             for group, prompt in enumerate(prompts)
-            for i, seed in enumerate(_draw_seeds(seeds[group], draws))
+            for i in range(draws)
         ]
         found = sample(self._llm, self._trie, planned)
         return [self._candidates(found[i : i + draws]) for i in range(0, len(found), draws)]
@@ -99,16 +98,3 @@ class RequestsEngine:
             item_class=np.asarray([self._trie.classify(tokens.tolist()) for tokens, _ in found], np.int32),
             score=np.asarray([logprobs.sum() for _, logprobs in found], np.float32),
         )
-
-
-def _draw_seeds(seed: int, draws: int) -> list[int]:
-    """One seed per sample, in [0, 2^63)."""
-    state = np.random.SeedSequence(seed).generate_state(draws, np.uint64)
-    return (state >> np.uint64(1)).tolist()
-
-
-def _take(group: Candidates, indices: np.ndarray) -> Candidates:
-    def picked(values: Any) -> list[np.ndarray]:
-        return [values[i] for i in indices]
-
-    return Candidates(picked(group.tokens), picked(group.logprobs), group.item_class[indices], group.score[indices])

@@ -2,7 +2,7 @@
 
 A row of logits stands at a node of the trie. `step` moves it along a generated token, `constrain_` turns its logits
 into the log-probabilities of the tokens that the trie allows there. A row that samples keeps only the token that its
-noise chooses, so that whatever picks the likeliest token next picks this one, and reports its log-probability.
+random number chooses, so that whatever picks the likeliest token next picks this one, with its log-probability.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ import torch
 
 from rollout.children import DeviceTrie
 from rollout.config import LogprobSpace
-from rollout.noise import gumbel, seed_tensor
+from rollout.noise import seed_tensor, uniform
 
 ENDED = -1
 """Node of a row whose title has ended."""
@@ -47,7 +47,9 @@ class TrieRequest:
     temperature: float = 0.0
     """Of the sample that it draws; 0: it draws none, and every allowed token keeps its log-probability."""
     seed: int = 0
-    """int64, of the sample: another one for each draw."""
+    """Of the group."""
+    sample: int = 0
+    """Which of the group's samples it is."""
 
     def extra_args(self) -> dict[str, Any]:
         return {
@@ -55,6 +57,7 @@ class TrieRequest:
             "trie_node": self.node,
             "trie_temperature": self.temperature,
             "trie_seed": self.seed,
+            "trie_sample": self.sample,
         }
 
     @classmethod
@@ -68,34 +71,37 @@ class TrieRequest:
                 "for a request without constraint"
             )
         label, temperature = extra_args.get("trie_request", "without a label"), extra_args.get("trie_temperature", 0.0)
-        return cls(str(label), node, float(temperature), int(extra_args.get("trie_seed", 0)))
+        seed, sample = extra_args.get("trie_seed", 0), extra_args.get("trie_sample", 0)
+        return cls(str(label), node, float(temperature), int(seed), int(sample))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How rows sample. The noise is a function of the seed and the place, so a draw does not depend on its batch."""
+    """How rows sample: by the inverse of their cumulative distribution, as the worker engine does."""
 
     temperature: torch.Tensor
     """float64 [R]; 0 where a row does not sample."""
-    seed: torch.Tensor
-    """int64 [R]"""
+    number: torch.Tensor
+    """float64 [R] in (0, 1): a function of (seed, sample, depth), so that a draw does not depend on its batch."""
 
     @classmethod
-    def of(cls, requests: Sequence[TrieRequest], device: torch.device | str) -> "Sampling | None":
-        """None where no request samples."""
+    def of(cls, requests: Sequence[TrieRequest], depths: Sequence[int], device: torch.device) -> "Sampling | None":
+        """None where no request samples. depths: tokens that each request has generated."""
         if all(request.temperature == 0 for request in requests):
             return None
+        host = torch.device("cpu")
         temperature = torch.tensor([request.temperature for request in requests], dtype=torch.float64)
-        seed = seed_tensor([request.seed for request in requests], torch.device("cpu"))
-        return cls(temperature.to(device), seed.to(device))
+        seed = seed_tensor([request.seed for request in requests], host)
+        number = uniform(seed, torch.tensor([request.sample for request in requests]), torch.tensor(list(depths)))
+        return cls(temperature.to(device), number.to(device))
 
     def __getitem__(self, rows: slice) -> "Sampling":
-        return Sampling(self.temperature[rows], self.seed[rows])
+        return Sampling(self.temperature[rows], self.number[rows])
 
-    def key(self, logits: torch.Tensor, row: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
-        """float64: logits at the temperature of their rows plus Gumbel noise; the largest of a row is its sample."""
-        temperature = torch.where(self.temperature > 0, self.temperature, 1.0)[row]
-        return logits.double() / temperature + gumbel(self.seed[row], *place)
+    @property
+    def divisor(self) -> torch.Tensor:
+        """float64 [R]: the temperature, or 1 where a row does not sample."""
+        return torch.where(self.temperature > 0, self.temperature, 1.0)
 
 
 class TrieMask:
@@ -150,40 +156,57 @@ class TrieMask:
                 normaliser = _segment_logsumexp(values, row, len(some_rows))
             logprobs = values - normaliser[row]
             if sampling is not None:
-                key = sampling[chunk].key(values, row, edge)
-                chosen = key == _segment_max(key, row, len(some_rows))[row]
+                chosen = self._chosen(values, row, some_nodes, sampling[chunk])
                 logprobs = torch.where(chosen | (sampling[chunk].temperature[row] == 0), logprobs, float("-inf"))
             logits.index_fill_(0, some_rows, float("-inf"))
             logits[some_rows[row], token] = logprobs
             logits[some_rows[some_nodes == ENDED], self.eos_token] = 0.0
 
-    def normalise_(
-        self, logits: torch.Tensor, rows: torch.Tensor, depths: torch.Tensor, sampling: Sampling | None = None
-    ) -> None:
+    def normalise_(self, logits: torch.Tensor, rows: torch.Tensor, sampling: Sampling | None = None) -> None:
         """In logits [N, V] float32, replace rows [R] by log-probabilities over the whole vocabulary, unconstrained.
 
-        depths: int64 [R], tokens that the row has generated. All but the sample becomes -inf in rows that sample.
+        All but the sample becomes -inf in rows that sample.
         """
         for chunk in _chunks(len(rows)):
             some_rows = rows[chunk]
             values = logits[some_rows]
             logprobs = torch.log_softmax(values, -1)
             if sampling is not None:
-                row = torch.arange(len(some_rows), device=rows.device)[:, None]
-                token = torch.arange(values.shape[1], device=rows.device)
-                chosen = sampling[chunk].key(values, row, depths[chunk][:, None], token).argmax(1, keepdim=True)
+                some = sampling[chunk]
+                cumulative = (values.double() / some.divisor[:, None]).softmax(1).cumsum(1)
+                chosen = torch.searchsorted(cumulative, some.number[:, None] * cumulative[:, -1:], right=True)
+                chosen = chosen.clamp_max(values.shape[1] - 1)
                 sample = torch.full_like(logprobs, float("-inf")).scatter_(1, chosen, logprobs.gather(1, chosen))
-                logprobs = torch.where(sampling[chunk].temperature[:, None] == 0, logprobs, sample)
+                logprobs = torch.where(some.temperature[:, None] == 0, logprobs, sample)
             logits[some_rows] = logprobs
+
+    def _chosen(
+        self, values: torch.Tensor, row: torch.Tensor, nodes: torch.Tensor, sampling: Sampling
+    ) -> torch.Tensor:
+        """bool [E]: which edge each row draws. values, row: [E], logits and row of each edge; nodes: [R]."""
+        scaled = values.double() / sampling.divisor[row]
+        weight = (scaled - _segment_max(scaled, row, len(nodes))[row]).exp()
+        total = weight.new_zeros(len(nodes)).scatter_add(0, row, weight)
+        before = total.cumsum(0) - total
+        passed = weight.cumsum(0) - before[row] <= (sampling.number * total)[row]
+        drawn = torch.zeros_like(nodes).scatter_add(0, row, passed.long())
+        drawn = self._first(nodes) + torch.minimum(drawn, self._count(nodes) - 1)
+        return torch.arange(len(row), device=row.device) == drawn[row]
 
     def _edges(self, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(row, edge) of every allowed edge of nodes [R], ended ones having none."""
-        start = nodes.clamp_min(0)
-        first = self.trie.first_edge[start]
-        count = torch.where(nodes >= 0, self.trie.first_edge[start + 1] - first, 0)
-        row = torch.repeat_interleave(count)
-        offset = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-        return row, first[row] + offset
+        row = torch.repeat_interleave(self._count(nodes))
+        offset = torch.arange(len(row), device=row.device) - self._first(nodes)[row]
+        return row, self.trie.first_edge[nodes.clamp_min(0)][row] + offset
+
+    def _count(self, nodes: torch.Tensor) -> torch.Tensor:
+        """int64 [R]: allowed edges of each row."""
+        return torch.where(nodes >= 0, self.trie.fanout(nodes.clamp_min(0)), 0)
+
+    def _first(self, nodes: torch.Tensor) -> torch.Tensor:
+        """int64 [R]: where the edges of each row begin among those of all rows."""
+        count = self._count(nodes)
+        return count.cumsum(0) - count
 
 
 def _chunks(rows: int) -> Iterator[slice]:

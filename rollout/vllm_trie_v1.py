@@ -74,12 +74,12 @@ class TrieLogitsProcessor(LogitsProcessor):
             nodes = self._to_device([self._rows[index].node for index in constrained])
             self._mask.constrain_(logits, self._to_device(constrained), nodes, self._sampling(constrained))
         if free:
-            depths = self._to_device([len(self._rows[index].output) for index in free])
-            self._mask.normalise_(logits, self._to_device(free), depths, self._sampling(free))
+            self._mask.normalise_(logits, self._to_device(free), self._sampling(free))
         return logits
 
     def _sampling(self, indices: list[int]) -> Sampling | None:
-        return Sampling.of([self._rows[index].request for index in indices], self._device)
+        rows = [self._rows[index] for index in indices]
+        return Sampling.of([row.request for row in rows], [len(row.output) for row in rows], self._device)
 
     def _to_device(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values).to(self._device)

@@ -68,15 +68,16 @@ class TrieLogitsProcessorV2(LogitsProcessor):
             self._advance(slots[rows], outputs[rows])
             nodes = self._nodes[self._on_device(slots[rows])]
             self._check(nodes, slots[rows])
-            self._mask.constrain_(logits, self._on_device(rows), nodes, self._sampling(slots[rows]))
+            sampling = self._sampling(slots[rows], outputs[rows])
+            self._mask.constrain_(logits, self._on_device(rows), nodes, sampling)
         free = np.flatnonzero(self._free[slots])
         if len(free):
-            depths = self._on_device(np.maximum(outputs[free], 0))
-            self._mask.normalise_(logits, self._on_device(free), depths, self._sampling(slots[free]))
+            self._mask.normalise_(logits, self._on_device(free), self._sampling(slots[free], outputs[free]))
         return logits
 
-    def _sampling(self, slots: np.ndarray) -> Sampling | None:
-        return Sampling.of([self._requests[slot] for slot in slots.tolist()], self._nodes.device)
+    def _sampling(self, slots: np.ndarray, outputs: np.ndarray) -> Sampling | None:
+        requests = [self._requests[slot] for slot in slots.tolist()]
+        return Sampling.of(requests, outputs.tolist(), self._nodes.device)
 
     def _advance(self, slots: np.ndarray, outputs: np.ndarray) -> None:
         """Walk slots that have generated `outputs` tokens by now: one step each, more after a preemption.

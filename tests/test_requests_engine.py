@@ -20,7 +20,7 @@ from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.config import DataConfig, GeneratedConfig
 from catalog.trie import Trie
-from rollout.actor import RolloutWorker
+from rollout.actor import RolloutWorker, group_seed
 from rollout.config import RolloutConfig
 from rollout.dynamic import select
 from rollout.engines import create_engine
@@ -367,18 +367,20 @@ def test_a_rollout_worker_with_the_other_engine_streams_the_same_groups(
     tensors = list(model.named_parameters())
     weights = PublishedWeights(3, [ray.put(WeightBucket.pack([named])) for named in tensors], checksum(tensors))
     assert ray.get(weights.load(worker), timeout=120)["checksum"] == weights.checksum
-    streams = [stream_rollout(worker, 0, "train", ids, 3, 0, config)]
-    rows = pa.concat_tables([ray.get(table) for _, table in collect(streams, 120, weights)]).to_pylist()
-    ray.kill(worker)
-
     engine = engine_of(tiny_model_dir, rollout_catalog.path / "trie.arrow")
-    groups = generate(engine, [row["prompt_tokens"] for row in rows], 8)
-    assert [row["example_id"] for row in rows] == ids
-    for row, group in zip(rows, groups, strict=True):
-        assert row["candidate_class"] == group.item_class.tolist()
-        np.testing.assert_allclose(row["score"], group.score, atol=5e-4)
-        for ours, theirs in zip(row["candidate_logprobs"], group.logprobs, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    seeds = [group_seed(0, 3, i) for i in ids]
+    for strategy in ("beam", "sample", "dynamic"):
+        stream = stream_rollout(worker, 0, "train", ids, 3, 0, config, strategy=strategy)
+        rows = pa.concat_tables([ray.get(table) for _, table in collect([stream], 120, weights)]).to_pylist()
+        assert [row["example_id"] for row in rows] == ids
+        prompts, targets = [row["prompt_tokens"] for row in rows], [row["target_class"] for row in rows]
+        groups = engine.generate(prompts, seeds, targets, group_size=8, strategy=strategy)
+        for row, group in zip(rows, groups, strict=True):
+            assert row["candidate_class"] == group.item_class.tolist()
+            np.testing.assert_allclose(row["score"], group.score, atol=5e-4)
+            for theirs, ours in zip(row["candidate_logprobs"], group.logprobs, strict=True):
+                np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    ray.kill(worker)
 
 
 @pytest.mark.gpu
