@@ -14,7 +14,7 @@ from catalog.catalog import Catalog
 from rollout.config import RolloutConfig, Strategy
 from rollout.engine import RolloutEngine
 from rollout.engines import create_engine
-from rollout.groups import group_table
+from rollout.groups import group_table, validate_groups
 
 TIMINGS = ("calls", "groups", "candidate_tokens", "generate_s", "loads", "load_weights_s")
 """What a worker counts: engine calls, the groups and tokens that these gave, weight loads, and seconds of both."""
@@ -115,7 +115,9 @@ class RolloutWorker:
             self._timings["groups"] += len(groups)
             self._timings["candidate_tokens"] += sum(len(tokens) for group in groups for tokens in group.tokens)
             self._now(f"waiting for room in the queue ({split}, {first + len(ids)} of {len(example_ids)} groups done)")
-            yield group_table(ids, policy_version, prompts, targets, groups)
+            table = group_table(ids, policy_version, prompts, targets, groups)
+            validate_groups(table)
+            yield table
         self._now("idle")
 
     def load_weights(self, version: int, bucket_refs: list[ray.ObjectRef], checksum: int) -> dict[str, Any]:
