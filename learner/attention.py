@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from learner.bfloat16 import widened
+
 IMPLEMENTATION = "tree"
 MIN_CHAIN = 64
 # Tokens of an unbranched chain from which on it gets an attention call of its own.
@@ -128,7 +130,10 @@ def tree_attention(
             module, query, key, value, blocks, scaling=scaling, softcap=softcap, dropout=dropout
         )
         return output, None
-    return _run_attention(query, key, value, tree, sliding_window, scaling, dropout, softcap), None
+    output = _run_attention(
+        widened(query), widened(key), widened(value), tree, sliding_window, scaling, dropout, softcap
+    )
+    return output.to(query.dtype), None
 
 
 def _run_attention(

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from learner.bfloat16 import widened
+
 
 class LogprobHead(nn.Module):
     """The vocabulary projection, the log-softmax and the choice of targets in one.
@@ -51,7 +53,7 @@ def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
 
 
 class _VocabularyLogprobs(torch.autograd.Function):
-    """Logits are computed chunk by chunk in the forward pass and once more in the backward pass."""
+    """One chunk of logits exists at a time. A lone chunk is kept for the backward pass, several are computed anew."""
 
     @staticmethod
     def forward(
@@ -65,12 +67,15 @@ class _VocabularyLogprobs(torch.autograd.Function):
     ) -> torch.Tensor:
         normalizer = hidden.new_empty(len(hidden), dtype=torch.float32)
         logp = hidden.new_empty(len(edge_row), dtype=torch.float32)
-        for rows, edges in _chunks(len(hidden), edge_row, head.chunk_tokens):
-            logits = head.transform(nn.functional.linear(hidden[rows], weight, bias))
-            normalizer[rows] = logits.logsumexp(-1)
+        chunks = _chunks(len(hidden), edge_row, head.chunk_tokens)
+        wide, wide_bias = widened(weight), None if bias is None else widened(bias)
+        for rows, edges in chunks:
+            logits = head.transform(nn.functional.linear(hidden[rows].to(wide.dtype), wide, wide_bias))
+            normalizer[rows] = _logsumexp(logits)
             logp[edges] = logits[edge_row[edges] - rows.start, edge_target[edges]] - normalizer[edge_row[edges]]
         ctx.save_for_backward(hidden, normalizer, edge_row, edge_target)
         ctx.head, ctx.weights = head, (weight, bias)  # not saved tensors: ZeRO-3 swaps a parameter's storage
+        ctx.logits = logits if len(chunks) == 1 and any(ctx.needs_input_grad) else None
         return logp
 
     @staticmethod
@@ -79,21 +84,30 @@ class _VocabularyLogprobs(torch.autograd.Function):
         hidden, normalizer, edge_row, edge_target = ctx.saved_tensors
         weight, bias = ctx.weights
         per_row = torch.zeros_like(normalizer).index_add_(0, edge_row, gradient)
+        wide, wide_bias = widened(weight), None if bias is None else widened(bias)
         to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        to_weight = torch.empty_like(wide) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(wide_bias) if wide_bias is not None and ctx.needs_input_grad[2] else None
         for rows, edges in _chunks(len(hidden), edge_row, ctx.head.chunk_tokens):
-            logits = ctx.head.transform(nn.functional.linear(hidden[rows], weight, bias))
+            states = hidden[rows].to(wide.dtype)
+            logits, ctx.logits = ctx.logits, None
+            if logits is None:
+                logits = ctx.head.transform(nn.functional.linear(states, wide, wide_bias))
             slope = ctx.head.transform_slope(logits)
             to_logits = logits.sub_(normalizer[rows, None]).exp_().mul_(-per_row[rows, None])
             to_logits[edge_row[edges] - rows.start, edge_target[edges]] += gradient[edges]
-            projected = to_logits.mul_(slope).to(hidden.dtype)
-            to_hidden[rows] = projected @ weight
+            projected = to_logits.mul_(slope).to(wide.dtype)
+            to_hidden[rows] = (projected @ wide).to(hidden.dtype)
             if to_weight is not None:
-                to_weight.addmm_(projected.T, hidden[rows])
+                torch.addmm(to_weight, projected.T, states, beta=float(rows.start > 0), out=to_weight)
             if to_bias is not None:
                 to_bias += projected.sum(0)
         return to_hidden, to_weight, to_bias, None, None, None
+
+
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """[rows], a few rows at a time: the fused function would copy all logits."""
+    return torch.cat([part.logsumexp(-1) for part in logits.split(16)])
 
 
 def _chunks(rows: int, edge_row: torch.Tensor, size: int) -> list[tuple[slice, slice]]:
