@@ -43,6 +43,8 @@ def _run(arguments: list[str]) -> int:
     from launch.config import compose
 
     config = compose(options.cluster, options.data, options.model, options.algorithm, overrides)
+    if config.model.path is None or os.path.isdir(config.model.path):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing has to be fetched, so no library needs to ask
     if options.dry_run:
         from launch.dry_run import dry_run
 
@@ -103,7 +105,6 @@ def _quiet_libraries() -> None:
     """Defaults that keep other libraries' chatter off the progress lines; the environment wins."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -54,7 +54,7 @@ class ModelConfig:
     """The policy before training."""
 
     path: str | None = None
-    # Hugging Face directory, or None for a small Qwen2 from random weights with a tokenizer of the catalogue.
+    # Hugging Face directory or hub name, or None for a small Qwen2 from random weights with a tokenizer of its own.
     vocabulary: int = 1024
     # Tokens of the trained byte-level BPE.
     hidden: int = 128

@@ -32,6 +32,21 @@ def check_model(path: Path) -> None:
         )
 
 
+def download(name: str) -> Path:
+    """The local snapshot of a model of the Hugging Face hub, fetched if need be. Raises ConfigError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path={name}: neither a folder nor a model that the Hugging Face hub gives here ({reason}); "
+            "MODEL= also takes the directory of a downloaded model"
+        ) from error
+
+
 def fresh_model(config: ModelConfig, texts: list[str], cache: Path) -> Path:
     """A Qwen2 from random weights with a byte-level BPE trained on `texts`, made once per configuration and texts.
 
@@ -90,8 +105,10 @@ def _write_fresh(config: ModelConfig, texts: list[str], path: Path) -> None:
 def prepare_model(config: Config) -> Path:
     """The directory of the policy before training; checks a given one and makes a fresh one."""
     if config.model.path is not None:
-        check_model(Path(config.model.path))
-        return Path(config.model.path)
+        path = Path(config.model.path)
+        path = path if path.is_dir() else download(config.model.path)
+        check_model(path)
+        return path
     from catalog.build import catalog_texts
 
     return fresh_model(config.model, catalog_texts(config.data), Path(config.data.cache).parent / "models")
