@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -49,6 +50,8 @@ class RolloutFleet:
             )
             for rank, options in enumerate(worker_options)
         ]
+        self.confirmed_loads = 0
+        """Loads whose worker answered with the exporter's checksum; any other answer has raised ChecksumMismatch."""
         self._weights: PublishedWeights | None = None
         self._loads: dict[tuple[int, int], ray.ObjectRef] = {}
 
@@ -125,7 +128,8 @@ class RolloutFleet:
         if load is None:
             return False
         try:
-            ray.get(load, timeout=self.config.timeout_s)
+            report: dict[str, Any] = ray.get(load, timeout=self.config.timeout_s)
+            self.confirmed_loads += report["checksum"] == weights.checksum
         except GetTimeoutError as error:
             raise RolloutTimeout(
                 f"rollout worker {rank} did not load version {weights.version} in {self.config.timeout_s:g} s"
