@@ -131,15 +131,14 @@ class Learner:
         return state["driver"]
 
     def _load_other_ranks(self, path: Path) -> None:
-        universal = path.with_name(f".{path.name}.universal")
+        folder = path.with_name(f".{path.name}.universal")  # DeepSpeed also writes beside what it is asked for
         if self.engine.rank == 0:
-            shutil.rmtree(universal, ignore_errors=True)
-            to_universal(path / "zero", universal)
-        self.engine.barrier()
-        self.engine.load_universal(universal)
+            shutil.rmtree(folder, ignore_errors=True)
+        self.engine.on_rank_0(lambda: to_universal(path / "zero", folder / "zero"))
+        self.engine.load_universal(folder / "zero")
         self.engine.barrier()
         if self.engine.rank == 0:
-            shutil.rmtree(universal)
+            shutil.rmtree(folder)
 
     def _load_policy(self, model_path: str, trie: Any, trainable: bool) -> Policy:
         config = self._config

@@ -1,0 +1,50 @@
+"""Batch arithmetic is what the learner really does, and impossible sizes are refused by name."""
+
+import pytest
+
+from learner.arithmetic import BatchError, describe_batch
+from learner.config import LearnerConfig, OptimizerConfig, SftConfig
+
+DATA = {
+    "prompts_per_step": 32,
+    "group_size": 16,
+    "steps": 100,
+    "train_examples": 1000,
+    "prompt_tokens": 200,
+    "title_tokens": 21,
+}
+
+
+def test_the_published_batch():
+    arithmetic = describe_batch(LearnerConfig(ranks=4), **DATA)
+    assert (arithmetic.prompts, arithmetic.candidates, arithmetic.prompts_per_rank) == (32, 512, 8)
+    assert arithmetic.packed_tokens == 200 + 16 * 20
+    assert arithmetic.micro_batches == 2  # 8 x 520 tokens in batches of 4096
+    assert (arithmetic.rl_updates, arithmetic.warmup_steps) == (100, 3)
+    assert (arithmetic.sft_examples_per_rank, arithmetic.sft_updates_per_epoch) == (32, 8)
+    assert "512 candidates" in arithmetic.lines()[0]
+
+
+def test_updates_per_batch_multiply_the_optimizer_steps():
+    config = LearnerConfig(updates_per_batch=3, optimizer=OptimizerConfig(warmup_ratio=0.01))
+    arithmetic = describe_batch(config, **DATA)
+    assert (arithmetic.rl_updates, arithmetic.warmup_steps) == (300, 3)
+
+
+def test_without_sft_nothing_is_said_about_it():
+    arithmetic = describe_batch(LearnerConfig(sft=SftConfig(epochs=0)), **DATA)
+    assert len(arithmetic.lines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (LearnerConfig(ranks=64), "train.prompts_per_step=32"),
+        (LearnerConfig(ranks=4, sft=SftConfig(batch_size=3)), "learner.sft.batch_size=3"),
+        (LearnerConfig(micro_batch_tokens=100), "learner.micro_batch_tokens=100"),
+        (LearnerConfig(offload_optimizer=True), "learner.zero_stage"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(config, named):
+    with pytest.raises(BatchError, match=named):
+        describe_batch(config, **DATA)

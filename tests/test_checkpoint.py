@@ -1,0 +1,175 @@
+"""A run goes on from a checkpoint as if nothing had happened, and never from a damaged one."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import learner_gang
+import pytest
+import ray
+from learner_gang import assert_same_training
+from ray.exceptions import RayError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from learner import checkpoint
+from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
+from learner.rank import PEER_LOST, LearnerRank
+
+gangs, learner_data = learner_gang.gangs, learner_gang.learner_data
+CONFIG = LearnerConfig(
+    beta=0.05,
+    micro_batch_tokens=600,
+    zero_stage=2,
+    threads=1,
+    reference_sync_every=2,
+    lora=LoraConfig(rank=4, dropout=0.1),  # dropout, so that random number generators matter
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0),
+    timeout_s=120.0,
+)
+
+
+def write(folder, name, content=b"weights", keep=None):
+    """A checkpoint of one file and of a state."""
+    temporary = checkpoint.begin(folder / name)
+    (temporary / "model.safetensors").write_bytes(content)
+    checkpoint.commit(folder / name, {"content": content.decode()}, keep)
+    return folder / name
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path):
+    temporary = checkpoint.begin(tmp_path / "step-1")
+    (temporary / "model.safetensors").write_bytes(b"half of i")
+    assert checkpoint.latest(tmp_path) is None
+    path = write(tmp_path, "step-1")
+    assert checkpoint.latest(tmp_path) == path
+    assert checkpoint.read_state(path) == {"content": "weights"}
+    assert not checkpoint.temporary_path(path).exists()
+
+
+def test_the_newest_are_kept_by_number(tmp_path):
+    for step in (9, 10, 11, 100):
+        write(tmp_path, f"step-{step}", keep=2)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-100", "step-11"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda path: (path / "model.safetensors").write_bytes(b"weighty"), "model.safetensors is damaged"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"weig"), "model.safetensors has 4 bytes instead of 7"),
+        (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is missing or not readable"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path, damage, named):
+    write(tmp_path, "step-1")
+    path = write(tmp_path, "step-2")
+    checkpoint.check(path)
+    damage(path)
+    with pytest.raises(checkpoint.CheckpointError, match=f"step-2: {named}.*step-1 is intact: delete step-2"):
+        checkpoint.check(path)
+
+
+def test_when_all_are_damaged_none_is_offered(tmp_path):
+    path = write(tmp_path, "step-1")
+    (path / "state.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="no other is intact"):
+        checkpoint.check(path)
+
+
+class Ranks:
+    """Real learner ranks."""
+
+    def __init__(self, config, data):
+        self.ranks = [
+            LearnerRank.options(num_cpus=0).remote(
+                rank, config.ranks, str(data.model_path), str(data.catalog.path), config, total_steps=6
+            )
+            for rank in range(config.ranks)
+        ]
+        host, port = ray.get(self.ranks[0].address.remote())
+        self.all("join", host, port)
+
+    def all(self, method, *arguments):
+        return ray.get([getattr(rank, method).remote(*arguments) for rank in self.ranks])
+
+    def close(self):
+        for rank in self.ranks:
+            ray.kill(rank)
+
+
+@pytest.fixture(scope="module")
+def interrupted(ray_session, learner_data, tmp_path_factory):
+    """Six steps of two ranks: their weights, the checkpoint after the third, and the error when a rank was killed."""
+    config = replace(CONFIG, ranks=2)
+    steps = [learner_data.tables(step) for step in range(6)]
+    path = tmp_path_factory.mktemp("checkpoints") / "step-3"
+
+    ranks = Ranks(config, learner_data)
+    pids = [ray.get(rank.__ray_call__.remote(lambda _: os.getpid())) for rank in ranks.ranks]
+    for tables in steps[:3]:
+        ranks.all("step", *tables)
+    ranks.all("save_checkpoint", str(path), {"step": 3})
+    for tables in steps[3:]:
+        ranks.all("step", *tables)
+    weights = ranks.all("weights_checksum")[0]
+    ranks.all("save_huggingface", str(path.with_name("uninterrupted")))
+
+    long_step = [table for tables in steps * 40 for table in tables]
+    busy = [rank.step.remote(*long_step) for rank in ranks.ranks]
+    time.sleep(1.0)
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(RayError) as survivor:
+        ray.get(busy[0], timeout=60)
+    ranks.close()
+    return {"steps": steps, "path": path, "weights": weights, "error": str(survivor.value)}
+
+
+def resumed(config, data, interrupted):
+    """Ranks that went on from the checkpoint to the sixth step."""
+    ranks = Ranks(config, data)
+    assert ranks.all("load_checkpoint", str(interrupted["path"])) == [{"step": 3}] * config.ranks
+    for tables in interrupted["steps"][3:]:
+        ranks.all("step", *tables)
+    return ranks
+
+
+def test_the_survivor_of_a_killed_rank_says_so_at_once(interrupted):
+    assert "learner rank 0 of 2 failed in step" in interrupted["error"]
+    assert PEER_LOST in interrupted["error"]
+
+
+def test_three_steps_a_kill_and_three_equal_six_bit_for_bit(interrupted, learner_data):
+    ranks = resumed(replace(CONFIG, ranks=2), learner_data, interrupted)
+    assert ranks.all("weights_checksum") == [interrupted["weights"]] * 2
+    ranks.close()
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_number_of_ranks_goes_on_too(gangs, learner_data, tmp_path, stage, writers, readers):
+    config = replace(CONFIG, zero_stage=stage, lora=LoraConfig(), optimizer=OptimizerConfig(learning_rate=1e-3))
+    steps = [learner_data.tables(step) for step in range(4)]
+    path = str(tmp_path / "step-2")
+    expected = gangs[writers]("train", config, steps, save_at=(2, path))
+    found = gangs[readers]("train", config, steps, load_at=(2, path))
+    assert_same_training(found["weights"], expected["weights"], learner_data)
+    assert_same_training(found["reference"], expected["reference"], learner_data)
+    assert found["metrics"][-1]["lr"] == expected["metrics"][-1]["lr"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-2"]
+
+
+def test_a_checkpoint_of_another_kind_is_refused_by_name(gangs, learner_data, tmp_path):
+    config, path = replace(CONFIG, lora=LoraConfig()), str(tmp_path / "step-1")
+    steps = [learner_data.tables(0)]
+    gangs[1]("train", config, steps, save_at=(1, path))
+    with pytest.raises(RayError, match="zero_stage=2, this run has 1"):
+        gangs[1]("train", replace(config, zero_stage=1), steps, load_at=(1, path))
+
+
+def test_a_checkpoint_is_a_hugging_face_directory(interrupted):
+    model = AutoModelForCausalLM.from_pretrained(interrupted["path"])
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert AutoTokenizer.from_pretrained(interrupted["path"]).eos_token_id is not None

@@ -1,0 +1,169 @@
+"""The learner's step: the same under every ZeRO stage and number of ranks, and the same as plain PyTorch."""
+
+from dataclasses import replace
+
+import learner_gang
+import numpy as np
+import pytest
+import torch
+from learner_gang import assert_same_training
+from transformers import AutoModelForCausalLM
+
+from learner.advantages import group_advantages
+from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
+from learner.experience import Experience
+from learner.schedule import learning_rate
+
+gangs, learner_data = learner_gang.gangs, learner_gang.learner_data
+STEPS = 3
+CONFIG = LearnerConfig(
+    beta=0.05,
+    micro_batch_tokens=600,
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.0, weight_decay=0.01),
+)
+
+
+@pytest.fixture(scope="module")
+def steps(learner_data):
+    return [learner_data.tables(step) for step in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def expected(gangs, steps):
+    """Stage 0 on one rank."""
+    return gangs[1]("train", CONFIG, steps)
+
+
+def test_a_step_equals_plain_pytorch(learner_data, steps, expected):
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(learner_data.model_path)
+    reference = AutoModelForCausalLM.from_pretrained(learner_data.model_path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    for step, tables in enumerate(steps):
+        groups = Experience.from_tables(tables)
+        advantages = group_advantages(groups.rewards)
+        losses = []
+        for prompt, ranked, advantage in zip(groups.prompts, groups.candidates, advantages, strict=True):
+            for title, weight in zip(ranked, advantage, strict=True):
+                ids = torch.tensor([[*prompt, *title]])
+                logp, ref = (
+                    lm(ids)
+                    .logits[0, len(prompt) - 1 : -1]
+                    .log_softmax(-1)
+                    .gather(1, ids[0, len(prompt) :, None])[:, 0]
+                    for lm in (model, reference)
+                )
+                ref = ref.detach()
+                kl = torch.exp(ref - logp) - (ref - logp) - 1
+                losses.append((CONFIG.beta * kl - torch.exp(logp - logp.detach()) * float(weight)).mean())
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.optimizer.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(CONFIG.optimizer, step, STEPS)
+        optimizer.step()
+        metrics = expected["metrics"][step]
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert metrics["lr"] == optimizer.param_groups[0]["lr"]
+    assert_same_training(
+        expected["weights"], {n: p.detach().numpy() for n, p in model.named_parameters()}, learner_data
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_and_number_of_ranks_gives_the_same_weights(gangs, learner_data, steps, expected, stage, ranks):
+    found = gangs[ranks]("train", replace(CONFIG, zero_stage=stage), steps)
+    assert_same_training(found["weights"], expected["weights"], learner_data)
+    for mine, theirs in zip(found["metrics"], expected["metrics"], strict=True):
+        for name in ("loss", "kl", "grad_norm", "reward", "reward_std", "completion_tokens"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    assert found["sent"] == found["checksum"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_keeps_float32_master_weights(gangs, steps, stage):
+    """Updates far below bfloat16's resolution add up, so a stage without master weights would not move."""
+    small = OptimizerConfig(learning_rate=2e-5, warmup_ratio=0.0, schedule="constant")
+    config = replace(CONFIG, dtype="bfloat16", zero_stage=stage, optimizer=small)
+    many = [steps[0]] * 12
+    found, start = gangs[1]("train", config, many), gangs[1]("train", config, many[:1])
+    moved = sum(np.abs(found["weights"][n] - start["weights"][n]).sum() for n in start["weights"])
+    expected = gangs[1]("train", replace(config, zero_stage=1), many)
+    agree = sum(np.abs(found["weights"][n] - expected["weights"][n]).sum() for n in start["weights"])
+    assert moved > 0
+    assert agree < 0.25 * moved
+
+
+def test_tree_and_padded_packing_make_the_same_step(gangs, learner_data, steps, expected):
+    padded = gangs[1]("train", replace(CONFIG, packing="padded"), steps)
+    assert_same_training(padded["weights"], expected["weights"], learner_data)
+    assert padded["metrics"][0]["packed_tokens"] > 2 * expected["metrics"][0]["packed_tokens"]
+
+
+def test_micro_batches_change_nothing(gangs, learner_data, steps, expected):
+    whole = gangs[1]("train", replace(CONFIG, micro_batch_tokens=10**6), steps)
+    assert whole["metrics"][0]["micro_batches"] == 1 < expected["metrics"][0]["micro_batches"]
+    assert_same_training(whole["weights"], expected["weights"], learner_data)
+
+
+def test_gradient_checkpointing_changes_nothing(gangs, learner_data, steps, expected):
+    found = gangs[1]("train", replace(CONFIG, gradient_checkpointing=True), steps)
+    assert_same_training(found["weights"], expected["weights"], learner_data)
+
+
+def test_groups_without_information_cost_nothing_when_beta_is_0(gangs, learner_data):
+    found = gangs[1]("train", replace(CONFIG, beta=0.0), [learner_data.tables(0)])["metrics"][0]
+    everything = gangs[1]("train", CONFIG, [learner_data.tables(0)])["metrics"][0]
+    assert found["frac_uninformative"] == pytest.approx(1 / 3)
+    assert found["completion_tokens"] < 0.8 * everything["completion_tokens"]
+    assert found["groups"] == everything["groups"] == 6
+
+
+def test_a_step_without_any_information_leaves_the_weights(gangs, learner_data):
+    flat = [learner_data.tables(0)[0].slice(0, 1)]  # its rewards are all equal
+    config = replace(CONFIG, beta=0.0, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.0))
+    found = gangs[2]("train", config, [flat])
+    initial = AutoModelForCausalLM.from_pretrained(learner_data.model_path)
+    assert found["metrics"][0]["grad_norm"] == 0.0
+    assert all(np.array_equal(found["weights"][n], p.detach().numpy()) for n, p in initial.named_parameters())
+
+
+def test_the_reference_follows_the_policy(gangs, steps, learner_data):
+    found = gangs[1]("train", replace(CONFIG, reference_sync_every=3, reference_sync_alpha=0.6), steps)
+    initial = AutoModelForCausalLM.from_pretrained(learner_data.model_path).state_dict()
+    blended = {name: 0.6 * w + 0.4 * initial[name].numpy() for name, w in found["weights"].items()}
+    for name, weight in blended.items():
+        np.testing.assert_allclose(found["reference"][name], weight, atol=1e-6, err_msg=name)
+
+
+def test_later_updates_of_a_batch_are_clipped_against_the_first(gangs, steps):
+    clipped = replace(CONFIG, updates_per_batch=4, clip_low=1e-4, clip_high=1e-4)
+    free = replace(CONFIG, updates_per_batch=4)
+    found, unclipped = (gangs[1]("train", config, steps[:1]) for config in (clipped, free))
+    assert any(not np.allclose(found["weights"][n], unclipped["weights"][n], atol=1e-6) for n in found["weights"])
+
+
+def test_adapters_are_merged_on_export(gangs, steps, learner_data, tmp_path):
+    config = replace(CONFIG, lora=LoraConfig(rank=4), optimizer=OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0))
+    own = gangs[1]("export_to", config, steps, str(tmp_path))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    initial = AutoModelForCausalLM.from_pretrained(learner_data.model_path)
+    assert merged.state_dict().keys() == initial.state_dict().keys()
+    changed = {n for n, p in merged.named_parameters() if not torch.equal(p, initial.get_parameter(n))}
+    assert changed
+    assert all(name.endswith("_proj.weight") for name in changed)
+    prompt = learner_data.catalog.examples("train").prompt_tokens(0).tolist()
+    title = learner_data.catalog.trie.title_tokens(0)
+    logits = merged(torch.tensor([[*prompt, *title]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert own == pytest.approx(logits.gather(1, torch.tensor(title)[:, None])[:, 0].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_train_alike_under_zero(gangs, steps, stage):
+    config = replace(CONFIG, lora=LoraConfig(rank=4))
+    found = gangs[2]("train", replace(config, zero_stage=stage), steps)
+    assert found["sent"] == found["checksum"]
+    assert found["metrics"][-1]["grad_norm"] > 0
