@@ -101,6 +101,20 @@ class RolloutWorker:
         """
         if policy_version != self._version:
             raise StaleWeights(self._rank, self._version, policy_version)
+        try:
+            yield from self._tables(split, example_ids, policy_version, seed, group_size, strategy)
+        finally:
+            self._now("idle")
+
+    def _tables(
+        self,
+        split: str,
+        example_ids: Sequence[int],
+        policy_version: int,
+        seed: int,
+        group_size: int | None,
+        strategy: Strategy | None,
+    ) -> Iterator[pa.Table]:
         examples = self._catalog.examples(split)
         for first in range(0, len(example_ids), self._config.groups_per_table):
             ids = [int(i) for i in example_ids[first : first + self._config.groups_per_table]]
@@ -118,7 +132,6 @@ class RolloutWorker:
             table = group_table(ids, policy_version, prompts, targets, groups)
             validate_groups(table)
             yield table
-        self._now("idle")
 
     def load_weights(self, version: int, bucket_refs: list[ray.ObjectRef], checksum: int) -> dict[str, Any]:
         """Replace the weights by those of `version`: {"checksum", "seconds"}.
@@ -129,20 +142,21 @@ class RolloutWorker:
         self._now(f"loading the weights of version {version}")
         started = time.perf_counter()
         self._version = None
-        loaded = self._engine.load_weights(ray.get(list(bucket_refs)))
+        try:
+            loaded = self._engine.load_weights(ray.get(list(bucket_refs), timeout=self._config.timeout_s))
+        finally:
+            self._now("idle")
         if loaded != checksum:
             raise ChecksumMismatch(self._rank, version, checksum, loaded)
         self._version = version
         seconds = time.perf_counter() - started
         self._timings["loads"] += 1
         self._timings["load_weights_s"] += seconds
-        self._now("idle")
         return {"checksum": loaded, "seconds": seconds}
 
     @ray.method(concurrency_group="health")
     def health(self) -> dict[str, Any]:
-        """What the worker is doing and for how long: {"rank", "process", "version", "doing",
-        "seconds"}."""
+        """What the worker is doing and for how long: {"rank", "process", "version", "doing", "seconds"}."""
         doing, since = self._doing
         return {
             "rank": self._rank,
