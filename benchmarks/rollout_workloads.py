@@ -1,0 +1,94 @@
+"""What rollouts are measured on: a model, a catalogue and prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.shapes import SHAPES, build
+from catalog.trie import Trie
+
+EOS = 0
+PROMPT_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class RolloutWorkload:
+    """Everything on disk but the prompts, so that engines in other processes can take it too."""
+
+    name: str
+    model_path: Path
+    trie_path: Path
+    prompts: Sequence[Sequence[int]]
+    generate_groups: int
+    """Groups at a time that make Hugging Face `generate` fastest."""
+    repeats: int
+    kv_cache_gib: float
+
+
+def tiny(folder: Path, groups: int = 64, titles: int = 500) -> RolloutWorkload:
+    """A Qwen2 of two layers (about 200,000 parameters) and a generated catalogue."""
+    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {**shape, "num_key_value_heads": 1, "vocab_size": 1536, "initializer_range": 0.2}
+    return _random_workload(f"tiny-{groups}", folder, "qwen2", config, groups, titles, 16, repeats=5, kv_cache_gib=1.0)
+
+
+def middle(folder: Path, groups: int = 8) -> RolloutWorkload:
+    """The shape of SmolLM2-135M with random weights."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    config = {**shape, "num_key_value_heads": 3, "vocab_size": 49152}
+    return _random_workload(f"135m-{groups}", folder, "llama", config, groups, 500, 4, repeats=1, kv_cache_gib=2.0)
+
+
+def industrial(groups: int = 8) -> RolloutWorkload:
+    """SmolLM2-135M with real prompts and titles (MODEL=, DATA=). Raises ShapeAbsentError where they are not here."""
+    workload = build(replace(SHAPES["industrial-135m-fp32"], groups=groups))
+    prompts = workload.prompts(workload.step_examples(0))
+    trie_path = workload.catalog.path / "trie.arrow"
+    return RolloutWorkload(f"industrial-{groups}", workload.model_path, trie_path, prompts, 4, 1, 2.0)
+
+
+def _random_workload(
+    name: str,
+    folder: Path,
+    model_type: str,
+    config: Mapping[str, float],
+    groups: int,
+    titles: int,
+    generate_groups: int,
+    *,
+    repeats: int,
+    kv_cache_gib: float,
+) -> RolloutWorkload:
+    vocabulary = int(config["vocab_size"])
+    model_path, trie_path = folder / model_type, folder / f"{model_type}-{titles}.arrow"
+    if not model_path.is_dir():
+        _save_random_model(model_path, model_type, config)
+    product_trie(titles, vocabulary).save(trie_path)
+    prompts = np.random.default_rng(1).integers(1, vocabulary, (groups, PROMPT_TOKENS)).tolist()
+    return RolloutWorkload(name, model_path, trie_path, prompts, generate_groups, repeats, kv_cache_gib)
+
+
+def _save_random_model(path: Path, model_type: str, config: Mapping[str, float]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    ends = {"eos_token_id": EOS, "pad_token_id": EOS, "bos_token_id": None}
+    full = AutoConfig.for_model(model_type, **config, **ends, tie_word_embeddings=True, max_position_embeddings=2048)
+    AutoModelForCausalLM.from_config(full).save_pretrained(path)
+
+
+def product_trie(titles: int, vocabulary: int, seed: int = 0) -> Trie:
+    """Titles of 10 to 15 tokens: a brand and a category that titles share, then a tail of their own."""
+    draw = np.random.default_rng(seed)
+    brands = [draw.integers(1, vocabulary, draw.integers(1, 4)).tolist() for _ in range(max(24, titles // 200))]
+    categories = [draw.integers(1, vocabulary, draw.integers(1, 3)).tolist() for _ in range(60)]
+    distinct: dict[tuple[int, ...], None] = {}
+    while len(distinct) < titles:
+        length = int(draw.integers(9, 15))
+        start = brands[draw.integers(len(brands))] + categories[draw.integers(len(categories))]
+        tail = draw.integers(1, vocabulary, length).tolist()
+        distinct[(*start, *tail)[:length]] = None
+    return Trie.from_titles([[*title, EOS] for title in distinct], eos_token=EOS, tokenizer_fingerprint="random")
