@@ -21,7 +21,7 @@ def group_advantages(rewards: Sequence[np.ndarray], normalize_std: bool = True) 
 
 
 def leave_one_out_advantages(rewards: Sequence[np.ndarray], normalize_std: bool = False) -> Advantages:
-    """r minus the mean of the group's other rewards (RLOO, arXiv 2402.14740, eq. 7); 0 for a group of one.
+    """r minus the mean of the group's other rewards (RLOO, arXiv 2402.14740); 0 for a group of one.
 
     With `normalize_std` the result is divided by the group's unbiased std + 1e-4.
     """

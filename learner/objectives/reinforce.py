@@ -9,7 +9,7 @@ from learner.objectives.base import CompletionBatch, Metrics, importance_weight,
 
 @objective(mean_over="completions", advantages=lambda rewards, _: leave_one_out_advantages(rewards))
 def reinforce(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, Metrics]:
-    """-(A * log pi(completion) - beta * sum_t KL_t) per completion (RLOO, arXiv 2402.14740, eq. 7).
+    """-(A * log pi(completion) - beta * sum_t KL_t) per completion (RLOO, arXiv 2402.14740).
 
     The advantage is not divided by the standard deviation and nothing is clipped. Off-policy the gradient is weighted
     by the truncated ratio of the whole completion to the policy that generated it.
