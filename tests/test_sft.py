@@ -1,0 +1,97 @@
+"""The warm-up: what shares a history is packed together, the loss falls, and the best weights stay."""
+
+from dataclasses import replace
+
+import learner_gang
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from learner.config import LearnerConfig, OptimizerConfig, SftConfig
+from learner.packing import pack_groups
+from learner.sft_data import SupervisedExamples
+
+gangs, learner_data = learner_gang.gangs, learner_gang.learner_data
+RISING = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.0)
+CONFIG = LearnerConfig(
+    micro_batch_tokens=1500, sft=SftConfig(epochs=2, batch_size=64, patience=2, valid_examples=0, optimizer=RISING)
+)
+
+
+@pytest.fixture(scope="module")
+def examples(learner_data):
+    return SupervisedExamples(learner_data.catalog.examples("train"), learner_data.catalog.trie)
+
+
+def test_an_epoch_holds_every_example_once_and_keeps_users_together(examples):
+    batches = list(examples.batches(size=32, seed=1))
+    assert sorted(np.concatenate(batches)) == list(range(len(examples)))
+    assert {len(batch) for batch in batches[:-1]} == {32}
+    users = examples.user[np.concatenate(batches)]
+    assert (np.diff(users) != 0).sum() == users.max()  # each user is one run
+    assert not np.array_equal(np.concatenate(batches), np.concatenate(list(examples.batches(size=32, seed=2))))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("budget", [60, 400, 5000])
+def test_a_plan_feeds_every_example_once_within_the_budget(examples, budget, ranks):
+    batch = next(examples.batches(size=50, seed=0))
+    plan = examples.plan(batch, budget, ranks)
+    assert len({len(micros) for micros in plan}) == 1
+    assert sorted(np.concatenate([rows for micros in plan for rows in micros])) == sorted(batch)
+    for rows in (rows for micros in plan for rows in micros if len(rows) > 1):
+        packed = pack_groups([examples.prompts[row] for row in rows], [[examples.titles[row]] for row in rows])
+        assert packed.fed_tokens <= budget
+
+
+def test_shared_histories_are_fed_once(examples):
+    batch = next(examples.batches(size=64, seed=0))
+    (micros,) = examples.plan(batch, 10**6, 1)
+    rows = np.concatenate(micros)
+    packed = pack_groups([examples.prompts[row] for row in rows], [[examples.titles[row]] for row in rows])
+    alone = sum(len(examples.prompts[row]) + len(examples.titles[row]) - 1 for row in rows)
+    assert packed.fed_tokens < 0.6 * alone
+
+
+def test_a_limit_takes_examples_of_the_whole_split(learner_data):
+    everything = learner_data.catalog.examples("train")
+    limited = SupervisedExamples(everything, learner_data.catalog.trie, limit=20)
+    assert len(limited) == 20
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_loss_falls_and_is_that_of_hugging_face(gangs, learner_data, tmp_path, ranks):
+    result = gangs[ranks]("sft", CONFIG, str(tmp_path), str(tmp_path / "model"))
+    epochs = [report for report in result["reports"] if "valid_loss" in report]
+    assert [report["stop"] for report in epochs] == [0.0, 1.0]
+    assert epochs[1]["valid_loss"] < epochs[0]["valid_loss"] < 5.9  # log of the vocabulary is 5.99
+    assert result["loss_after"] == pytest.approx(epochs[1]["valid_loss"], rel=1e-5)
+
+    model, total, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), 0.0, 0
+    valid = learner_data.catalog.examples("valid")
+    for row in range(len(valid)):
+        title = learner_data.catalog.trie.title_tokens(int(valid.target_class[row]))
+        ids = torch.tensor([[*valid.prompt_tokens(row).tolist(), *title]])
+        with torch.no_grad():
+            logp = model(ids).logits[0, -len(title) - 1 : -1].log_softmax(-1)
+        total -= float(logp.gather(1, ids[0, -len(title) :, None]).sum())
+        tokens += len(title)
+    assert result["loss_after"] == pytest.approx(total / tokens, rel=1e-4)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_ranks_agree(gangs, tmp_path):
+    losses = [gangs[ranks]("sft", CONFIG, str(tmp_path))["loss_after"] for ranks in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(gangs, tmp_path):
+    steady = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, schedule="constant")
+    config = replace(CONFIG, sft=replace(CONFIG.sft, epochs=60, patience=2, optimizer=steady))  # it will overfit
+    result = gangs[1]("sft", config, str(tmp_path))
+    losses = [report["valid_loss"] for report in result["reports"] if "valid_loss" in report]
+    best = int(np.argmin(losses))
+    assert best > 0
+    assert len(losses) == best + 1 + 2 < 60
+    assert result["loss_after"] == pytest.approx(losses[best], rel=1e-5)
