@@ -52,16 +52,15 @@ class DeviceTrie:
 
     @cached_property
     def forced_to_end(self) -> torch.Tensor:
-        """int16 [N]: tokens to the one title below a node, end-of-sequence excluded; -1 where several lie below."""
+        """bool [N]: whether but one title lies below a node, so that all of its further tokens are forced."""
         first, target = self.source.first_edge, self.source.edge_target
-        length = np.full(self.source.num_nodes, -1, np.int16)
+        forced = np.zeros(self.source.num_nodes, bool)
         starts = [*self.source.level_start.tolist(), self.source.num_nodes]
         for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
             single = start + np.flatnonzero(np.diff(first[start : stop + 1]) == 1)
             child = target[first[single]]
-            below = length[np.maximum(child, 0)]
-            length[single] = np.where(child < 0, 0, np.where(below < 0, -1, below + 1))
-        return torch.from_numpy(length).to(self.device)
+            forced[single] = (child < 0) | forced[np.maximum(child, 0)]
+        return torch.from_numpy(forced).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,17 @@ class Children:
     def select(self, row: torch.Tensor) -> "Children":
         """Of some rows."""
         return Children(self.logprob[row], self.edge[row], self.key[row])
+
+    def only_child(self, where: torch.Tensor, edge: torch.Tensor, logprob: torch.Tensor | float) -> "Children":
+        """Where a node has but one child, that one: where, edge and logprob are like the rows [...]."""
+        first = torch.arange(self.edge.shape[-1], device=where.device) == 0
+        value = torch.as_tensor(logprob, device=where.device).expand_as(where)[..., None]
+        one, only = where[..., None], torch.where(first, value, NEG_INF)
+        return Children(
+            torch.where(one, only, self.logprob),
+            torch.where(one, edge[..., None], self.edge),
+            torch.where(one, only.to(self.key.dtype), self.key),
+        )
 
     @classmethod
     def cat(cls, pieces: "Sequence[Children]") -> "Children":

@@ -52,16 +52,14 @@ class Known:
     def next(self, node: torch.Tensor) -> Children:
         """Children [P, G, W] of every beam's node [P, G]; -inf where a beam is not running (node -1)."""
         assert self._children is not None
-        children, running = self._children, (node >= 0)[..., None]
-        logprob, edge, key = children.logprob, children.edge, children.key
+        running = (node >= 0)[..., None]
+        found = self._children
         if self._lookahead > 1:
-            is_forced = (self._forced_left > 0)[..., None]
-            only = torch.arange(logprob.shape[2], device=node.device) == 0
-            forced = torch.where(only, self._forced[..., :1], NEG_INF)
-            logprob = torch.where(is_forced, forced, logprob)
-            key = torch.where(is_forced, forced.to(key.dtype), key)
-            edge = torch.where(is_forced, self._trie.first_edge[node.clamp_min(0)][..., None], edge)
-        return Children(torch.where(running, logprob, NEG_INF), edge, torch.where(running, key, NEG_INF))
+            edge = self._trie.first_edge[node.clamp_min(0)]
+            found = found.only_child(self._forced_left > 0, edge, self._forced[..., 0])
+        return Children(
+            torch.where(running, found.logprob, NEG_INF), found.edge, torch.where(running, found.key, NEG_INF)
+        )
 
     def follow(self, ready: torch.Tensor, parent: torch.Tensor) -> None:
         """Beams [P, G] of the ready groups went one token on from `parent`; the others stay as they are."""

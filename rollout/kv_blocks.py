@@ -120,19 +120,22 @@ def blocks_needed(length: int, beams: int, level_width: np.ndarray, lookahead: i
 
 
 def passes(
-    start: np.ndarray, stop: np.ndarray, budget: int
+    start: np.ndarray, stop: np.ndarray, budget: int, max_rows: int
 ) -> Iterator[tuple[int, int, slice, np.ndarray, np.ndarray]]:
-    """Cut N rows of tokens into forward passes of at most `budget` tokens.
+    """Cut N rows of tokens into forward passes of at most `budget` tokens and `max_rows` rows.
 
     start, stop: int64 [N], positions of each row's tokens. Yields first and last (exclusive) token of a pass in the
     sequence of all tokens, its rows, and start and stop of each row within it.
     """
     after = np.cumsum(stop - start)
-    for first in range(0, int(after[-1]), budget):
-        last = min(first + budget, int(after[-1]))
-        row = slice(int(np.searchsorted(after, first, "right")), int(np.searchsorted(after, last, "left")) + 1)
+    first = 0
+    while first < after[-1]:
+        top = int(np.searchsorted(after, first, "right"))
+        last = int(min(first + budget, after[min(top + max_rows, len(after)) - 1]))
+        row = slice(top, int(np.searchsorted(after, last, "left")) + 1)
         offset = stop[row] - after[row]
         yield first, last, row, np.maximum(start[row], first + offset), np.minimum(stop[row], last + offset)
+        first = last
 
 
 def _columns(length: np.ndarray | int, block_size: int) -> np.ndarray:

@@ -37,6 +37,8 @@ class BeamSearch:
         self._score[:, 0] = 0
         self._policy = self._score.double()
         self._depth = torch.zeros(groups, dtype=torch.int64, device=device)
+        self._free_chains = space == "trie"
+        """Whether a beam with one title below it needs no more scores: its tokens all have log-probability 0."""
         self._known = Known(trie, groups, beams, self.lookahead)
         self._past = Past(trie, groups, beams)
         self._pool = Pool.empty(groups, beams, device)
@@ -44,7 +46,7 @@ class BeamSearch:
     def frontier(self) -> Frontier:
         """See TrieSearch."""
         running = self._node >= 0
-        node, token, count = self._chains(running & ~self._known.scored)
+        node, token, count = self._chains(running & ~self._known.scored & ~self._free())
         last = node.gather(2, (count - 1).clamp_min(0)[..., None])[..., 0]
         host_count, fanout, parent = torch.stack([count, self.trie.fanout(last), self._origin]).cpu().numpy()
         self._origin = torch.where(running, torch.arange(self.beams, device=node.device), -1)
@@ -81,7 +83,7 @@ class BeamSearch:
         steps, asks_often = 0, self.trie.device.type == "cpu"
         while True:
             running = self._node >= 0
-            ready = running.any(1) & (self._known.scored | ~running).all(1)
+            ready = running.any(1) & (self._known.scored | self._free() | ~running).all(1)
             if (asks_often or steps >= self.lookahead) and not bool(ready.any()):
                 return
             self._step(ready)
@@ -89,7 +91,10 @@ class BeamSearch:
 
     def _step(self, ready: torch.Tensor) -> None:
         """One token for every ready group."""
-        steps = self._best_steps(self._known.next(self._node))
+        children = self._known.next(self._node)
+        if self._free_chains:
+            children = children.only_child(self._free(), self.trie.first_edge[self._node.clamp_min(0)], 0.0)
+        steps = self._best_steps(children)
         target = self.trie.edge_target[steps.edge].long()
         possible = (steps.score > NEG_INF) & ready[:, None]
         ended = possible & (target < 0)
@@ -103,6 +108,13 @@ class BeamSearch:
         steps, target = steps.gather(first), target.gather(1, first)
         alive = (rank < goes_on.sum(1, keepdim=True)) & (steps.score > self._pool.score[:, -1:])
         self._follow(ready, alive, steps, target)
+
+    def _free(self) -> torch.Tensor:
+        """bool [P, G]: running beams whose scores are known to the end of their title; never the root."""
+        if not self._free_chains:
+            return torch.zeros_like(self._node, dtype=torch.bool)
+        below = self.trie.forced_to_end[self._node.clamp_min(0)]
+        return below & (self._node >= 0) & (self._depth > 0)[:, None]
 
     def _best_steps(self, children: Children) -> Steps:
         """The 2G best steps from the children [P, G, W] of all beams."""

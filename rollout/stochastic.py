@@ -37,7 +37,7 @@ class StochasticBeamSearch(BeamSearch):
     ) -> None:
         """seeds: one per group. size: G. space: of the log-probabilities that are reported."""
         super().__init__(trie, len(seeds), size + 1, space)
-        self.size, self.temperature = size, temperature
+        self.size, self.temperature, self._free_chains = size, temperature, False
         self._seed = seed_tensor(seeds, trie.device)
         self._score = self._score.double()
         self._score[:, 0] = gumbel(self._seed, torch.full_like(self._seed, -1))

@@ -4,6 +4,7 @@ The worker engine drives the model of a vLLM worker by itself. What it needs of 
 else; `PagedModel` checks at construction that each name is still there and says which one moved.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,14 @@ RUNNER_NAMES = (
     "max_num_tokens",
     "max_model_len",
     "model_config",
+    "max_num_reqs",
+    "uses_mrope",
     "cudagraph_dispatcher",
 )
+
+
+PADDING_SLOT = -1
+"""Where the key and value of a padding token go: nowhere."""
 
 
 class UnsupportedModelError(RuntimeError):
@@ -67,6 +74,7 @@ class PagedModel:
         self.device: torch.device = runner.device
         self.max_batched_tokens: int = runner.max_num_tokens
         self.max_model_len: int = runner.max_model_len
+        self.max_rows: int = runner.max_num_reqs
         self.vocab_size: int = runner.model_config.get_vocab_size()
         spec = self._only_spec()
         self.num_blocks = int(runner.kv_caches[0].shape[0])
@@ -76,6 +84,11 @@ class PagedModel:
         """The KV-cache specification of the one group of full-attention layers."""
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+        if self._runner.uses_mrope:
+            raise UnsupportedModelError(
+                "the model has multi-dimensional positions; the worker engine serves text models: "
+                "use rollout.engine=requests"
+            )
         groups = self._runner.kv_cache_config.kv_cache_groups
         kinds = [type(group.kv_cache_spec).__name__ for group in groups]
         if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
@@ -86,15 +99,51 @@ class PagedModel:
         return groups[0].kv_cache_spec
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
-        """Hidden states [T, H] of the batch's tokens; their keys and values are then in the cache."""
+        """Hidden states [T, H] of the batch's tokens; their keys and values are then in the cache.
+
+        Where the runner has captured CUDA graphs of the parts between attention layers, they are replayed: tokens and
+        positions go through the runner's own buffers, padded to a captured size.
+        """
+        from vllm.config import CUDAGraphMode
         from vllm.forward_context import set_forward_context
 
         runner, num_tokens = self._runner, len(batch.position)
-        token, position = batch.token, self._to_device(batch.position)
-        slot = self._to_device(batch.slot)
+        mode, descriptor = runner.cudagraph_dispatcher.dispatch(num_tokens, invalid_modes={CUDAGraphMode.FULL})
+        padded = descriptor.num_tokens
+        token, position = runner.input_ids.gpu[:padded], runner.positions[:padded]
+        token[:num_tokens].copy_(batch.token)
+        position[:num_tokens].copy_(torch.from_numpy(batch.position), non_blocking=True)
+        slot = torch.full((padded,), PADDING_SLOT, dtype=torch.int64, device=self.device)
+        slot[:num_tokens].copy_(torch.from_numpy(batch.slot), non_blocking=True)
         metadata, slots = self._attention_metadata(batch, position, slot)
-        with set_forward_context(metadata, runner.vllm_config, num_tokens=num_tokens, slot_mapping=slots):
+        with set_forward_context(
+            metadata,
+            runner.vllm_config,
+            num_tokens=padded,
+            cudagraph_runtime_mode=mode,
+            batch_descriptor=descriptor,
+            slot_mapping=slots,
+        ):
             return runner.model(input_ids=token, positions=position)[:num_tokens]
+
+    def seconds_per_forward(self, rows: int, repeats: int = 5) -> float:
+        """Of the fastest of some passes over `rows` single tokens; nothing is kept of them in the cache."""
+        nothing = np.zeros(rows, np.int64)
+        one = np.ones(rows, np.int32)
+        batch = TokenBatch(
+            token=torch.zeros(rows, dtype=torch.int32, device=self.device),
+            position=nothing,
+            slot=nothing + PADDING_SLOT,
+            count=one,
+            length=one,
+            table=np.zeros((rows, 1), np.int32),
+        )
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            self.forward(batch)[:1].cpu()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
 
     def _attention_metadata(
         self, batch: TokenBatch, position: torch.Tensor, slot: torch.Tensor
@@ -117,7 +166,7 @@ class PagedModel:
             slot_mapping=slot,
             causal=True,
             seq_lens_cpu_upper_bound=length,
-            positions=position,
+            positions=position[: len(batch.position)],
         )
         metadata: dict[str, Any] = {}
         for groups in self._runner.attn_groups:
@@ -128,7 +177,19 @@ class PagedModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, V] in the model's precision; with tensor parallelism, whole on every rank."""
-        return self._runner.model.compute_logits(hidden)
+        logits = self._runner.model.compute_logits(hidden)
+        if logits is None:
+            raise UnsupportedModelError(
+                "vLLM gathers the logits on one rank only on this platform; set rollout.tensor_parallel=1 or "
+                "use rollout.engine=requests"
+            )
+        return logits
+
+    def agree(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor on every rank, so that tensor-parallel ranks take the same decisions."""
+        from vllm.distributed import get_tp_group
+
+        return get_tp_group().broadcast(tensor.contiguous(), src=0)
 
     def copy_blocks(self, source: np.ndarray, destination: np.ndarray) -> None:
         """Copy whole blocks of the KV cache, in every layer and whatever its layout."""

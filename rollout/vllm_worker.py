@@ -8,7 +8,7 @@ import torch
 
 from catalog.trie import Trie
 from rollout.children import Children, DeviceTrie
-from rollout.config import LogprobSpace, Strategy
+from rollout.config import ForcedChains, LogprobSpace, Strategy
 from rollout.frontier import Frontier, TrieSearch
 from rollout.groups import Candidates
 from rollout.kv_blocks import BeamBlocks, blocks_needed, passes
@@ -22,15 +22,31 @@ from rollout.vllm_weights import WeightsWorker
 LOGITS_BYTES = 128 * 2**20
 """Most memory of one piece of logits; more rows are scored piece by piece."""
 
+PROBE_ROWS = 128
+CHEAP = 2.5
+"""Scoring forced chains at once takes about 2.5 times fewer passes of about 4 times the tokens (docs/rollout.md)."""
+
 
 class SearchWorker(WeightsWorker):
     """Methods that vLLM adds to its worker class; every tensor-parallel rank runs them in lockstep."""
 
-    def start_search(self, trie_path: str, logprob_space: LogprobSpace) -> None:
-        """Map the trie and check that this worker's model can be driven."""
+    @torch.inference_mode()
+    def start_search(self, trie_path: str, logprob_space: LogprobSpace, forced_chains: ForcedChains) -> int:
+        """Map the trie, check that this worker's model can be driven, and choose the lookahead of its searches."""
         self.paged_model = PagedModel(self.model_runner)
         self.device_trie = DeviceTrie.of(Trie.load(Path(trie_path)), self.paged_model.device)
         self.logprob_space = logprob_space
+        if forced_chains == "auto":
+            at_once = self.paged_model.device.type != "cpu" and self._more_tokens_are_cheap()
+        else:
+            at_once = forced_chains == "at_once"
+        return self.device_trie.max_tokens if at_once else 1
+
+    def _more_tokens_are_cheap(self) -> bool:
+        """Whether four times the tokens take less than CHEAP times as long; the first rank decides for all."""
+        seconds = [self.paged_model.seconds_per_forward(rows) for rows in (PROBE_ROWS, 4 * PROBE_ROWS)]
+        cheap = torch.tensor([seconds[1] < CHEAP * seconds[0]], device=self.paged_model.device)
+        return bool(self.paged_model.agree(cheap))
 
     @torch.inference_mode()
     def search_groups(
@@ -121,7 +137,7 @@ class SearchWorker(WeightsWorker):
         """
         model, hidden = self.paged_model, []
         token = token.to(model.device, non_blocking=True)
-        for first, last, row, begin, end in passes(start, stop, model.max_batched_tokens):
+        for first, last, row, begin, end in passes(start, stop, model.max_batched_tokens, model.max_rows):
             count = end - begin
             of_token = np.repeat(np.arange(len(count)), count)
             position = np.arange(last - first) - (np.cumsum(count) - count - begin)[of_token]
@@ -143,6 +159,8 @@ class SearchWorker(WeightsWorker):
         """The children of every frontier node, the logits computed a bounded piece at a time."""
         rows = max(1, LOGITS_BYTES // (self.paged_model.vocab_size * hidden.element_size()))
         pieces = [slice(start, start + rows) for start in range(0, len(hidden), rows)]
-        return Children.cat(
+        children = Children.cat(
             [search.children(frontier, piece, self.paged_model.logits(hidden[piece])) for piece in pieces]
         )
+        agree = self.paged_model.agree
+        return Children(agree(children.logprob), agree(children.edge), agree(children.key))

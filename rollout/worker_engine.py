@@ -25,7 +25,6 @@ class WorkerEngine:
 
     def __init__(self, model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> None:
         self._config = config
-        self._lookahead = 1
         self._llm = create_llm(model_path, config, worker_extension=WORKER_EXTENSION, first_runner=True)
         trie = Trie.load(Path(trie_path))
         model_config = self._llm.llm_engine.model_config
@@ -36,7 +35,9 @@ class WorkerEngine:
                 f"{trie_path} has token {trie.edge_token.max()}, the model's vocabulary is {self._vocab_size}: build "
                 "the catalogue with the model's tokenizer"
             )
-        self._llm.collective_rpc("start_search", args=(str(trie_path), config.logprob_space))
+        self._lookahead = self._llm.collective_rpc(
+            "start_search", args=(str(trie_path), config.logprob_space, config.forced_chains)
+        )[0]
 
     def generate(
         self,

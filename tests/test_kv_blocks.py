@@ -114,13 +114,17 @@ def test_a_group_never_needs_more_than_was_planned(length: int, beams: int, dept
     counts=st.lists(st.integers(1, 30), min_size=1, max_size=20),
     offset=st.integers(0, 9),
     budget=st.integers(1, 40),
+    max_rows=st.integers(1, 10),
 )
-def test_passes_cover_every_token_once_within_the_budget(counts: list[int], offset: int, budget: int) -> None:
+def test_passes_cover_every_token_once_within_the_budget(
+    counts: list[int], offset: int, budget: int, max_rows: int
+) -> None:
     start = np.arange(len(counts)) + offset
     stop = start + np.array(counts)
     seen = []
-    for first, last, rows, begin, end in passes(start, stop, budget):
+    for first, last, rows, begin, end in passes(start, stop, budget, max_rows):
         assert last - first == (end - begin).sum() <= budget
+        assert len(begin) <= max_rows
         index = np.arange(len(counts))[rows]
         seen += [(i, p) for i, b, e in zip(index, begin, end, strict=True) for p in range(b, e)]
     assert seen == [(i, p) for i in range(len(counts)) for p in range(start[i], stop[i])]

@@ -115,6 +115,17 @@ def test_lookahead_asks_the_model_less_often() -> None:
         np.testing.assert_array_equal(one.score, other.score)
 
 
+def test_forced_tokens_cost_nothing_when_renormalised_over_the_trie() -> None:
+    titles = [[first, *range(5, 25), EOS] for first in (1, 2, 3)]
+    trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
+    logits = torch.randn(2, trie.num_nodes, 30, generator=torch.Generator().manual_seed(0))
+    found, asked = run(trie, logits, beams=3, space="trie")
+    assert asked == 1
+    for group in range(2):
+        expected = plain_beam_search(trie, logprobs_of(trie, logits[group], "trie").__getitem__, 3)
+        assert_equal(found[group], expected)
+
+
 def test_groups_do_not_depend_on_each_other() -> None:
     trie = random_trie(3, 50, 20, 10)
     logits = torch.randn(8, trie.num_nodes, 20, generator=torch.Generator().manual_seed(1))
