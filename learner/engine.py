@@ -62,7 +62,7 @@ def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, 
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # micro-batches are explicit, see ZeroEngine.backward
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.gradient_clipping,
+        "gradient_clipping": 0.0 if clips_itself(config) else optimizer.gradient_clipping,
         "steps_per_print": 10**9,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": zero,
@@ -71,6 +71,11 @@ def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, 
     if config.dtype == "bfloat16" and config.zero_stage:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(ours, config.deepspeed)
+
+
+def clips_itself(config: LearnerConfig) -> bool:
+    """Whether ZeroEngine clips: DeepSpeed neither reports nor checks the norm of gradients that no stage owns."""
+    return config.zero_stage == 0 and config.dtype == "float32"
 
 
 class ZeroEngine:
@@ -96,7 +101,7 @@ class ZeroEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self._adamw, config=zero_config(config, optimizer)
             )
-        self._clips_itself = self.stage == 0 and config.dtype == "float32"
+        self._clips_itself = clips_itself(config)
         self._clipping = optimizer.gradient_clipping
         if self.stage == 0:
             # One rank has nothing to average; DeepSpeed would still copy every gradient into a flat buffer and back.
@@ -149,7 +154,7 @@ class ZeroEngine:
         return norm
 
     def _clip(self) -> float:
-        """DeepSpeed neither reports nor checks the norm of float32 gradients that no ZeRO stage owns."""
+        """The global gradient norm; scales the gradients down to the clipping bound, drops them if not finite."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
