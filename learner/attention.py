@@ -4,7 +4,6 @@ On the CPU the row is cut into runs of queries that see few keys besides their o
 CUDA it is one flex attention call whose block mask skips what nobody sees. Windows go by position, not by index.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,92 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from learner.bfloat16 import widened
+from learner.tree_mask import TreeMask
 
 IMPLEMENTATION = "tree"
-MIN_CHAIN = 64
-# Tokens of an unbranched chain from which on it gets an attention call of its own.
-MAX_RUN = 512
-# Queries up to which neighbouring subtrees are computed together.
-
-
-@dataclass(frozen=True)
-class Run:
-    """Queries start:stop of a packed row. They see the key ranges of their ancestors and, by the tree, each other."""
-
-    start: int
-    stop: int
-    ancestors: tuple[tuple[int, int], ...]
-    """Each is a run of its own, further up."""
-
-
-@dataclass
-class TreeMask:
-    """Who sees whom in a packed row: made once per forward pass, shared by its layers."""
-
-    subtree_end: torch.Tensor
-    """int64 [N], of PackedBatch"""
-    positions: torch.Tensor
-    """int64 [N]"""
-    _cache: dict[Any, Any] = field(init=False, default_factory=dict)
-
-    def runs(self, window: int | None, dtype: torch.dtype) -> list[tuple[Run, torch.Tensor]]:
-        """Runs that cover the row, each with its additive mask [queries, keys]; keys: ancestors, then the run."""
-        if (window, dtype) not in self._cache:
-            runs = split_runs(self.subtree_end.tolist())
-            self._cache[window, dtype] = [(run, self._additive(run, window, dtype)) for run in runs]
-        return self._cache[window, dtype]
-
-    def block_mask(self, window: int | None) -> Any:
-        """flex attention's block mask of the same relation."""
-        if window not in self._cache:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            def visible(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-                return self._visible(query, key, window)
-
-            size = len(self.subtree_end)
-            self._cache[window] = create_block_mask(visible, None, None, size, size, self.subtree_end.device.type)
-        return self._cache[window]
-
-    def _visible(self, query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
-        visible = (key <= query) & (query < self.subtree_end[key])
-        return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
-
-    def _additive(self, run: Run, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        queries = torch.arange(run.start, run.stop)
-        keys = torch.cat([torch.arange(*keys) for keys in (*run.ancestors, (run.start, run.stop))])
-        visible = self._visible(queries[:, None], keys[None, :], window)
-        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
-
-
-def split_runs(subtree_end: list[int]) -> list[Run]:
-    """Cut a packed row into runs, in order: long chains alone, the small subtrees between them together."""
-    runs: list[Run] = []
-    _split(subtree_end, 0, len(subtree_end), (), runs)
-    return runs
-
-
-def _split(
-    subtree_end: list[int], start: int, stop: int, ancestors: tuple[tuple[int, int], ...], runs: list[Run]
-) -> None:
-    """Cut the sibling subtrees that fill start:stop, all of them below `ancestors`."""
-    root = pending = start
-    while root < stop:
-        end = subtree_end[root]
-        branch = root + 1
-        while branch < end and subtree_end[branch] == end:
-            branch += 1
-        long = branch - root >= MIN_CHAIN or end - root > MAX_RUN
-        if pending < root and (long or end - pending > MAX_RUN):
-            runs.append(Run(pending, root, ancestors))
-            pending = root
-        if long:
-            runs.append(Run(root, branch, ancestors))
-            _split(subtree_end, branch, end, (*ancestors, (root, branch)), runs)
-            pending = end
-        root = end
-    if pending < stop:
-        runs.append(Run(pending, stop, ancestors))
 
 
 def tree_attention(

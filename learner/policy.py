@@ -9,10 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from catalog.trie import Trie
-from learner.attention import IMPLEMENTATION, TreeMask, packing_refusal
+from learner.attention import IMPLEMENTATION, packing_refusal
 from learner.bfloat16 import widen_linears
 from learner.logprobs import LogprobHead
 from learner.packing import PackedBatch, pack_groups, padded_batch
+from learner.tree_mask import TreeMask
 from learner.trie_logprobs import TrieSpace, trie_logprobs
 
 CUDA_BUCKET = 512

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
-from learner.attention import TreeMask, split_runs
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
+from learner.tree_mask import BLOCK, TreeMask, split_runs
 
 Groups = list[tuple[list[int], list[list[int]]]]
 
@@ -92,10 +93,10 @@ def test_padding_to_a_bucket_sees_only_itself(groups: Groups, bucket: int) -> No
     assert np.array_equal(padded[size:], np.eye(batch.fed_tokens, dtype=bool)[size:])
 
 
-def large_groups(seed: int) -> Groups:
+def large_groups(seed: int, template_tokens: int = 80) -> Groups:
     """Prompts of a shared template with long and short tails, candidates that branch at different depths."""
     random = np.random.default_rng(seed)
-    template = random.integers(0, 50, 80).tolist()
+    template = random.integers(0, 50, template_tokens).tolist()
     groups = []
     for tail in (100, 3, 150, 70):
         titles = random.integers(0, 50, (5, 30)).tolist()
@@ -141,17 +142,32 @@ def test_runs_see_few_keys_that_are_masked() -> None:
     assert pairs < 2.5 * visible(batch).sum()
 
 
-@pytest.mark.parametrize("window", [None, 7])
-def test_flex_attention_gets_the_same_relation(window: int | None) -> None:
-    from torch.nn.attention.flex_attention import create_mask
-
-    batch = pack_groups(*split(large_groups(2)), bucket=128)
+@pytest.mark.parametrize("window", [None, 7, 150])
+def test_flex_attention_computes_the_blocks_that_somebody_sees_and_masks_within(window: int | None) -> None:
+    batch = pack_groups(*split(large_groups(2, template_tokens=300)), bucket=BLOCK)
     size = batch.fed_tokens
     blocks = TreeMask(batch.subtree_end, batch.positions[0]).block_mask(window)
     distance = batch.positions[0][:, None] - batch.positions[0][None, :]
     expected = torch.from_numpy(visible(batch)) & (distance < (window or 10**9))
     assert torch.equal(create_mask(blocks.mask_mod, None, None, size, size, "cpu")[0, 0], expected)
-    assert blocks.sparsity() > 50  # percent of blocks that are never computed
+
+    per_block = expected.view(size // BLOCK, BLOCK, size // BLOCK, BLOCK).transpose(1, 2).flatten(2)
+    computed = blocks.to_dense()[0, 0].bool()
+    unmasked = dense_blocks(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    assert not (per_block.any(2) & ~computed).any()
+    assert not (unmasked & ~per_block.all(2)).any()
+    if window is None:
+        assert torch.equal(computed, per_block.any(2))
+        assert torch.equal(unmasked, per_block.all(2))
+        assert unmasked.any()
+    assert computed.sum() < computed.numel() / 2
+
+
+def dense_blocks(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    dense = torch.zeros(indices.shape[2:], dtype=torch.bool)
+    for row, (count, listed) in enumerate(zip(counts[0, 0], indices[0, 0], strict=True)):
+        dense[row, listed[:count].long()] = True
+    return dense
 
 
 @pytest.mark.parametrize("pack", [pack_groups, padded_batch])
