@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.config import LearnerConfig, OptimizerConfig
+from learner.zero_config import adamw_arguments, clips_itself, zero_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,30 +55,6 @@ def join_process_group(
     return torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
 
 
-def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration for ours; `config.deepspeed` is merged over it, key by key."""
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # micro-batches are explicit, see ZeroEngine.backward
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if clips_itself(config) else optimizer.gradient_clipping,
-        "steps_per_print": 10**9,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if config.dtype == "bfloat16" and config.zero_stage:
-        ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(ours, config.deepspeed)
-
-
-def clips_itself(config: LearnerConfig) -> bool:
-    """Whether ZeroEngine clips: DeepSpeed neither reports nor checks the norm of gradients that no stage owns."""
-    return config.zero_stage == 0 and config.dtype == "float32"
-
-
 class ZeroEngine:
     """One optimizer step from any number of micro-batches, the same under every ZeRO stage.
 
@@ -96,7 +73,7 @@ class ZeroEngine:
         self.stage = config.zero_stage
         self._deepspeed = deepspeed
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._adamw = torch.optim.AdamW(parameters, **_adamw_arguments(optimizer), fused=True)
+        self._adamw = torch.optim.AdamW(parameters, **adamw_arguments(optimizer), fused=True)
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self._adamw, config=zero_config(config, optimizer)
@@ -166,7 +143,7 @@ class ZeroEngine:
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """Forget the moments and take other hyperparameters, as a new AdamW over the present weights would."""
         for group in self._engine.optimizer.param_groups:
-            group.update(_adamw_arguments(optimizer))
+            group.update(adamw_arguments(optimizer))
         for state in self._adamw.state.values():
             for value in state.values():
                 value.zero_()
@@ -252,20 +229,3 @@ def to_universal(path: Path, out: Path) -> None:
             inject_missing_state=True,
         )
     )
-
-
-def _adamw_arguments(optimizer: OptimizerConfig) -> dict[str, Any]:
-    return {
-        "lr": optimizer.learning_rate,
-        "betas": tuple(optimizer.betas),
-        "eps": optimizer.eps,
-        "weight_decay": optimizer.weight_decay,
-    }
-
-
-def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(ours)
-    for key, value in theirs.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if nested else value
-    return merged

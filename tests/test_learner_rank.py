@@ -167,3 +167,9 @@ def test_adapters_train_alike_under_zero(gangs, steps, stage):
     found = gangs[2]("train", replace(config, zero_stage=stage), steps)
     assert found["sent"] == found["checksum"]
     assert found["metrics"][-1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_makes_the_same_steps(gangs, learner_data, steps, expected, stage):
+    found = gangs[2]("train", replace(CONFIG, zero_stage=stage, offload_optimizer=True), steps)
+    assert_same_training(found["weights"], expected["weights"], learner_data)
