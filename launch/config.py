@@ -43,8 +43,8 @@ class ClusterConfig:
     # GPUs that the profile is written for, over all nodes.
     gpus_per_node: int = 8
     # GPUs of one node; a rollout worker's devices stay on one node.
-    object_store_gib: float = 1.0
-    # Shared memory for objects of a local Ray, in GiB.
+    object_store_gib: float = 3.0
+    # Shared memory for objects of a local Ray, in GiB; must hold the weights of two versions, or Ray spills to disk.
     start_timeout_s: float = 300.0
     # Longest wait for the actors to be placed and ready.
 
