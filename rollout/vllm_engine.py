@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rollout.config import RolloutConfig
+from rollout.vllm_kernels import OP_PRIORITY, keep_freed_memory, register_norms
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -42,6 +43,9 @@ def create_llm(
     _set_environment(on_gpu, first_runner)
     from vllm import LLM
 
+    if not on_gpu:
+        register_norms()
+        keep_freed_memory()
     arguments: dict[str, Any] = {
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel,
@@ -56,7 +60,7 @@ def create_llm(
         "enforce_eager": not on_gpu,
         "logits_processors": list(logits_processors) or None,
         "worker_extension_cls": worker_extension or "",
-        **({} if on_gpu else {"block_size": CPU_BLOCK_SIZE}),
+        **({} if on_gpu else {"block_size": CPU_BLOCK_SIZE, "ir_op_priority": OP_PRIORITY}),
         **overrides,
         **config.vllm,
     }

@@ -17,7 +17,11 @@ from rollout.search import BeamSearch
 from rollout.stochastic import StochasticBeamSearch
 from rollout.vllm_engine import EngineError
 from rollout.vllm_internals import PagedModel, TokenBatch
+from rollout.vllm_kernels import register_norms
 from rollout.vllm_weights import WeightsWorker
+
+if not torch.cuda.is_available():
+    register_norms()  # tensor-parallel workers are processes of their own
 
 LOGITS_BYTES = 128 * 2**20
 """Most memory of one piece of logits; more rows are scored piece by piece."""

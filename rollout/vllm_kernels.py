@@ -1,0 +1,68 @@
+"""What makes vLLM's eager forward faster on a CPU, through its own extension points and the C library's."""
+
+import ctypes
+
+import torch
+
+PROVIDER = "compiled_cpu"
+OP_PRIORITY = {name: [PROVIDER, "native"] for name in ("rms_norm", "fused_add_rms_norm")}
+"""vLLM's `ir_op_priority`: its compiled norms, which it has on CPU but does not choose there."""
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEEP_BYTES = 2**30
+
+
+def register_norms() -> None:
+    """Offer the compiled norms to vLLM under the name PROVIDER; once per process."""
+    from vllm import ir
+    from vllm.platforms import current_platform
+
+    if PROVIDER in ir.ops.rms_norm.impls:
+        return
+    current_platform.import_kernels()
+
+    @ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_norm_is_plain)
+    def rms_norm(
+        x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+    ) -> torch.Tensor:
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ops._C.rms_norm(output, x, weight, epsilon)
+        return output
+
+    @ir.ops.fused_add_rms_norm.register_impl(PROVIDER, supports_args=_fused_norm_is_plain, inplace=True)
+    def fused_add_rms_norm(
+        x: torch.Tensor,
+        x_residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        epsilon: float,
+        variance_size: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+        return x, x_residual
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free, instead of returning it to the system and faulting it in anew.
+
+    Every layer allocates and frees megabytes; without this their first touch costs more than computing them.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
+
+
+def _norm_is_plain(
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+) -> bool:
+    return variance_size is None and weight is not None and weight.dtype == x.dtype and x.is_contiguous()
+
+
+def _fused_norm_is_plain(
+    x: torch.Tensor,
+    x_residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> bool:
+    return _norm_is_plain(x, weight, epsilon, variance_size) and x_residual.is_contiguous()
