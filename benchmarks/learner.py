@@ -188,7 +188,10 @@ def measure(shape: str) -> tuple[Row, dict[str, Any]]:
             Side("benchmarks.learner:Packed", *arguments) as ours,
             Side("benchmarks.learner:Padded", *arguments) as theirs,
         ):
-            calls = [(ours.call("step"), theirs.call("step")) for _ in range(1 + REPEATS)]
+            calls = []
+            for _ in range(1 + REPEATS):
+                calls.append((ours.call("step"), theirs.call("step")))
+                print(f"{shape}: packed {calls[-1][0].seconds:.3g} s, padded {calls[-1][1].seconds:.3g} s", flush=True)
         kept_gib = _kept_gib(model_path, dtype)
     check_equal(*calls[0], GRADIENT_TOLERANCE[dtype])
     pairs = [(mine.seconds, published.seconds) for mine, published in calls[1:]]
