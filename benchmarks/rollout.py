@@ -1,14 +1,13 @@
 """Rollouts against Hugging Face `generate` and against one-token requests; what they feed, and how they grow.
 
-Both sides of a ratio alternate in one process, with the same weights, precision and threads, and must return the same
-candidates, or there is no figure.
+Both sides of a ratio alternate in one run, each in a process of its own, with the same weights, precision and threads,
+and must return the same candidates, or there is no figure.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.growth import random_trie
-from benchmarks.harness import Row, Side, compare, markdown, threads, timed, with_memory, write_section
+from benchmarks.harness import Row, Side, markdown, row_of_pairs, threads, timed, with_memory, write_section
 from benchmarks.in_process import counted_forwards
 from benchmarks.one_token_requests import OneTokenRequests
 from benchmarks.published_way import PublishedTrainer
@@ -43,23 +42,37 @@ def settings(workload: RolloutWorkload) -> RolloutConfig:
 
 
 class Ours:
-    """The worker engine on a workload."""
+    """The worker engine on a shape; lives in a process of its own."""
 
-    def __init__(self, workload: RolloutWorkload) -> None:
-        self._prompts = workload.prompts
-        self.engine = WorkerEngine(workload.model_path, workload.trie_path, settings(workload))
+    def __init__(self, shape: str, folder: str) -> None:
+        self.workload = SHAPES[shape](Path(folder))
+        self.engine = WorkerEngine(self.workload.model_path, self.workload.trie_path, settings(self.workload))
 
-    def run(self, group_size: int = 16) -> list[Candidates]:
-        none = [0] * len(self._prompts)
-        return self.engine.generate(self._prompts, none, none, group_size=group_size)
+    def run(self, group_size: int = 16) -> list[list[list[int]]]:
+        """Tokens of every candidate of every group."""
+        prompts = self.workload.prompts
+        none = [0] * len(prompts)
+        return _tokens(self.engine.generate(prompts, none, none, group_size=group_size))
+
+    def fed(self) -> dict[str, Any]:
+        """See fed_tokens."""
+        return fed_tokens(self.workload, self.run)
+
+    def sizes(self) -> list[dict[str, float]]:
+        """See by_group_size."""
+        return by_group_size(len(self.workload.prompts), self.run)
+
+    def close(self) -> None:
+        self.engine.shutdown()
 
 
 class HuggingFace:
-    """The published way on a workload."""
+    """The published way on a shape."""
 
-    def __init__(self, workload: RolloutWorkload) -> None:
-        self._workload = workload
-        self._trainer = PublishedTrainer(str(workload.model_path), Trie.load(workload.trie_path))
+    def __init__(self, shape: str, folder: str) -> None:
+        torch.set_num_threads(threads())
+        self._workload = SHAPES[shape](Path(folder))
+        self._trainer = PublishedTrainer(str(self._workload.model_path), Trie.load(self._workload.trie_path))
 
     def run(self) -> list[list[list[int]]]:
         """Tokens of every candidate of every group."""
@@ -70,47 +83,43 @@ class HuggingFace:
         return [rows[i : i + 16] for i in range(0, len(rows), 16)]
 
 
-def against_hugging_face(workload: RolloutWorkload, ours: Ours) -> Row:
-    theirs = HuggingFace(workload)
-    answers: dict[str, list[list[list[int]]]] = {}
+class OneToken:
+    """One-token requests on a shape."""
 
-    def run_ours() -> None:
-        answers["ours"] = _tokens(ours.run())
+    def __init__(self, shape: str, folder: str) -> None:
+        self._workload = SHAPES[shape](Path(folder))
+        config = settings(self._workload)
+        self._engine = OneTokenRequests(self._workload.model_path, self._workload.trie_path, config)
 
-    def run_theirs() -> None:
-        answers["theirs"] = theirs.run()
+    def run(self) -> list[list[list[int]]]:
+        """Tokens of every candidate of every group."""
+        return _tokens(self._engine.generate(self._workload.prompts))
 
-    ours.run()
-    warmup = int(workload.repeats > 1)
-    row = compare("hugging-face", workload.name, run_ours, run_theirs, repeats=workload.repeats, warmup=warmup)
-    assert answers["ours"] == answers["theirs"], f"{workload.name}: candidates differ from Hugging Face"
-    return row
-
-
-def against_one_token_requests(workload: RolloutWorkload, ours: Ours) -> Row:
-    theirs = OneTokenRequests(workload.model_path, workload.trie_path, settings(workload))
-    found = theirs.generate(workload.prompts)
-    assert _tokens(ours.run()) == _tokens(found), f"{workload.name}: candidates differ from one-token requests"
-    row = compare("one-token-requests", workload.name, ours.run, lambda: theirs.generate(workload.prompts), repeats=3)
-    theirs.shutdown()
-    return row
+    def close(self) -> None:
+        self._engine.shutdown()
 
 
-def fed_tokens(workload: RolloutWorkload, ours: Ours) -> dict[str, Any]:
+def against(case: str, opponent: str, shape: str, folder: Path, ours: Side, repeats: int) -> Row:
+    """Ours and theirs in turn; the first pair is not counted where there are several."""
+    with Side(f"benchmarks.rollout:{opponent}", shape, str(folder)) as theirs:
+        calls = [(ours.call("run"), theirs.call("run")) for _ in range(repeats + (repeats > 1))]
+    assert calls[0][0].result == calls[0][1].result, f"{shape}: candidates differ from {case}"
+    counted = calls[repeats > 1 :]
+    row = row_of_pairs(case, shape, [(mine.seconds, other.seconds) for mine, other in counted])
+    return with_memory(row, *calls[-1])
+
+
+def fed_tokens(workload: RolloutWorkload, run: Callable[[], object]) -> dict[str, Any]:
     """Tokens through the model against the least possible, and the share of time that the model's forward takes."""
     with counted_forwards() as work, _counted_visits() as visits:
-        seconds = timed(ours.run)
-    visited = sum(visits)
-    least = _distinct_prefixes(workload.prompts) + visited
-    naive = sum(map(len, workload.prompts)) + visited
-    groups = len(workload.prompts)
+        seconds = timed(run)
+    visited, groups = sum(visits), len(workload.prompts)
     return {
         "shape": workload.name,
         "tokens_per_group": work.tokens / groups,
-        "least_per_group": least / groups,
-        "without_sharing_prompts": naive / groups,
+        "least_per_group": (_distinct_prefixes(workload.prompts) + visited) / groups,
+        "without_sharing_prompts": (sum(map(len, workload.prompts)) + visited) / groups,
         "forward_share": (work.forward_s + work.logits_s) / seconds,
-        "tokens_per_second": work.tokens / seconds,
         "groups_per_second": groups / seconds,
     }
 
@@ -143,65 +152,60 @@ def _distinct_prefixes(prompts: Sequence[Sequence[int]]) -> int:
     return total
 
 
-def by_group_size(workload: RolloutWorkload, ours: Ours) -> list[dict[str, float]]:
+def by_group_size(groups: int, run: Callable[[int], object]) -> list[dict[str, float]]:
     """Groups per second for every G."""
     points = []
     for size in GROUP_SIZES:
-        ours.run(size)
-        seconds = min(timed(partial(ours.run, size)) for _ in range(3))
-        points.append({"group_size": size, "groups_per_second": len(workload.prompts) / seconds})
+        run(size)
+        seconds = min(timed(partial(run, size)) for _ in range(3))
+        points.append({"group_size": size, "groups_per_second": groups / seconds})
     return points
 
 
 def by_catalogue(folder: Path) -> list[dict[str, float]]:
-    """Seconds per forward pass, rows of it alike, for every size of the catalogue."""
+    """Time per forward token for every size of the catalogue, the title's length alike."""
     points = []
-    base = tiny(folder)
     for titles in CATALOGUES:
-        path = folder / f"catalogue-{titles}.arrow"
-        random_trie(np.random.default_rng(0), titles, 14, 1536, EOS).save(path)
-        ours = Ours(replace(base, trie_path=path))
-        with counted_forwards() as work:
-            ours.run()
-        seconds = min(timed(ours.run) for _ in range(5))
-        points.append({"titles": titles, "seconds": seconds, "microseconds_per_token": 1e6 * seconds / work.tokens})
-        ours.engine.shutdown()
+        with Side("benchmarks.rollout:OnCatalogue", titles, str(folder)) as side:
+            points.append(side.call("measure").result)
     return points
 
 
-class Peak:
-    """One side of a shape in a process of its own, for its peak memory."""
+class OnCatalogue:
+    """The tiny model on a random catalogue of any size."""
 
-    def __init__(self, shape: str, side: str, folder: str) -> None:
-        torch.set_num_threads(threads())
-        workload = SHAPES[shape](Path(folder))
-        self._side: Ours | HuggingFace = Ours(workload) if side == "ours" else HuggingFace(workload)
+    def __init__(self, titles: int, folder: str) -> None:
+        base = tiny(Path(folder))
+        self._prompts, self._titles = base.prompts, titles
+        path = Path(folder) / f"catalogue-{titles}.arrow"
+        random_trie(np.random.default_rng(0), titles, 14, 1536, EOS).save(path)
+        self._engine = WorkerEngine(base.model_path, path, settings(base))
 
-    def run(self) -> None:
-        self._side.run()
+    def measure(self) -> dict[str, float]:
+        with counted_forwards() as work:
+            self._run()
+        seconds = min(timed(self._run) for _ in range(5))
+        return {"titles": self._titles, "seconds": seconds, "microseconds_per_token": 1e6 * seconds / work.tokens}
 
+    def _run(self) -> None:
+        none = [0] * len(self._prompts)
+        self._engine.generate(self._prompts, none, none)
 
-def with_peak_memory(row: Row, folder: Path) -> Row:
-    """The row with the peak memory of one run of each side."""
-    calls = []
-    for side in ("ours", "theirs"):
-        with Side("benchmarks.rollout:Peak", row.shape, side, str(folder)) as process:
-            calls.append(process.call("run"))
-    return with_memory(row, *calls)
+    def close(self) -> None:
+        self._engine.shutdown()
 
 
 def measure(shape: str, folder: Path) -> tuple[list[Row], dict[str, Any], list[dict[str, float]]]:
     """Rows, fed tokens and, for the tiny shape, groups per second by G."""
-    workload = SHAPES[shape](folder)
-    ours = Ours(workload)
-    rows = [against_hugging_face(workload, ours)]
-    sizes = []
-    if shape == "tiny-64":
-        rows.append(against_one_token_requests(workload, ours))
-        sizes = by_group_size(workload, ours)
-    fed = fed_tokens(workload, ours)
-    ours.engine.shutdown()
-    return [with_peak_memory(rows[0], folder), *rows[1:]], fed, sizes
+    repeats = SHAPES[shape](folder).repeats
+    with Side("benchmarks.rollout:Ours", shape, str(folder)) as ours:
+        ours.call("run")
+        rows = [against("hugging-face", "HuggingFace", shape, folder, ours, repeats)]
+        fed, sizes = ours.call("fed").result, []
+        if shape == "tiny-64":
+            rows.append(against("one-token-requests", "OneToken", shape, folder, ours, repeats))
+            sizes = ours.call("sizes").result
+    return rows, fed, sizes
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
@@ -215,7 +219,6 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def main(shapes: Sequence[str]) -> None:
-    torch.set_num_threads(threads())
     rows: list[Row] = []
     content: dict[str, Any] = {"fed": [], "group_sizes": [], "catalogues": []}
     with tempfile.TemporaryDirectory() as folder:
