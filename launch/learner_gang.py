@@ -76,9 +76,7 @@ class LearnerGang:
 
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
         """Supervised warm-up; yields rank 0's progress reports."""
-        streams: list[ray.ObjectRefGenerator] = [
-            rank.sft.options(num_returns="streaming").remote(str(folder)) for rank in self._ranks
-        ]
+        streams = self._streams("sft", str(folder))
         while True:
             try:
                 reports = [next(stream) for stream in streams]
@@ -92,10 +90,7 @@ class LearnerGang:
 
     def export(self, version: int) -> PublishedWeights:
         """Put the weights into the object store, once, with their checksum."""
-        streams: list[ray.ObjectRefGenerator] = [
-            rank.export_weights.options(num_returns="streaming").remote() for rank in self._ranks
-        ]
-        buckets = [list(stream) for stream in streams]
+        buckets = [list(stream) for stream in self._streams("export_weights")]
         checksum = self._all("checksum", [rank.weights_checksum.remote() for rank in self._ranks])[0]
         return PublishedWeights(version, buckets[0], checksum)
 
