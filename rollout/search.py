@@ -39,6 +39,8 @@ class BeamSearch:
         self._depth = torch.zeros(groups, dtype=torch.int64, device=device)
         self._free_chains = space == "trie"
         """Whether a beam with one title below it needs no more scores: its tokens all have log-probability 0."""
+        self._asks_often = device.type == "cpu"
+        """Whether asking what is on the device costs less than work that may be needless."""
         self._known = Known(trie, groups, beams, self.lookahead)
         self._past = Past(trie, groups, beams)
         self._pool = Pool.empty(groups, beams, device)
@@ -80,11 +82,11 @@ class BeamSearch:
     def advance(self, frontier: Frontier, children: Children) -> None:
         """See TrieSearch: every group moves on as far as the children of its beams are known."""
         self._known.learn(frontier, children)
-        steps, asks_often = 0, self.trie.device.type == "cpu"
+        steps = 0
         while True:
             running = self._node >= 0
             ready = running.any(1) & (self._known.scored | self._free() | ~running).all(1)
-            if (asks_often or steps >= self.lookahead) and not bool(ready.any()):
+            if (self._asks_often or steps >= self.lookahead) and not bool(ready.any()):
                 return
             self._step(ready)
             steps += 1
@@ -99,7 +101,8 @@ class BeamSearch:
         possible = (steps.score > NEG_INF) & ready[:, None]
         ended = possible & (target < 0)
         ended[:, self.beams :] = False
-        self._pool = self._pool.best_with(Pool.of(ended, steps, -1 - target, self._depth))
+        if not self._asks_often or bool(ended.any()):
+            self._pool = self._pool.best_with(Pool.of(ended, steps, -1 - target, self._depth))
 
         goes_on = possible & (target >= 0)
         first = (~goes_on).to(torch.int8).argsort(dim=1, stable=True)[:, : self.beams]

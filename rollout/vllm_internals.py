@@ -192,11 +192,10 @@ class PagedModel:
         return get_tp_group().broadcast(tensor.contiguous(), src=0)
 
     def copy_blocks(self, source: np.ndarray, destination: np.ndarray) -> None:
-        """Copy whole blocks of the KV cache, in every layer and whatever its layout."""
-        from vllm.v1.worker.utils import KVCacheBlockCopy, copy_kv_cache_blocks_inplace
-
-        pairs = [KVCacheBlockCopy(*pair) for pair in zip(source.tolist(), destination.tolist(), strict=True)]
-        copy_kv_cache_blocks_inplace(self._runner.kv_caches, len(self._runner.kv_caches[0]), pairs)
+        """Copy whole blocks of the KV cache, in every layer; blocks are its first dimension, the rest may be anything."""
+        source, destination = self._to_device(source.astype(np.int64)), self._to_device(destination.astype(np.int64))
+        for cache in {cache.data_ptr(): cache for cache in self._runner.kv_caches}.values():  # layers may share one
+            cache.index_copy_(0, destination, cache.index_select(0, source))
 
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
         tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
