@@ -38,7 +38,7 @@ SHAPES: dict[str, Callable[[Path], RolloutWorkload]] = {
 
 
 def settings(workload: RolloutWorkload) -> RolloutConfig:
-    return RolloutConfig(kv_cache_gib=workload.kv_cache_gib, max_batched_tokens=4096)
+    return RolloutConfig(kv_cache_gib=workload.kv_cache_gib, max_batched_tokens=16384)
 
 
 class Ours:

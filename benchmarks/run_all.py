@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import REPOSITORY, machine, machine_name
+from benchmarks.shapes import ON_GPU
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SECTIONS = {
-    "end_to_end": 1500,
+    "end_to_end": 1200,
     "rollout": 600,
     "learner": 480,
     "rewards": 120,
@@ -29,12 +30,17 @@ SECTIONS = {
     "official_times": 240,
 }
 """Module of benchmarks: the longest that it may take, in seconds."""
+SHAPES = {} if ON_GPU else {"rollout": ("tiny-64", "industrial-8"), "learner": ("135m-fp32", "135m-bf16")}
+"""What fits into 40 minutes on 2 cores; each module measures all of its shapes when it is run alone."""
 
 
 def run(module: str, limit_s: float, out: Path) -> dict[str, Any]:
     """What the module wrote, and its wall time; {"markdown": why not} when it failed."""
     start = time.perf_counter()
-    command, environment = [sys.executable, "-m", f"benchmarks.{module}"], {**os.environ, "OUT": str(out)}
+    command, environment = (
+        [sys.executable, "-m", f"benchmarks.{module}", *SHAPES.get(module, ())],
+        {**os.environ, "OUT": str(out)},
+    )
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True) as process:
         try:
             status = process.wait(limit_s)
@@ -51,20 +57,26 @@ def run(module: str, limit_s: float, out: Path) -> dict[str, Any]:
 
 
 def main(modules: list[str]) -> None:
+    sections: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        sections = {module: run(module, SECTIONS[module], Path(folder) / f"{module}.json") for module in modules}
-    rows = [row for section in sections.values() for row in section.get("rows", [])]
-    content = {"machine": machine(), "rows": rows, "sections": sections}
+        for module in modules:
+            sections[module] = run(module, SECTIONS[module], Path(folder) / f"{module}.json")
+            write(sections)
+    minutes = sum(section["seconds"] for section in sections.values()) / 60
+    print(f"{RESULTS / machine_name()}.md\n{minutes:.1f} minutes")
+
+
+def write(sections: dict[str, dict[str, Any]]) -> None:
+    """The results of all sections so far: JSON and Markdown, and JSON to $OUT if it is set."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1) + "\n"
-    outputs = [RESULTS / f"{machine_name()}.json", *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
-    for path in outputs:
+    rows = [row for section in sections.values() for row in section.get("rows", [])]
+    text = json.dumps({"machine": machine(), "rows": rows, "sections": sections}, indent=1) + "\n"
+    for path in (RESULTS / f"{machine_name()}.json", *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])):
         path.write_text(text)
-    tables = "\n".join(section["markdown"] for section in sections.values())
     description = "\n".join(f"- {key}: {value}" for key, value in machine().items())
-    path = RESULTS / f"{machine_name()}.md"
-    path.write_text(f"# Benchmarks\n\n{description}\n\n{tables}")
-    print(f"{path}\n{sum(section['seconds'] for section in sections.values()) / 60:.1f} minutes")
+    tables = "\n".join(section["markdown"] for section in sections.values())
+    times = ", ".join(f"{module} {section['seconds']:.0f} s" for module, section in sections.items())
+    (RESULTS / f"{machine_name()}.md").write_text(f"# Benchmarks\n\n{description}\n- took: {times}\n\n{tables}")
 
 
 if __name__ == "__main__":

@@ -221,6 +221,12 @@ def check(config: Config) -> None:
     _require(bool(config.rewards), "rewards", config.rewards, "at least one reward is needed, such as [{name: rule}]")
     _require(config.name == Path(config.name).name != "", "name", config.name, "must be a plain folder name")
     _require(
+        not learner.inclusion_weights or rollout.strategy == "stochastic_beam",
+        "learner.inclusion_weights",
+        learner.inclusion_weights,
+        f"only rollout.strategy=stochastic_beam has inclusion weights, this is {rollout.strategy}",
+    )
+    _require(
         rollout.tensor_parallel <= config.cluster.gpus_per_node,
         "rollout.tensor_parallel",
         rollout.tensor_parallel,

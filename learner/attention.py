@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from learner.bfloat16 import widened
+from learner.products import widened
 from learner.tree_mask import TreeMask
 
 IMPLEMENTATION = "tree"

@@ -76,6 +76,9 @@ class LearnerConfig:
     # Divide advantages by the group's standard deviation.
     importance_cap: float | None = 2.0
     # Truncation of the importance weight against the rollout's log-probabilities; used when staleness > 0.
+    inclusion_weights: bool = False
+    # With rollout.strategy=stochastic_beam: weigh every candidate by its inclusion weight instead of 1 / G, so that
+    # the mean over a group is an unbiased estimate of the mean over the policy.
     updates_per_batch: int = 1
     # Optimizer steps per batch of groups.
     reference_sync_every: int = 512

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rollout.groups import GroupTableError, validate_groups
+from rollout.groups import INCLUSION_WEIGHT, GroupTableError, validate_groups
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Experience:
     """bool [n]: the target is among the candidates."""
     policy_version: np.ndarray
     """int64 [n]"""
+    inclusion_weights: list[np.ndarray] | None = None
+    """float32 [G_i] each, where the candidates come from stochastic beams."""
 
     @classmethod
     def from_tables(cls, tables: Sequence[pa.Table]) -> "Experience":
@@ -46,6 +48,7 @@ class Experience:
             rewards=_lists(table, "reward"),
             has_hit=np.fromiter(((c == t).any() for c, t in zip(classes, targets, strict=True)), bool, len(targets)),
             policy_version=table["policy_version"].to_numpy(),
+            inclusion_weights=_lists(table, INCLUSION_WEIGHT) if INCLUSION_WEIGHT in names else None,
         )
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from learner.bfloat16 import widened
+from learner.products import linear, widened
 
 
 class LogprobHead(nn.Module):
@@ -70,7 +70,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
         chunks = _chunks(len(hidden), edge_row, head.chunk_tokens)
         wide, wide_bias = widened(weight), None if bias is None else widened(bias)
         for rows, edges in chunks:
-            logits = head.transform(nn.functional.linear(hidden[rows].to(wide.dtype), wide, wide_bias))
+            logits = head.transform(linear(hidden[rows].to(wide.dtype), wide, wide_bias))
             normalizer[rows] = _logsumexp(logits)
             logp[edges] = logits[edge_row[edges] - rows.start, edge_target[edges]] - normalizer[edge_row[edges]]
         ctx.save_for_backward(hidden, normalizer, edge_row, edge_target)
@@ -92,12 +92,12 @@ class _VocabularyLogprobs(torch.autograd.Function):
             states = hidden[rows].to(wide.dtype)
             logits, ctx.logits = ctx.logits, None
             if logits is None:
-                logits = ctx.head.transform(nn.functional.linear(states, wide, wide_bias))
+                logits = ctx.head.transform(linear(states, wide, wide_bias))
             slope = ctx.head.transform_slope(logits)
             to_logits = logits.sub_(normalizer[rows, None]).exp_().mul_(-per_row[rows, None])
             to_logits[edge_row[edges] - rows.start, edge_target[edges]] += gradient[edges]
             projected = to_logits.mul_(slope).to(wide.dtype)
-            to_hidden[rows] = (projected @ wide).to(hidden.dtype)
+            to_hidden[rows] = linear(projected, wide.T).to(hidden.dtype)
             if to_weight is not None:
                 torch.addmm(to_weight, projected.T, states, beta=float(rows.start > 0), out=to_weight)
             if to_bias is not None:

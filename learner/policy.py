@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from catalog.trie import Trie
 from learner.attention import IMPLEMENTATION, packing_refusal
-from learner.bfloat16 import widen_linears
 from learner.logprobs import LogprobHead
 from learner.packing import PackedBatch, pack_groups, padded_batch
+from learner.products import use_best_products
 from learner.tree_mask import TreeMask
 from learner.trie_logprobs import TrieSpace, trie_logprobs
 
@@ -40,7 +40,7 @@ class Policy(nn.Module):
         trie: Trie | None = None,
     ) -> None:
         super().__init__()
-        widen_linears(lm)
+        use_best_products(lm)
         self.lm = lm
         self.head = LogprobHead(lm.get_output_embeddings(), lm.config, logit_chunk_tokens)
         self.trie_space = None if trie is None else TrieSpace(trie)

@@ -13,6 +13,7 @@ import ray
 
 from learner.config import LearnerConfig
 from rollout.config import LogprobSpace
+from rollout.host_memory import keep_freed_memory
 from rollout.weights import WeightBucket
 
 P = ParamSpec("P")
@@ -109,6 +110,8 @@ class LearnerRank:
         torch.set_num_threads(self._config.threads or max(1, len(os.sched_getaffinity(0)) // self._config.ranks))
         os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
         device = join_process_group(self._rank, self._world_size, master_host, master_port, self._config.timeout_s)
+        if device.type == "cpu":
+            keep_freed_memory()
         self._learner = Learner(
             self._model_path,
             Catalog.load(self._catalog_path),

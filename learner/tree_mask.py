@@ -8,8 +8,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 MIN_CHAIN = 64
 # Tokens of an unbranched chain from which on it is a run of its own.
-MAX_RUN = 512
-# Queries up to which neighbouring subtrees are one run.
+MAX_RUN = 128
+# Queries up to which neighbouring subtrees are one run: more queries see more that is not theirs, fewer more calls.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 

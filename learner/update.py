@@ -21,6 +21,7 @@ from learner.packing import PackedBatch, packed_tokens
 from learner.policy import Policy
 from learner.reference import Reference
 from learner.schedule import learning_rate
+from rollout.groups import INCLUSION_WEIGHT, GroupTableError
 
 TOTALS = ("loss", "completion_tokens", "packed_tokens")
 
@@ -34,6 +35,8 @@ class MicroBatch:
     """float32 [C]"""
     logp_rollout: Tensor
     """float32 [C, T], 0 behind the end of a candidate."""
+    candidate_weights: Tensor | float = 1.0
+    """float32 [C]: of each candidate's contribution, 1 on average."""
     weight: float = 1.0
     logp_ref: Tensor | None = None
     logp_old: Tensor | None = None
@@ -120,8 +123,21 @@ class PolicyUpdate:
             packed,
             torch.from_numpy(np.concatenate([advantages[row] for row in rows])).to(device),
             logprobs.to(device),
+            self._candidate_weights(experience, rows),
             weight=float(counts),
         )
+
+    def _candidate_weights(self, experience: Experience, rows: list[int]) -> Tensor | float:
+        """Of every candidate of some groups: G times its inclusion weight, where these are to count."""
+        if not self._config.inclusion_weights:
+            return 1.0
+        if experience.inclusion_weights is None:
+            raise GroupTableError(
+                f"learner.inclusion_weights=true, but the groups have no column {INCLUSION_WEIGHT!r}: roll out with "
+                "rollout.strategy=stochastic_beam"
+            )
+        weights = [len(experience.inclusion_weights[row]) * experience.inclusion_weights[row] for row in rows]
+        return torch.from_numpy(np.concatenate(weights)).to(self._engine.device)
 
     def _update(
         self, micro_batches: list[MicroBatch], count: int, seconds: dict[str, float], keep_old: bool
@@ -140,7 +156,7 @@ class PolicyUpdate:
                     logp_rollout=micro.logp_rollout if self._off_policy else None,
                 )
                 contributions, metrics = self._objective(batch, self._config)
-                loss = contributions.sum() / count
+                loss = (contributions * micro.candidate_weights).sum() / count
             with self._phase(seconds, "backward"):
                 # The engine averages over ranks; the loss is a sum over them.
                 weighted = loss * (micro.weight * self._engine.world_size)

@@ -204,7 +204,9 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
     if logits.device.type != "cpu":
         return logits.float().logsumexp(1)
     rows = max(1, _CACHED_ELEMENTS // logits.shape[1])
-    return torch.cat([chunk[:, 0] - chunk.log_softmax(1)[:, 0] for chunk in map(torch.Tensor.float, logits.split(rows))])
+    return torch.cat(
+        [chunk[:, 0] - chunk.log_softmax(1)[:, 0] for chunk in map(torch.Tensor.float, logits.split(rows))]
+    )
 
 
 def _fanout_buckets(fanout: np.ndarray) -> list[np.ndarray]:

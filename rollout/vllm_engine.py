@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rollout.config import RolloutConfig
-from rollout.vllm_kernels import OP_PRIORITY, keep_freed_memory, register_norms
+from rollout.host_memory import keep_freed_memory
+from rollout.vllm_kernels import OP_PRIORITY, register_norms
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -192,10 +192,10 @@ class PagedModel:
         return get_tp_group().broadcast(tensor.contiguous(), src=0)
 
     def copy_blocks(self, source: np.ndarray, destination: np.ndarray) -> None:
-        """Copy whole blocks of the KV cache, in every layer; blocks are its first dimension, the rest may be anything."""
-        source, destination = self._to_device(source.astype(np.int64)), self._to_device(destination.astype(np.int64))
+        """Copy whole blocks of the KV cache, in every layer; they are its first dimension."""
+        read, written = self._to_device(source.astype(np.int64)), self._to_device(destination.astype(np.int64))
         for cache in {cache.data_ptr(): cache for cache in self._runner.kv_caches}.values():  # layers may share one
-            cache.index_copy_(0, destination, cache.index_select(0, source))
+            cache.index_copy_(0, written, cache.index_select(0, read))
 
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
         tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array

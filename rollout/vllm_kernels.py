@@ -1,15 +1,10 @@
-"""What makes vLLM's eager forward faster on a CPU, through its own extension points and the C library's."""
-
-import ctypes
+"""What makes vLLM's eager forward faster on a CPU, through its own extension points."""
 
 import torch
 
 PROVIDER = "compiled_cpu"
 OP_PRIORITY = {name: [PROVIDER, "native"] for name in ("rms_norm", "fused_add_rms_norm")}
 """vLLM's `ir_op_priority`: its compiled norms, which it has on CPU but does not choose there."""
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 2**30
 
 
 def register_norms() -> None:
@@ -39,17 +34,6 @@ def register_norms() -> None:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
         return x, x_residual
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free, instead of returning it to the system and faulting it in anew.
-
-    Every layer allocates and frees megabytes; without this their first touch costs more than computing them.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)
-        libc.mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
 
 
 def _norm_is_plain(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import learner_gang
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from learner_gang import assert_same_training
@@ -13,6 +14,7 @@ from learner.advantages import group_advantages
 from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
 from learner.experience import Experience
 from learner.schedule import learning_rate
+from rollout.groups import INCLUSION_WEIGHT
 
 gangs, learner_data = learner_gang.gangs, learner_gang.learner_data
 STEPS = 3
@@ -144,6 +146,30 @@ def test_later_updates_of_a_batch_are_clipped_against_the_first(gangs, steps):
     free = replace(CONFIG, updates_per_batch=4)
     found, unclipped = (gangs[1]("train", config, steps[:1]) for config in (clipped, free))
     assert any(not np.allclose(found["weights"][n], unclipped["weights"][n], atol=1e-6) for n in found["weights"])
+
+
+def with_inclusion_weights(tables, weights):
+    """The tables with the same weights in every group."""
+    return [
+        table.append_column(INCLUSION_WEIGHT, pa.array([weights] * len(table), pa.list_(pa.float32())))
+        for table in tables
+    ]
+
+
+def test_inclusion_weights_scale_the_candidates(gangs, learner_data, steps, expected):
+    weighted = replace(CONFIG, inclusion_weights=True)
+    alike = gangs[1]("train", weighted, [with_inclusion_weights(step, [0.25] * 4) for step in steps])
+    assert_same_training(alike["weights"], expected["weights"], learner_data)
+
+    only_first = gangs[1]("train", weighted, [with_inclusion_weights(steps[1], [0.5, 0.0, 0.0, 0.0])])
+    plain = gangs[1]("train", CONFIG, [steps[1]])
+    assert only_first["metrics"][0]["loss"] != pytest.approx(plain["metrics"][0]["loss"], abs=1e-3)
+    assert only_first["metrics"][0]["reward"] == plain["metrics"][0]["reward"]
+
+
+def test_inclusion_weights_that_are_not_there_are_an_error(gangs, steps):
+    with pytest.raises(Exception, match=r"no column 'inclusion_weight'.*rollout\.strategy=stochastic_beam"):
+        gangs[1]("train", replace(CONFIG, inclusion_weights=True), steps[:1])
 
 
 def test_adapters_are_merged_on_export(gangs, steps, learner_data, tmp_path):

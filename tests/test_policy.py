@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from catalog.trie import Trie
-from learner import bfloat16
+from learner import products
 from learner.packing import padded_batch
 from learner.policy import Policy
 
@@ -246,20 +246,20 @@ def test_flex_attention_on_cuda_equals_the_padded_path(name: str) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_widened_products_are_those_of_bfloat16_to_its_rounding(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bfloat16, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
     linear = torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16)
     inputs = torch.randn(2, 30, 48, dtype=torch.bfloat16)
     weights = torch.randn(2, 30, 40, dtype=torch.bfloat16)
     results = []
     for widen in (False, True):
         if widen:
-            bfloat16.widen_linears(linear)
+            products.use_best_products(linear)
         states = inputs.clone().requires_grad_()
         output = linear(states)
         linear.zero_grad()
         (output * weights).sum().backward()
         results.append([output, states.grad, *(parameter.grad for parameter in linear.parameters())])
-    assert type(linear) is bfloat16.WideLinear
+    assert type(linear) is products.CpuLinear
     for narrow, wide in zip(*results, strict=True):
         assert wide.dtype == torch.bfloat16
         assert relative_error(wide.float(), narrow.float()) < 5e-3
@@ -268,6 +268,23 @@ def test_widened_products_are_those_of_bfloat16_to_its_rounding(bias: bool, monk
 def test_a_cpu_with_bfloat16_instructions_is_left_to_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(1, dtype=torch.bfloat16)
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(bfloat16, "has_bfloat16", lambda native=native: native)
-        assert bfloat16.widened(weight).dtype == expected
-        assert bfloat16.widened(weight.float()).dtype == torch.float32
+        monkeypatch.setattr(products, "has_bfloat16", lambda native=native: native)
+        assert products.widened(weight).dtype == expected
+        assert products.widened(weight.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_products_equal_those_of_torch(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.Linear(48, 40, bias=bias)
+    inputs, weights = torch.randn(2, 30, 48), torch.randn(2, 30, 40)
+    results = []
+    for onednn in (False, True):
+        monkeypatch.setattr(products, "prefers_onednn", lambda onednn=onednn: onednn)
+        products.use_best_products(linear)
+        states = inputs.clone().requires_grad_()
+        output = linear(states)
+        linear.zero_grad()
+        (output * weights).sum().backward()
+        results.append([output, states.grad, *(parameter.grad for parameter in linear.parameters())])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,86 @@
+"""Matrix products on CPUs, where torch's choice is not always the fastest: on a GPU nothing here does anything.
+
+bfloat16 on a processor without instructions for it: weights and activations stay bfloat16, products run in float32. A
+product of bfloat16 matrices is exact in float32 up to the order of its sums, so only speed changes: torch emulates the
+missing instructions about five times slower than it multiplies the same matrices in float32.
+
+float32 on a processor that Intel has not made: torch multiplies with MKL, which is up to twice as slow there as
+oneDNN, which torch has, too.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself (AVX-512 BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Whether float32 products are faster with oneDNN than with what torch takes."""
+    cpuinfo = Path("/proc/cpuinfo")
+    others = cpuinfo.is_file() and "GenuineIntel" not in cpuinfo.read_text()
+    return others and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+def must_widen(tensor: torch.Tensor) -> bool:
+    """Whether products with `tensor` are faster in float32."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not has_bfloat16()
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the precision in which its products run."""
+    return tensor.float() if must_widen(tensor) else tensor
+
+
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[..., in] x [out, in] -> [..., out], without a gradient; both in the precision of the product."""
+    if input.device.type == "cpu" and input.dtype == torch.float32 and prefers_onednn():
+        return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], None)
+    return nn.functional.linear(input, weight, bias)
+
+
+class CpuLinear(nn.Linear):
+    """A linear layer that multiplies as this CPU does it best, and is nn.Linear everywhere else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]"""
+        same = input.dtype == self.weight.dtype and input.device.type == "cpu"
+        if same and (must_widen(input) or (input.dtype == torch.float32 and prefers_onednn())):
+            return _Product.apply(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+def use_best_products(model: nn.Module) -> None:
+    """Make every plain nn.Linear of a model a CpuLinear, in place; parameters and their names stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = CpuLinear
+
+
+class _Product(torch.autograd.Function):
+    """Keeps the operands as they are for the backward pass, and widens them again there."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(input)
+        ctx.weight = weight  # not a saved tensor: ZeRO-3 swaps a parameter's storage
+        product = linear(widened(input), widened(weight), None if bias is None else widened(bias))
+        return product.to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient = widened(gradients[0])
+        (input,) = ctx.saved_tensors
+        to_input = linear(gradient, widened(ctx.weight).T).to(input.dtype) if ctx.needs_input_grad[0] else None
+        rows = gradient.flatten(0, -2)
+        to_weight = rows.T @ widened(input.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return to_input, to_weight, rows.sum(0) if ctx.needs_input_grad[2] else None

@@ -1,0 +1,18 @@
+"""Memory of the processes that compute on a CPU."""
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEEP_BYTES = 2**30
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free, instead of returning it to the system and faulting it in anew.
+
+    Every layer allocates and frees megabytes; without this their first touch costs more than computing them in a
+    rollout, and a third of a learner's step.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
