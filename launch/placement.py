@@ -1,6 +1,7 @@
 """Which actor takes which devices, and whether the cluster has them."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import ray
@@ -12,43 +13,51 @@ from launch.config import Config, ConfigError
 
 @dataclass(frozen=True)
 class Placement:
-    """Resources of every actor of a run, in the order rollout workers, learner ranks."""
+    """Resources of every actor of a run."""
 
     device: str
     rollout: list[dict[str, float]]
     learner: list[dict[str, float]]
+    rewards: list[dict[str, float]]
+    """Of reward actors; Ray puts them where there is room."""
 
     @property
     def bundles(self) -> list[dict[str, float]]:
+        """What is reserved together: rollout workers, then learner ranks."""
         return [*self.rollout, *self.learner]
 
-    @property
-    def gpus(self) -> float:
-        return sum(bundle.get("GPU", 0) for bundle in self.bundles)
+    def total(self, kind: str) -> float:
+        """CPUs ("CPU") or GPUs ("GPU") of all actors."""
+        return sum(actor.get(kind, 0) for actor in (*self.bundles, *self.rewards))
 
     def lines(self) -> list[str]:
-        """One readable line per kind of actor."""
+        """One readable line per kind of actor and its resources."""
+        kinds = (("rollout worker", self.rollout), ("learner rank", self.learner), ("reward actor", self.rewards))
         return [
             f"{count} x {name:<15} {resources}"
-            for name, bundles in (("rollout worker", self.rollout), ("learner rank", self.learner))
-            for count, resources in [(len(bundles), _words(bundles[0]))]
+            for name, actors in kinds
+            for resources, count in Counter(map(_words, actors)).items()
         ]
 
 
 def plan(config: Config) -> Placement:
     """The placement of a configuration. Raises ConfigError when it needs more GPUs than its profile says."""
+    rewards = [{"CPU": term.num_cpus, "GPU": term.num_gpus} for term in config.rewards for _ in range(term.replicas)]
     if config.cluster.device == "cpu":
         bundle = {"CPU": 0.0}
-        return Placement("cpu", [bundle] * config.rollout.workers, [bundle] * config.learner.ranks)
+        return Placement("cpu", [bundle] * config.rollout.workers, [bundle] * config.learner.ranks, rewards)
     placement = Placement(
         "gpu",
         [{"CPU": 2.0, "GPU": float(config.rollout.tensor_parallel)}] * config.rollout.workers,
         [{"CPU": 2.0, "GPU": 1.0}] * config.learner.ranks,
+        rewards,
     )
-    if placement.gpus > config.cluster.gpus:
+    if placement.total("GPU") > config.cluster.gpus:
+        of_rewards = sum(actor["GPU"] for actor in rewards)
         raise ConfigError(
-            f"rollout.workers={config.rollout.workers} x rollout.tensor_parallel={config.rollout.tensor_parallel} and "
-            f"learner.ranks={config.learner.ranks} need {placement.gpus:.0f} GPUs; "
+            f"rollout.workers={config.rollout.workers} x rollout.tensor_parallel={config.rollout.tensor_parallel}"
+            + (f", rewards (num_gpus, {of_rewards:g} in all)" if of_rewards else "")
+            + f" and learner.ranks={config.learner.ranks} need {placement.total('GPU'):g} GPUs; "
             f"cluster.gpus={config.cluster.gpus} in profile {config.cluster.name}"
         )
     return placement
@@ -57,9 +66,9 @@ def plan(config: Config) -> Placement:
 def check_devices(config: Config, placement: Placement, resources: dict[str, float]) -> None:
     """Raise ConfigError naming what a profile needs and `resources` (as ray.cluster_resources()) lacks."""
     missing = [
-        f"{needed:.0f} {kind} (found {resources.get(kind, 0):.0f})"
+        f"{needed:g} {kind} (found {resources.get(kind, 0):g})"
         for kind in ("GPU", "CPU")
-        if (needed := sum(bundle.get(kind, 0) for bundle in placement.bundles)) > resources.get(kind, 0)
+        if (needed := placement.total(kind)) > resources.get(kind, 0)
     ]
     if missing:
         raise ConfigError(
@@ -85,8 +94,8 @@ def reserve(placement: Placement, timeout_s: float) -> PlacementGroup | None:
     ready, _ = ray.wait([group.ready()], timeout=timeout_s)
     if not ready:
         raise ConfigError(
-            f"the cluster did not free {placement.gpus:.0f} GPUs within cluster.start_timeout_s={timeout_s:.0f} s; "
-            f"available now: {_words(ray.available_resources())}"
+            f"the cluster did not free {placement.total('GPU'):g} GPUs within "
+            f"cluster.start_timeout_s={timeout_s:.0f} s; available now: {_words(ray.available_resources())}"
         )
     return group
 

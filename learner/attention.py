@@ -64,27 +64,24 @@ def _run_attention(
 ) -> torch.Tensor:
     """[1, N, H, D]: one attention call per run.
 
-    The query heads that share a key head lie behind each other as further queries, so that keys are never repeated.
+    The query heads that share a key head go into the batch dimension, so that keys are shared without a copy.
     """
     runs = tree.runs(window, query.dtype)
     sizes = [run.stop - run.start for run, _ in runs]
     index_of = {run.start: index for index, (run, _) in enumerate(runs)}
-    queries = query.unflatten(1, (key.shape[1], -1)).split(sizes, 3)
+    queries = query[0].unflatten(0, (key.shape[1], -1)).transpose(0, 1).split(sizes, 2)
     keys, values = key.split(sizes, 2), value.split(sizes, 2)
+    sharing = query.shape[1] // key.shape[1]
     outputs = []
     for index, (run, mask) in enumerate(runs):
         seen = [*(index_of[start] for start, _ in run.ancestors), index]
-        output = _attend(
-            queries[index].flatten(2, 3),
-            torch.cat([keys[other] for other in seen], 2) if len(seen) > 1 else keys[index],
-            torch.cat([values[other] for other in seen], 2) if len(seen) > 1 else values[index],
-            mask.repeat(queries[index].shape[2], 1),
-            scaling,
-            dropout,
-            softcap,
+        run_keys, run_values = (
+            torch.cat([parts[other] for other in seen], 2) if len(seen) > 1 else parts[index]
+            for parts in (keys, values)
         )
-        outputs.append(output.unflatten(2, (-1, sizes[index])))
-    return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2)
+        run_keys, run_values = (part.expand(sharing, -1, -1, -1) for part in (run_keys, run_values))
+        outputs.append(_attend(queries[index], run_keys, run_values, mask, scaling, dropout, softcap))
+    return torch.cat(outputs, 2).transpose(0, 1).flatten(0, 1).transpose(0, 1)[None]
 
 
 def _attend(

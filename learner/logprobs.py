@@ -8,6 +8,9 @@ from transformers import PretrainedConfig
 
 from learner.products import linear, widened
 
+_AT_ONCE = 1 << 19
+# Logits whose normaliser is computed at once.
+
 
 class LogprobHead(nn.Module):
     """The vocabulary projection, the log-softmax and the choice of targets in one.
@@ -106,8 +109,14 @@ class _VocabularyLogprobs(torch.autograd.Function):
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """[rows], a few rows at a time: the fused function would copy all logits."""
-    return torch.cat([part.logsumexp(-1) for part in logits.split(16)])
+    """[rows] of finite logits, a few rows at a time: the fused functions would copy all logits.
+
+    On the CPU, torch's log-softmax is one pass over memory where its logsumexp is several.
+    """
+    parts = logits.split(max(1, _AT_ONCE // logits.shape[1]))
+    if logits.is_cuda:
+        return torch.cat([part.logsumexp(-1) for part in parts])
+    return torch.cat([part[:, 0] - part.log_softmax(-1)[:, 0] for part in parts])
 
 
 def _chunks(rows: int, edge_row: torch.Tensor, size: int) -> list[tuple[slice, slice]]:

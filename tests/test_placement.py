@@ -8,13 +8,22 @@ from launch.placement import check_devices, plan
 
 def test_eight_gpus_are_split_between_rollouts_and_learner() -> None:
     placement = plan(compose(cluster="8xA100"))
-    assert placement.gpus == 8
+    assert placement.total("GPU") == 8
     assert len(placement.rollout) == len(placement.learner) == 4
 
 
 def test_more_actors_than_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.workers=5 .* need 9 GPUs; cluster\.gpus=8"):
         plan(compose(cluster="8xA100", overrides=["rollout.workers=5"]))
+
+
+def test_gpus_of_rewards_count() -> None:
+    reward = "rewards=[{name: rule},{name: semantic,num_gpus: 0.5,replicas: 2}]"
+    with pytest.raises(ConfigError, match=r"rewards \(num_gpus, 1 in all\) .* need 9 GPUs; cluster\.gpus=8"):
+        plan(compose(cluster="8xA100", overrides=[reward]))
+    config = compose(overrides=[reward])
+    with pytest.raises(ConfigError, match=r"CLUSTER=local needs 1 GPU \(found 0\)"):
+        check_devices(config, plan(config), {"CPU": 2.0})
 
 
 def test_missing_gpus_are_named() -> None:
