@@ -1,5 +1,6 @@
 """`make bench`: every benchmark, one after the other, and one file of results for this machine.
 
+`python -m benchmarks.run_all learner limits` measures these two anew in the file that is there.
 Each runs as a process of its own; one that fails or exceeds its share of the time is named in the results instead of
 ending the rest. Heavy cases come with fewer repeats, which their tables say.
 """
@@ -57,13 +58,16 @@ def run(module: str, limit_s: float, out: Path) -> dict[str, Any]:
 
 
 def main(modules: list[str]) -> None:
-    sections: dict[str, dict[str, Any]] = {}
+    """Measure some modules anew, or all; what the file of results says of others stays as it is."""
+    kept = RESULTS / f"{machine_name()}.json"
+    before = json.loads(kept.read_text())["sections"] if modules and kept.is_file() else {}
+    sections: dict[str, dict[str, Any]] = {module: before[module] for module in SECTIONS if module in before}
+    modules = modules or list(SECTIONS)
     with tempfile.TemporaryDirectory() as folder:
         for module in modules:
             sections[module] = run(module, SECTIONS[module], Path(folder) / f"{module}.json")
             write(sections)
-    minutes = sum(section["seconds"] for section in sections.values()) / 60
-    print(f"{RESULTS / machine_name()}.md\n{minutes:.1f} minutes")
+    print(f"{RESULTS / machine_name()}.md\n{sum(sections[module]['seconds'] for module in modules) / 60:.1f} minutes")
 
 
 def write(sections: dict[str, dict[str, Any]]) -> None:
@@ -80,4 +84,4 @@ def write(sections: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(SECTIONS))
+    main(sys.argv[1:])
