@@ -40,7 +40,7 @@ class RolloutConfig:
     # KV cache memory per device, in GiB.
     max_batched_tokens: int = 4096
     # Tokens of one forward pass; longer prefills are chunked.
-    groups_per_table: int = 8
+    groups_per_table: int = 32
     # Groups that a worker searches together and streams as one table.
     queue_tables: int = 2
     # Finished tables that may wait per worker before it pauses.
