@@ -76,7 +76,7 @@ class Ours:
         ray.wait(list(self.actors.rollouts.land(self.actors.rollouts.launch("train", example_ids, seed=0))))
 
     def _sync(self) -> None:
-        self.actors.rollouts.publish(self.actors.learner.export(version=self.version))
+        self.actors.rollouts.publish(self.actors.learner.export, version=self.version)
         self.actors.rollouts.loaded()
 
     def close(self) -> None:

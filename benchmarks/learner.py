@@ -98,7 +98,7 @@ class Packed:
         from learner.policy import Policy
         from learner.reference import Reference
         from learner.update import PolicyUpdate
-        from rollout.host_memory import keep_freed_memory
+        from rollout.host_memory import keep_freed_memory, return_freed_memory
 
         torch.set_num_threads(threads())
         self._base_gib = MemoryWatch().measure()
@@ -135,6 +135,8 @@ class Packed:
             sum(len(batch.rows) for batch in packed),
         )
         self._flop = 4 * forward  # reference forward, policy forward, and twice as much backward
+        if device.type == "cpu":
+            return_freed_memory()
 
     def step(self) -> dict[str, Any]:
         metrics = self._update.step(self._experience)

@@ -1,6 +1,6 @@
 """All rollout workers of a run, as the loop sees them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class RolloutFleet:
 
     >>> fleet = RolloutFleet(config, catalog, model_path, worker_options)
     >>> fleet.ready(timeout_s=300)
-    >>> fleet.publish(weights)                                  # version 0, and again after every learner step
+    >>> fleet.publish(learner.export, version=0)                # and again after every learner step
     >>> flight = fleet.launch("train", example_ids, seed=0)
     >>> for table_ref in fleet.land(flight): ...                # as they finish, each once, whatever dies meanwhile
 
@@ -65,9 +65,14 @@ class RolloutFleet:
                 f"rollout workers {sorted(waiting[ref] for ref in late)} not ready after {timeout_s:g} s"
             )
 
-    def publish(self, weights: PublishedWeights) -> None:
-        """Have every worker load `weights` after the rollouts that it was already given; does not wait."""
-        self._weights = weights
+    def publish(self, export: Callable[[int], PublishedWeights], version: int) -> None:
+        """Have every worker load what `export(version)` returns, after the rollouts that it was already given.
+
+        Does not wait for the loads. The version before is let go first, so that the object store holds it only as long
+        as a flight needs it.
+        """
+        self._weights = None
+        self._weights = weights = export(version)
         self._loads = {(rank, weights.version): weights.load(worker) for rank, worker in enumerate(self.workers)} | {
             key: ref for key, ref in self._loads.items() if key[1] == weights.version - 1
         }

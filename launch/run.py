@@ -102,7 +102,7 @@ def restore(actors: Actors, directory: RunDirectory) -> int:
         first = int(actors.learner.load(latest)["steps_done"])
     elif sft.is_dir():
         actors.learner.load(sft)
-    actors.rollouts.publish(actors.learner.export(version=first))
+    actors.rollouts.publish(actors.learner.export, version=first)
     actors.rollouts.loaded()
     return first
 
@@ -128,7 +128,7 @@ def evaluation(
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
         if version is not None:
-            actors.rollouts.publish(actors.learner.export(version))
+            actors.rollouts.publish(actors.learner.export, version)
         ranks, invalid = evaluate(actors.rollouts, config, example_ids, stage)
         metrics = ranking_metrics(ranks, config.train.eval_ks)
         stage.update(detail=f"NDCG@{config.train.eval_ks[-1]} {metrics[f'ndcg@{config.train.eval_ks[-1]}']:.4f}")

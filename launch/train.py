@@ -44,7 +44,7 @@ def train(
             with clock("learn"):
                 metrics = learner.step(groups)
             with clock("sync"):
-                rollouts.publish(learner.export(version=step + 1))
+                rollouts.publish(learner.export, version=step + 1)
                 if config.staleness == 0:
                     rollouts.loaded()
 

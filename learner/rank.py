@@ -13,7 +13,7 @@ import ray
 
 from learner.config import LearnerConfig
 from rollout.config import LogprobSpace
-from rollout.host_memory import keep_freed_memory
+from rollout.host_memory import keep_freed_memory, return_freed_memory
 from rollout.weights import WeightBucket
 
 P = ParamSpec("P")
@@ -122,6 +122,8 @@ class LearnerRank:
             self._staleness,
             device,
         )
+        if device.type == "cpu":
+            return_freed_memory()
 
     @_named_stream
     def sft(self, folder: str) -> Iterator[dict[str, float]]:

@@ -16,3 +16,10 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)
         libc.mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Give the system what the C library has kept so far: after loading, when no tensor will need that much again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

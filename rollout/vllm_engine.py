@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rollout.config import RolloutConfig
-from rollout.host_memory import keep_freed_memory
+from rollout.host_memory import keep_freed_memory, return_freed_memory
 from rollout.vllm_kernels import OP_PRIORITY, register_norms
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def create_llm(
         **config.vllm,
     }
     try:
-        return LLM(str(model_path), **arguments)
+        llm = LLM(str(model_path), **arguments)
     except ValueError as error:
         if "kv" in str(error).lower() and "memory" in str(error).lower():
             reason = str(error).split(" Try ")[0]
@@ -75,6 +75,9 @@ def create_llm(
                 f"rollout.vllm.max_model_len (now {arguments['max_model_len']})"
             ) from error
         raise
+    if not on_gpu:
+        return_freed_memory()
+    return llm
 
 
 def check_model(model_path: str | Path) -> dict[str, Any]:
