@@ -20,7 +20,7 @@ from benchmarks.shapes import ON_GPU
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SECTIONS = {
-    "end_to_end": 1200,
+    "end_to_end": 1500,
     "rollout": 600,
     "learner": 480,
     "rewards": 120,
