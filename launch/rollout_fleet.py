@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from catalog.catalog import Catalog
-from rollout.actor import RolloutWorker
+from rollout.actor import RolloutWorker, worker_environment
 from rollout.assign import assign
 from rollout.config import RolloutConfig, Strategy
 from rollout.streams import PublishedWeights, RolloutStream, RolloutTimeout, bring_back, collect, stream_rollout
@@ -45,9 +45,9 @@ class RolloutFleet:
     ) -> None:
         self.config, self.catalog = config, catalog
         self.workers: list[ActorHandle] = [
-            RolloutWorker.options(max_restarts=RESTARTS, **options).remote(  # type: ignore[attr-defined]
-                rank, str(model_path), str(catalog.path), config
-            )
+            RolloutWorker.options(  # type: ignore[attr-defined]
+                max_restarts=RESTARTS, runtime_env={"env_vars": worker_environment(config)}, **options
+            ).remote(rank, str(model_path), str(catalog.path), config)
             for rank, options in enumerate(worker_options)
         ]
         self.confirmed_loads = 0

@@ -50,6 +50,12 @@ class ChecksumMismatch(RuntimeError):
         )
 
 
+def worker_environment(config: RolloutConfig) -> dict[str, str]:
+    """What a worker's process must start with: Ray would give an actor that reserves no cores a single thread."""
+    cores = len(os.sched_getaffinity(0))
+    return {"OMP_NUM_THREADS": str(config.threads or max(1, cores // config.workers))}
+
+
 @ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
 class RolloutWorker:
     """Holds one engine; every table it streams is a pure function of (policy version, example ids, seed).

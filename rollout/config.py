@@ -34,6 +34,8 @@ class RolloutConfig:
     # Number of rollout workers (Ray actors, one vLLM engine each).
     tensor_parallel: int = 1
     # Devices per worker.
+    threads: int = 0
+    # CPU threads per worker; 0 divides the cores by the workers.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Precision of the rollout weights and KV cache.
     kv_cache_gib: float = 1.0
