@@ -51,16 +51,27 @@ class DeviceTrie:
         return self.first_edge[node + 1] - self.first_edge[node]
 
     @cached_property
+    def chain(self) -> torch.Tensor:
+        """int32 [N]: how many further nodes the trie forces from each node on, the next one that branches included."""
+        return torch.from_numpy(self._chains[0]).to(self.device)
+
+    @cached_property
     def forced_to_end(self) -> torch.Tensor:
         """bool [N]: whether but one title lies below a node, so that all of its further tokens are forced."""
+        return torch.from_numpy(self._chains[1]).to(self.device)
+
+    @cached_property
+    def _chains(self) -> tuple[np.ndarray, np.ndarray]:
         first, target = self.source.first_edge, self.source.edge_target
-        forced = np.zeros(self.source.num_nodes, bool)
+        length, to_end = np.zeros(self.source.num_nodes, np.int32), np.zeros(self.source.num_nodes, bool)
         starts = [*self.source.level_start.tolist(), self.source.num_nodes]
         for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
             single = start + np.flatnonzero(np.diff(first[start : stop + 1]) == 1)
             child = target[first[single]]
-            forced[single] = (child < 0) | forced[np.maximum(child, 0)]
-        return torch.from_numpy(forced).to(self.device)
+            below = np.maximum(child, 0)
+            length[single] = np.where(child < 0, 0, 1 + length[below])
+            to_end[single] = (child < 0) | to_end[below]
+        return length, to_end
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 Strategy = Literal["beam", "sample", "dynamic", "stochastic_beam", "unconstrained"]
 LogprobSpace = Literal["vocabulary", "trie"]
-ForcedChains = Literal["auto", "token_by_token", "at_once"]
+ForcedChains = Literal["at_once", "token_by_token"]
 
 
 @dataclass
@@ -25,9 +25,9 @@ class RolloutConfig:
     # dynamic: samples drawn per candidate kept.
     logprob_space: LogprobSpace = "vocabulary"
     # vocabulary: log-softmax over all tokens, as published. trie: renormalised over the allowed tokens.
-    forced_chains: ForcedChains = "auto"
-    # Beam search in the worker engine, where the trie forces several tokens in a row: score them in one pass each, or
-    # all in one. Same results. auto: token_by_token on a CPU, on a GPU what a measurement at start finds faster.
+    forced_chains: ForcedChains = "at_once"
+    # Beam search in the worker engine, where the trie forces several tokens in a row. Same results, same tokens fed.
+    # at_once: one forward pass for as many as are certain to be needed. token_by_token: one for each.
     max_completion_tokens: int = 128
     # Limit of the unconstrained strategy; constrained titles end by themselves.
     workers: int = 1

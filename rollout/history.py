@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from rollout.chains import Chains
 from rollout.children import NEG_INF, DeviceTrie
 
 
@@ -38,10 +39,23 @@ class Past:
         self._logprob = torch.zeros(shape, device=trie.device)
         self._group = torch.arange(groups, device=trie.device)
 
-    def record(self, depth: torch.Tensor, ready: torch.Tensor, steps: Steps) -> None:
-        """depth: int64 [P]. ready: bool [P], the groups that took the steps [P, G]."""
+    def record(self, depth: torch.Tensor, groups: torch.Tensor, steps: Steps) -> None:
+        """depth: int64 [P]. groups: bool [P], those that took the steps [P, G]."""
         for past, new in ((self._parent, steps.parent), (self._edge, steps.edge), (self._logprob, steps.logprob)):
-            past[self._group, depth] = torch.where(ready[:, None], new, past[self._group, depth])
+            past[self._group, depth] = torch.where(groups[:, None], new, past[self._group, depth])
+
+    def record_chains(self, depth: torch.Tensor, chains: Chains, logprob: torch.Tensor) -> None:
+        """Every beam followed its chain: logprob float32 [P, G, K]. depth: int64 [P], before."""
+        taken = chains.steps.transpose(1, 2)
+        if not taken.shape[1]:
+            return
+        ahead = torch.arange(taken.shape[1], device=taken.device)
+        # What is not taken may lie behind the longest title; no step but end-of-sequence, kept elsewhere, is its last.
+        at = (self._group[:, None], (depth[:, None] + ahead).clamp_max(self._trie.max_tokens - 1))
+        stays = torch.arange(taken.shape[2], device=taken.device).expand_as(taken)
+        edge = chains.edge[..., :-1].transpose(1, 2)
+        for past, new in ((self._parent, stays), (self._edge, edge), (self._logprob, logprob.transpose(1, 2))):
+            past[at] = torch.where(taken, new, past[at])
 
     def trace(self, beam: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probabilities [P, K, D] of the first `depth` steps to each `beam`, both [P, K]."""
@@ -81,9 +95,9 @@ class Pool:
 
     @classmethod
     def of(cls, ended: torch.Tensor, steps: Steps, item_class: torch.Tensor, depth: torch.Tensor) -> "Pool":
-        """Of steps [P, C], those that `ended`; depth: int64 [P]."""
+        """Of steps [P, C], those that `ended`; item_class, depth: like them."""
         score = torch.where(ended, steps.score, NEG_INF)
-        return cls(score, item_class, steps.parent, depth[:, None].expand_as(score), steps.logprob, steps.policy)
+        return cls(score, item_class, steps.parent, depth, steps.logprob, steps.policy)
 
     def best_with(self, others: "Pool") -> "Pool":
         """As many as there were, the best of these and the others; of equals, these first."""

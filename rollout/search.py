@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
+from rollout.chains import Chains
 from rollout.children import NEG_INF, Children, DeviceTrie, top_children
-from rollout.config import LogprobSpace
+from rollout.config import ForcedChains, LogprobSpace
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.history import Past, Pool, Steps
-from rollout.known import Known
 
 
 class BeamSearch:
@@ -19,16 +19,20 @@ class BeamSearch:
     a full pool beats can never enter it, since scores only fall: it is dropped, which changes no result. Ties: the
     earlier beam, then the lower token; what is in the pool stays before what comes.
 
-    A group moves on as far as its beams' children are known, independently of other groups. With lookahead > 1, up to
-    that many nodes of a forced chain are scored at once; the results are the same. Driven as TrieSearch says.
+    Nodes that the beams will come to whatever they score (see Chains) are scored at once: each time it is driven, a
+    group walks its forced chains and then takes one step in which its beams compete. Driven as TrieSearch says.
     """
 
     def __init__(
-        self, trie: DeviceTrie, groups: int, beams: int, space: LogprobSpace = "vocabulary", lookahead: int = 1
+        self,
+        trie: DeviceTrie,
+        groups: int,
+        beams: int,
+        space: LogprobSpace = "vocabulary",
+        forced_chains: ForcedChains = "at_once",
     ) -> None:
         shape, device = (groups, beams), trie.device
         self.trie, self.groups, self.beams, self.space = trie, groups, beams, space
-        self.lookahead = min(lookahead, trie.max_tokens)
         self._node = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._node[:, 0] = 0
         self._origin = self._node.clone()
@@ -37,72 +41,103 @@ class BeamSearch:
         self._score[:, 0] = 0
         self._policy = self._score.double()
         self._depth = torch.zeros(groups, dtype=torch.int64, device=device)
+        self._goes_ahead = forced_chains == "at_once"
         self._free_chains = space == "trie"
         """Whether a beam with one title below it needs no more scores: its tokens all have log-probability 0."""
         self._asks_often = device.type == "cpu"
         """Whether asking what is on the device costs less than work that may be needless."""
-        self._known = Known(trie, groups, beams, self.lookahead)
         self._past = Past(trie, groups, beams)
         self._pool = Pool.empty(groups, beams, device)
 
     def frontier(self) -> Frontier:
         """See TrieSearch."""
         running = self._node >= 0
-        node, token, count = self._chains(running & ~self._known.scored & ~self._free())
-        last = node.gather(2, (count - 1).clamp_min(0)[..., None])[..., 0]
-        host_count, fanout, parent = torch.stack([count, self.trie.fanout(last), self._origin]).cpu().numpy()
-        self._origin = torch.where(running, torch.arange(self.beams, device=node.device), -1)
+        self._chains = Chains.of(self.trie, self._node, (self._depth > 0) & self._goes_ahead)
+        count = torch.where(running & ~self._free(), self._chains.length + 1, 0)
+        fanout = self.trie.fanout(self._chains.last(self._chains.node))
+        host_count, fanout, parent = torch.stack([count, fanout, self._origin]).cpu().numpy()
+        self._origin = torch.where(running, torch.arange(self.beams, device=running.device), -1)
         slot = np.flatnonzero(host_count)
         counts = host_count.ravel()[slot]
         step = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        place = torch.from_numpy(np.repeat(slot, counts) * self.lookahead + step).to(node.device, non_blocking=True)
         fanouts = np.ones(len(step), np.int64)
         fanouts[np.cumsum(counts) - 1] = fanout.ravel()[slot]
-        return Frontier(slot, counts, parent, fanouts, node.view(-1)[place], token.view(-1)[place])
-
-    def _chains(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Nodes and tokens [P, G, lookahead] of the forced chain from every wanted beam, and its length [P, G]."""
-        trie = self.trie
-        node, token = self._node.clamp_min(0), self._token
-        nodes, tokens, count, goes_on = [node], [token], wanted.long(), wanted & (self._depth > 0)[:, None]
-        for _ in range(self.lookahead - 1):
-            edge = trie.first_edge[node]
-            child = trie.edge_target[edge].long()
-            goes_on = goes_on & (trie.fanout(node) == 1) & (child >= 0)
-            node = torch.where(goes_on, child, node)
-            nodes.append(node)
-            tokens.append(trie.edge_token[edge])
-            count = count + goes_on
-        return torch.stack(nodes, -1), torch.stack(tokens, -1), count
+        place = np.repeat(slot, counts) * self._chains.node.shape[2] + step
+        chosen = torch.from_numpy(place).to(running.device, non_blocking=True)
+        token = torch.cat([self._token[..., None], self.trie.edge_token[self._chains.edge[..., :-1]]], -1)
+        return Frontier(slot, counts, parent, fanouts, self._chains.node.view(-1)[chosen], token.view(-1)[chosen])
 
     def children(self, frontier: Frontier, rows: slice, logits: torch.Tensor) -> Children:
         """See TrieSearch: the 2G most likely."""
         return top_children(self.trie, logits, frontier.node[rows], frontier.fanout[rows], 2 * self.beams, self.space)
 
     def advance(self, frontier: Frontier, children: Children) -> None:
-        """See TrieSearch: every group moves on as far as the children of its beams are known."""
-        self._known.learn(frontier, children)
-        steps = 0
-        while True:
-            running = self._node >= 0
-            ready = running.any(1) & (self._known.scored | self._free() | ~running).all(1)
-            if (self._asks_often or steps >= self.lookahead) and not bool(ready.any()):
-                return
-            self._step(ready)
-            steps += 1
-
-    def _step(self, ready: torch.Tensor) -> None:
-        """One token for every ready group."""
-        children = self._known.next(self._node)
+        """See TrieSearch: every group walks its chains, then its beams compete for one step."""
+        of_last, forced = self._of_beams(frontier, children)
+        self._walk(self._chains, forced, of_last.logprob[..., 0])
+        self._step(of_last)
         if self._free_chains:
-            children = children.only_child(self._free(), self.trie.first_edge[self._node.clamp_min(0)], 0.0)
-        steps = self._best_steps(children)
+            self._end_free_groups()
+
+    def _of_beams(self, frontier: Frontier, children: Children) -> tuple[Children, torch.Tensor]:
+        """From the frontier's T nodes, [T, W]: the children of every beam's last node, and the forced [P, G, K]."""
+        chains, device = self._chains, self._node.device
+        shape, width = self._node.shape, children.logprob.shape[1]
+        slot = torch.from_numpy(frontier.slot).to(device, non_blocking=True)
+        count = torch.from_numpy(frontier.count).to(device, non_blocking=True)
+        last = count.cumsum(0) - 1
+
+        def spread(values: torch.Tensor, otherwise: float) -> torch.Tensor:
+            whole = values.new_full((*shape, width), otherwise)
+            whole.view(-1, width)[slot] = values[last]
+            return whole
+
+        of_last = Children(spread(children.logprob, NEG_INF), spread(children.edge, 0), spread(children.key, NEG_INF))
+        if self._free_chains:
+            of_last = of_last.only_child(self._free(), chains.last(chains.edge), 0.0)
+        forced = torch.zeros(chains.steps.shape, device=device)
+        if forced.shape[2]:
+            ahead = torch.arange(forced.shape[2], device=device)
+            place = (last - count + 1)[:, None] + torch.minimum(ahead, count[:, None] - 1)
+            forced.view(-1, forced.shape[2])[slot] = children.logprob[place, 0]
+        return of_last, torch.where(chains.steps, forced, 0.0)
+
+    def _walk(self, chains: Chains, forced: torch.Tensor, end: torch.Tensor) -> None:
+        """All beams to the ends of their chains; what ends there goes into the pool.
+
+        forced: float32 [P, G, K], log-probabilities of the chains' tokens. end: [P, G], of end-of-sequence where a
+        chain ends its title.
+        """
+        running = self._node >= 0
+        self._past.record_chains(self._depth, chains, forced)
+        for logprob in forced.unbind(2):  # in this order, as if token by token
+            self._score, self._policy = self._score + logprob, self._policy + logprob
+        self._node = torch.where(running, chains.last(chains.node), -1)
+        if chains.node.shape[2] > 1:
+            token = self.trie.edge_token[chains.edge.gather(2, (chains.length - 1).clamp_min(0)[..., None])[..., 0]]
+            self._token = torch.where(chains.length > 0, token, self._token)
+        if not self._asks_often or bool(chains.ends.any()):
+            beam = torch.arange(self.beams, device=running.device).expand_as(running)
+            edge = chains.last(chains.edge)
+            steps = Steps(self._score + end, beam, edge, end, self._policy + end)
+            item_class = -1 - self.trie.edge_target[edge].long()
+            depth = self._depth[:, None] + chains.length
+            self._pool = self._pool.best_with(Pool.of(chains.ends, steps, item_class, depth))
+            self._node = torch.where(chains.ends, -1, self._node)
+        going = torch.where(self._node >= 0, chains.length, 0)
+        self._depth = self._depth + going.amax(1)
+
+    def _step(self, children: Children) -> None:
+        """One token for every group, its beams competing; children [P, G, W] of every beam's node."""
+        stands = (self._node >= 0)[..., None]
+        logprob, key = (torch.where(stands, values, NEG_INF) for values in (children.logprob, children.key))
+        steps = self._best_steps(Children(logprob, children.edge, key))
         target = self.trie.edge_target[steps.edge].long()
-        possible = (steps.score > NEG_INF) & ready[:, None]
+        possible = steps.score > NEG_INF
         ended = possible & (target < 0)
         ended[:, self.beams :] = False
         if not self._asks_often or bool(ended.any()):
-            self._pool = self._pool.best_with(Pool.of(ended, steps, -1 - target, self._depth))
+            self._pool = self._pool.best_with(Pool.of(ended, steps, -1 - target, self._depth[:, None].expand_as(ended)))
 
         goes_on = possible & (target >= 0)
         first = (~goes_on).to(torch.int8).argsort(dim=1, stable=True)[:, : self.beams]
@@ -110,7 +145,7 @@ class BeamSearch:
         rank = torch.arange(self.beams, device=first.device)
         steps, target = steps.gather(first), target.gather(1, first)
         alive = (rank < goes_on.sum(1, keepdim=True)) & (steps.score > self._pool.score[:, -1:])
-        self._follow(ready, alive, steps, target)
+        self._follow(alive, steps, target)
 
     def _free(self) -> torch.Tensor:
         """bool [P, G]: running beams whose scores are known to the end of their title; never the root."""
@@ -118,6 +153,12 @@ class BeamSearch:
             return torch.zeros_like(self._node, dtype=torch.bool)
         below = self.trie.forced_to_end[self._node.clamp_min(0)]
         return below & (self._node >= 0) & (self._depth > 0)[:, None]
+
+    def _end_free_groups(self) -> None:
+        """Groups of which nothing is left to score: all running beams walk to the ends of their titles."""
+        chains = Chains.of(self.trie, self._node, ((self._node < 0) | self._free()).all(1))
+        nothing = torch.zeros(chains.steps.shape, device=self._node.device)
+        self._walk(chains, nothing, torch.zeros_like(self._score))
 
     def _best_steps(self, children: Children) -> Steps:
         """The 2G best steps from the children [P, G, W] of all beams."""
@@ -128,21 +169,16 @@ class BeamSearch:
         edge, logprob = (values.flatten(1).gather(1, order) for values in (children.edge, children.logprob))
         return Steps(score, order // width, edge, logprob, score.double())
 
-    def _follow(self, ready: torch.Tensor, alive: torch.Tensor, steps: Steps, target: torch.Tensor) -> None:
-        """Beams of the ready groups are replaced by `steps` [P, G], where these are alive."""
-        change = ready[:, None]
-        self._past.record(self._depth, ready, steps)
-        self._known.follow(ready, steps.parent)
-        self._depth = self._depth + ready
-
-        def renew(old: torch.Tensor, new: torch.Tensor, otherwise: float) -> torch.Tensor:
-            return torch.where(change, torch.where(alive, new, otherwise), old)
-
-        self._origin = renew(self._origin, self._origin.gather(1, steps.parent), -1)
-        self._node = renew(self._node, target, -1)
-        self._token = renew(self._token, self.trie.edge_token[steps.edge], 0)
-        self._score = renew(self._score, steps.score, NEG_INF)
-        self._policy = renew(self._policy, steps.policy, NEG_INF)
+    def _follow(self, alive: torch.Tensor, steps: Steps, target: torch.Tensor) -> None:
+        """Beams are replaced by `steps` [P, G] where these are alive; groups that have ended stay at their depth."""
+        going = (self._node >= 0).any(1)
+        self._past.record(self._depth, going, steps)
+        self._depth = self._depth + going
+        self._origin = torch.where(alive, self._origin.gather(1, steps.parent), -1)
+        self._node = torch.where(alive, target, -1)
+        self._token = torch.where(alive, self.trie.edge_token[steps.edge], 0)
+        self._score = torch.where(alive, steps.score, NEG_INF)
+        self._policy = torch.where(alive, steps.policy, NEG_INF)
 
     def results(self) -> list[Candidates]:
         """See TrieSearch: fewer than G candidates where the catalogue has fewer titles."""

@@ -36,7 +36,7 @@ class StochasticBeamSearch(BeamSearch):
         space: LogprobSpace = "vocabulary",
     ) -> None:
         """seeds: one per group. size: G. space: of the log-probabilities that are reported."""
-        super().__init__(trie, len(seeds), size + 1, space)
+        super().__init__(trie, len(seeds), size + 1, space, "token_by_token")
         self.size, self.temperature, self._free_chains = size, temperature, False
         self._seed = seed_tensor(seeds, trie.device)
         self._score = self._score.double()

@@ -4,7 +4,6 @@ The worker engine drives the model of a vLLM worker by itself. What it needs of 
 else; `PagedModel` checks at construction that each name is still there and says which one moved.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,25 +124,6 @@ class PagedModel:
             slot_mapping=slots,
         ):
             return runner.model(input_ids=token, positions=position)[:num_tokens]
-
-    def seconds_per_forward(self, rows: int, repeats: int = 5) -> float:
-        """Of the fastest of some passes over `rows` single tokens; nothing is kept of them in the cache."""
-        nothing = np.zeros(rows, np.int64)
-        one = np.ones(rows, np.int32)
-        batch = TokenBatch(
-            token=torch.zeros(rows, dtype=torch.int32, device=self.device),
-            position=nothing,
-            slot=nothing + PADDING_SLOT,
-            count=one,
-            length=one,
-            table=np.zeros((rows, 1), np.int32),
-        )
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.forward(batch)[:1].cpu()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
 
     def _attention_metadata(
         self, batch: TokenBatch, position: torch.Tensor, slot: torch.Tensor

@@ -26,31 +26,15 @@ if not torch.cuda.is_available():
 LOGITS_BYTES = 128 * 2**20
 """Most memory of one piece of logits; more rows are scored piece by piece."""
 
-PROBE_ROWS = 128
-CHEAP = 2.5
-"""Scoring forced chains at once takes about 2.5 times fewer passes of about 4 times the tokens (docs/rollout.md)."""
-
 
 class SearchWorker(WeightsWorker):
     """Methods that vLLM adds to its worker class; every tensor-parallel rank runs them in lockstep."""
 
-    @torch.inference_mode()
-    def start_search(self, trie_path: str, logprob_space: LogprobSpace, forced_chains: ForcedChains) -> int:
-        """Map the trie, check that this worker's model can be driven, and choose the lookahead of its searches."""
+    def start_search(self, trie_path: str, logprob_space: LogprobSpace) -> None:
+        """Map the trie, and check that this worker's model can be driven."""
         self.paged_model = PagedModel(self.model_runner)
         self.device_trie = DeviceTrie.of(Trie.load(Path(trie_path)), self.paged_model.device)
         self.logprob_space = logprob_space
-        if forced_chains == "auto":
-            at_once = self.paged_model.device.type != "cpu" and self._more_tokens_are_cheap()
-        else:
-            at_once = forced_chains == "at_once"
-        return self.device_trie.max_tokens if at_once else 1
-
-    def _more_tokens_are_cheap(self) -> bool:
-        """Whether four times the tokens take less than CHEAP times as long; the first rank decides for all."""
-        seconds = [self.paged_model.seconds_per_forward(rows) for rows in (PROBE_ROWS, 4 * PROBE_ROWS)]
-        cheap = torch.tensor([seconds[1] < CHEAP * seconds[0]], device=self.paged_model.device)
-        return bool(self.paged_model.agree(cheap))
 
     @torch.inference_mode()
     def search_groups(
@@ -60,19 +44,20 @@ class SearchWorker(WeightsWorker):
         strategy: Strategy,
         size: int,
         temperature: float,
-        lookahead: int,
+        forced_chains: ForcedChains,
     ) -> list[Candidates]:
         """`size` candidates of every prompt, searched in as many batches as the KV cache requires.
 
         strategy: "beam", "sample" or "stochastic_beam"; seeds, one per prompt, and the temperature are for the last
-        two, lookahead for the first.
+        two, forced_chains (see RolloutConfig) for the first.
         """
         found: list[Candidates] = []
         trie, space = self.device_trie, self.logprob_space
+        lookahead = trie.max_tokens if strategy == "beam" and forced_chains == "at_once" else 1
         for batch in self._batches_that_fit(prompts, size + (strategy == "stochastic_beam"), lookahead):
             search: BeamSearch | SampleSearch
             if strategy == "beam":
-                search = BeamSearch(trie, len(prompts[batch]), size, space, lookahead)
+                search = BeamSearch(trie, len(prompts[batch]), size, space, forced_chains)
             else:
                 sampler = SampleSearch if strategy == "sample" else StochasticBeamSearch
                 search = sampler(trie, seeds[batch], size, temperature, space)

@@ -35,9 +35,7 @@ class WorkerEngine:
                 f"{trie_path} has token {trie.edge_token.max()}, the model's vocabulary is {self._vocab_size}: build "
                 "the catalogue with the model's tokenizer"
             )
-        self._lookahead = self._llm.collective_rpc(
-            "start_search", args=(str(trie_path), config.logprob_space, config.forced_chains)
-        )[0]
+        self._llm.collective_rpc("start_search", args=(str(trie_path), config.logprob_space))
 
     def generate(
         self,
@@ -68,7 +66,8 @@ class WorkerEngine:
     def _search(
         self, prompts: list[np.ndarray], seeds: Sequence[int], strategy: Strategy, size: int
     ) -> list[Candidates]:
-        arguments = (prompts, list(seeds), strategy, size, self._config.temperature, self._lookahead)
+        config = self._config
+        arguments = (prompts, list(seeds), strategy, size, config.temperature, config.forced_chains)
         return self._llm.collective_rpc("search_groups", args=arguments)[0]
 
     def _check(self, prompts: Sequence[np.ndarray]) -> None:

@@ -1,6 +1,7 @@
 """The search equals a plain one, on any trie and whatever is looked ahead."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,22 +12,35 @@ from search_oracle import EOS, plain_beam_search, random_trie
 
 from catalog.trie import Trie
 from rollout.children import DeviceTrie, logsumexp, top_children
-from rollout.config import LogprobSpace
+from rollout.config import ForcedChains, LogprobSpace
 from rollout.groups import Candidates
 from rollout.search import BeamSearch
 
 
+@dataclass
+class Asked:
+    """What a search asked of its model."""
+
+    passes: int = 0
+    nodes: int = 0
+
+
 def run(
-    trie: Trie, logits: torch.Tensor, beams: int, *, lookahead: int = 1, space: LogprobSpace = "vocabulary"
-) -> tuple[list[Candidates], int]:
-    """Search groups whose model answers logits[group, node]: the candidates, and how often it was asked."""
+    trie: Trie,
+    logits: torch.Tensor,
+    beams: int,
+    *,
+    forced_chains: ForcedChains = "at_once",
+    space: LogprobSpace = "vocabulary",
+) -> tuple[list[Candidates], Asked]:
+    """Search groups whose model answers logits[group, node]: the candidates, and what it was asked."""
     device_trie = DeviceTrie.of(trie)
-    search, asked = BeamSearch(device_trie, len(logits), beams, space, lookahead), 0
+    search, asked = BeamSearch(device_trie, len(logits), beams, space, forced_chains), Asked()
     while (frontier := search.frontier()).size:
         group = torch.from_numpy(np.repeat(frontier.slot // beams, frontier.count))
         answer = logits[group, frontier.node]
         search.advance(frontier, search.children(frontier, slice(None), answer))
-        asked += 1
+        asked.passes, asked.nodes = asked.passes + 1, asked.nodes + len(frontier.node)
     return search.results(), asked
 
 
@@ -56,7 +70,7 @@ def assert_equal(found: Candidates, expected: Sequence[tuple[np.float32, int, li
     longest=st.integers(1, 12),
     groups=st.sampled_from([1, 2, 5, 64]),
     beams=st.sampled_from([1, 2, 3, 8, 16, 50, 128]),
-    lookahead=st.sampled_from([1, 2, 5, 100]),
+    forced_chains=st.sampled_from(["at_once", "token_by_token"]),
     space=st.sampled_from(["vocabulary", "trie"]),
     sharpness=st.sampled_from([0.3, 1.0, 4.0]),
 )
@@ -67,14 +81,14 @@ def test_search_equals_the_plain_one(
     longest: int,
     groups: int,
     beams: int,
-    lookahead: int,
+    forced_chains: ForcedChains,
     space: LogprobSpace,
     sharpness: float,
 ) -> None:
     trie = random_trie(seed, titles, vocabulary, longest)
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(groups, trie.num_nodes, vocabulary, generator=generator) * sharpness
-    found, _ = run(trie, logits, beams, lookahead=lookahead, space=space)
+    found, _ = run(trie, logits, beams, forced_chains=forced_chains, space=space)
     for group in range(groups):
         logprobs = logprobs_of(trie, logits[group], space)
         assert_equal(found[group], plain_beam_search(trie, logprobs.__getitem__, beams))
@@ -103,16 +117,31 @@ def test_equal_scores_go_to_the_earlier_beam_and_the_lower_token() -> None:
     assert [tokens.tolist() for tokens in found[0].tokens] == [[1, 1, 0], [1, 2, 0], [1, 3, 0]]
 
 
-def test_lookahead_asks_the_model_less_often() -> None:
+def test_forced_chains_take_one_pass() -> None:
     titles = [[first, *range(5, 25), EOS] for first in (1, 2, 3)]
     trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
     logits = torch.randn(2, trie.num_nodes, 30, generator=torch.Generator().manual_seed(0))
-    step_by_step, often = run(trie, logits, beams=3)
-    at_once, seldom = run(trie, logits, beams=3, lookahead=100)
-    assert (often, seldom) == (22, 2)
+    step_by_step, often = run(trie, logits, beams=3, forced_chains="token_by_token")
+    at_once, seldom = run(trie, logits, beams=3)
+    assert (often.passes, seldom.passes) == (22, 2)
     for one, other in zip(step_by_step, at_once, strict=True):
         assert one.item_class.tolist() == other.item_class.tolist()
         np.testing.assert_array_equal(one.score, other.score)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), titles=st.integers(1, 60), vocabulary=st.sampled_from([6, 30]), beams=st.integers(1, 64)
+)
+def test_only_nodes_that_are_needed_are_scored_ahead(seed: int, titles: int, vocabulary: int, beams: int) -> None:
+    trie = random_trie(seed, titles, vocabulary, 12)
+    logits = torch.randn(3, trie.num_nodes, vocabulary, generator=torch.Generator().manual_seed(seed))
+    _, one_by_one = run(trie, logits, beams, forced_chains="token_by_token")
+    _, ahead = run(trie, logits, beams)
+    assert ahead.passes <= one_by_one.passes
+    assert ahead.nodes >= one_by_one.nodes
+    if beams >= trie.num_classes:  # else a full pool may end a beam before all of its nodes are needed
+        assert ahead.nodes == one_by_one.nodes
 
 
 def test_forced_tokens_cost_nothing_when_renormalised_over_the_trie() -> None:
@@ -120,7 +149,7 @@ def test_forced_tokens_cost_nothing_when_renormalised_over_the_trie() -> None:
     trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
     logits = torch.randn(2, trie.num_nodes, 30, generator=torch.Generator().manual_seed(0))
     found, asked = run(trie, logits, beams=3, space="trie")
-    assert asked == 1
+    assert asked.passes == 1
     for group in range(2):
         expected = plain_beam_search(trie, logprobs_of(trie, logits[group], "trie").__getitem__, 3)
         assert_equal(found[group], expected)
@@ -167,9 +196,9 @@ def test_logsumexp_is_float32_for_any_dtype(dtype: torch.dtype) -> None:
 def test_search_on_a_gpu_equals_the_cpu() -> None:
     trie = random_trie(5, 60, 30, 10)
     logits = torch.randn(16, trie.num_nodes, 30, generator=torch.Generator().manual_seed(2))
-    expected, _ = run(trie, logits, 16, lookahead=5)
+    expected, _ = run(trie, logits, 16)
     device_trie = DeviceTrie.of(trie, "cuda")
-    search, logits = BeamSearch(device_trie, 16, 16, lookahead=5), logits.cuda()
+    search, logits = BeamSearch(device_trie, 16, 16), logits.cuda()
     while (frontier := search.frontier()).size:
         group = torch.from_numpy(np.repeat(frontier.slot // 16, frontier.count)).cuda()
         answer = logits[group, frontier.node]

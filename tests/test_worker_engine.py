@@ -180,11 +180,11 @@ def test_chunks_and_batches_change_nothing(
         np.testing.assert_allclose(one.score, other.score, atol=1e-4)
 
 
-def test_lookahead_changes_nothing(engine: Any) -> None:
+def test_scoring_forced_chains_at_once_changes_nothing(engine: Any) -> None:
     prompts = [np.asarray(prompt, np.int32) for prompt in ragged_prompts(24)]
     step_by_step, at_once = (
-        engine._llm.collective_rpc("search_groups", args=(prompts, [0] * 24, "beam", 16, 1.0, lookahead))[0]
-        for lookahead in (1, 100)
+        engine._llm.collective_rpc("search_groups", args=(prompts, [0] * 24, "beam", 16, 1.0, forced_chains))[0]
+        for forced_chains in ("token_by_token", "at_once")
     )
     for one, other in zip(step_by_step, at_once, strict=True):
         assert one.item_class.tolist() == other.item_class.tolist()

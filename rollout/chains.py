@@ -1,0 +1,49 @@
+"""How far the beams of a group can go before one of them comes to a choice."""
+
+from dataclasses import dataclass
+
+import torch
+
+from rollout.children import DeviceTrie
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Of every beam [P, G]: its own node and the `length` nodes behind it that it will come to, whatever they score.
+
+    While no running beam of a group stands where the trie branches, the beams do not compete: none can drop out but by
+    a full pool. So the nodes up to the next branch can be scored together, and hardly one of them in vain.
+    """
+
+    node: torch.Tensor
+    """int64 [P, G, K + 1]: its own, then those behind it; meaningless behind `length`."""
+    edge: torch.Tensor
+    """int64 [P, G, K + 1]: the first edge of each node, up to the last the only one."""
+    length: torch.Tensor
+    """int64 [P, G]: at most K."""
+    ends: torch.Tensor
+    """bool [P, G]: whether its title ends there, before another beam of the group comes to a choice."""
+
+    @classmethod
+    def of(cls, trie: DeviceTrie, node: torch.Tensor, wanted: torch.Tensor) -> "Chains":
+        """node: int64 [P, G], -1 where no beam is running. wanted: bool [P], groups whose beams may go ahead."""
+        running, start = node >= 0, node.clamp_min(0)
+        chain, to_end = trie.chain[start].long(), trie.forced_to_end[start]
+        never = trie.max_tokens
+        choice = torch.where(running & ~to_end, chain, never).amin(1, keepdim=True)
+        length = torch.where(running & wanted[:, None], torch.minimum(chain, choice), 0)
+        nodes, edges = [start], [trie.first_edge[start]]
+        for step in range(int(length.max())):
+            nodes.append(torch.where(step < length, trie.edge_target[edges[-1]].long(), nodes[-1]))
+            edges.append(trie.first_edge[nodes[-1]])
+        ends = running & wanted[:, None] & to_end & (chain < choice)
+        return cls(torch.stack(nodes, -1), torch.stack(edges, -1), length, ends)
+
+    def last(self, values: torch.Tensor) -> torch.Tensor:
+        """[P, G] of values [P, G, K + 1], at the last node of each chain."""
+        return values.gather(2, self.length[..., None])[..., 0]
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """bool [P, G, K]: the steps that lead from node to node."""
+        return torch.arange(self.node.shape[2] - 1, device=self.node.device) < self.length[..., None]
