@@ -46,8 +46,8 @@ class Ours:
         rollouts, rewards, learner = self.actors.rollouts, self.actors.rewards, self.actors.learner
         clock = Clock()
         with clock("rollout"):
-            flight = rollouts.launch("train", np.asarray(example_ids), seed=0)
-            scoring = [rewards.submit(table, "train") for table in rollouts.land(flight)]
+            tables = rollouts.land(rollouts.launch("train", np.asarray(example_ids), seed=0))
+            scoring = [rewards.submit(table, "train") for table in tables]
         with clock("reward"):
             scored = list(rewards.results(scoring))
         with clock("learn"):
@@ -55,10 +55,9 @@ class Ours:
         with clock("sync"):
             self.version += 1
             self._sync()
-        tables = ray.get(scored)
         tokens = {
             row["example_id"]: row["candidate_tokens"]
-            for table in tables
+            for table in ray.get(scored)
             for row in table.select(["example_id", "candidate_tokens"]).to_pylist()
         }
         reference = metrics.get("seconds/reference", 0.0)

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from learner.products import widened
-from learner.tree_mask import TreeMask
+from learner.tree_mask import Run, TreeMask
 
 IMPLEMENTATION = "tree"
 
@@ -46,58 +45,112 @@ def tree_attention(
             module, query, key, value, blocks, scaling=scaling, softcap=softcap, dropout=dropout
         )
         return output, None
-    output = _run_attention(
-        widened(query), widened(key), widened(value), tree, sliding_window, scaling, dropout, softcap
-    )
+    wide = widened(query), widened(key), widened(value)
+    runs = tree.runs(sliding_window, wide[0].dtype)
+    if dropout or softcap is not None:
+        output = _plain_attention(*wide, runs, scaling, dropout, softcap)
+    else:
+        output = _RunAttention.apply(*wide, runs, scaling)
     return output.to(query.dtype), None
 
 
-def _run_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tree: TreeMask,
-    window: int | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """[1, N, H, D]: one attention call per run.
+class _RunAttention(torch.autograd.Function):
+    """Fused attention, one call per run; gradients of keys that several runs see add up in place.
 
     The query heads that share a key head go into the batch dimension, so that keys are shared without a copy.
     """
-    runs = tree.runs(window, query.dtype)
-    sizes = [run.stop - run.start for run, _ in runs]
-    index_of = {run.start: index for index, (run, _) in enumerate(runs)}
-    queries = query[0].unflatten(0, (key.shape[1], -1)).transpose(0, 1).split(sizes, 2)
-    keys, values = key.split(sizes, 2), value.split(sizes, 2)
-    sharing = query.shape[1] // key.shape[1]
-    outputs = []
-    for index, (run, mask) in enumerate(runs):
-        seen = [*(index_of[start] for start, _ in run.ancestors), index]
-        run_keys, run_values = (
-            torch.cat([parts[other] for other in seen], 2) if len(seen) > 1 else parts[index]
-            for parts in (keys, values)
-        )
-        run_keys, run_values = (part.expand(sharing, -1, -1, -1) for part in (run_keys, run_values))
-        outputs.append(_attend(queries[index], run_keys, run_values, mask, scaling, dropout, softcap))
-    return torch.cat(outputs, 2).transpose(0, 1).flatten(0, 1).transpose(0, 1)[None]
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        runs: list[tuple[Run, torch.Tensor | None]],
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
+        output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+        queries, outputs = (_by_key_head(rows, key.shape[1]) for rows in (query[0].transpose(0, 1), output))
+        sharing, normalisers = len(queries), []
+        for run, mask in runs:
+            rows = slice(run.start, run.stop)
+            outputs[:, :, rows], normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                queries[:, :, rows],
+                _seen(key, run, sharing),
+                _seen(value, run, sharing),
+                0.0,
+                mask is None,
+                attn_mask=mask,
+                scale=scaling,
+            )
+            normalisers.append(normaliser)
+        ctx.save_for_backward(query, key, value, output)
+        ctx.runs, ctx.normalisers, ctx.scaling = runs, normalisers, scaling
+        return output[None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output = ctx.saved_tensors
+        gradient, to_query = gradients[0][0], torch.empty_like(output)
+        to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
+        by_head = (query[0].transpose(0, 1), output, gradient, to_query)
+        queries, outputs, incoming, outgoing = (_by_key_head(rows, key.shape[1]) for rows in by_head)
+        for (run, mask), normaliser in zip(ctx.runs, ctx.normalisers, strict=True):
+            rows = slice(run.start, run.stop)
+            outgoing[:, :, rows], of_key, of_value = (
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    incoming[:, :, rows],
+                    queries[:, :, rows],
+                    _seen(key, run, len(queries)),
+                    _seen(value, run, len(queries)),
+                    outputs[:, :, rows],
+                    normaliser,
+                    0.0,
+                    mask is None,
+                    attn_mask=mask,
+                    scale=ctx.scaling,
+                )
+            )
+            for whole, part in ((to_key, of_key), (to_value, of_value)):
+                pieces = part.sum(0).split([stop - start for start, stop in run.keys], 1)
+                for (start, stop), piece in zip(run.keys, pieces, strict=True):
+                    whole[0, :, start:stop] += piece
+        return to_query.transpose(0, 1)[None], to_key, to_value, None, None
 
 
-def _attend(
+def _by_key_head(rows: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """A view [H / H_kv, H_kv, N, D] of rows [N, H, D]."""
+    return rows.unflatten(1, (key_heads, -1)).permute(2, 1, 0, 3)
+
+
+def _seen(keys: torch.Tensor, run: Run, sharing: int) -> torch.Tensor:
+    """[sharing, H_kv, seen, D] of keys (or values) [1, H_kv, N, D]: those that a run sees."""
+    parts = [keys[:, :, start:stop] for start, stop in run.keys]
+    return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).expand(sharing, -1, -1, -1)
+
+
+def _plain_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    runs: list[tuple[Run, torch.Tensor | None]],
     scaling: float | None,
     dropout: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    if softcap is None:
-        return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    weights = (torch.tanh(scores / softcap) * softcap + mask).softmax(-1, torch.float32).to(value.dtype)
-    return nn.functional.dropout(weights, dropout) @ value
+    """As _RunAttention, for what fused attention leaves out: a softcap, dropout."""
+    queries, scale = _by_key_head(query[0].transpose(0, 1), key.shape[1]), scaling or query.shape[-1] ** -0.5
+    outputs = []
+    for run, mask in runs:
+        scores = queries[:, :, run.start : run.stop] @ _seen(key, run, len(queries)).transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask is None:
+            mask = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype).triu(1)
+        weights = (scores + mask).softmax(-1, torch.float32).to(value.dtype)
+        outputs.append(nn.functional.dropout(weights, dropout) @ _seen(value, run, len(queries)))
+    return torch.cat(outputs, 2).transpose(0, 1).flatten(0, 1).transpose(0, 1)[None]
 
 
 def packing_refusal(lm: PreTrainedModel) -> str | None:

@@ -65,7 +65,7 @@ class ZeroEngine:
     >>> grad_norm = engine.step(learning_rate)
 
     Gradients are averaged over ranks and summed over micro-batches. With bfloat16 weights the optimizer works on
-    float32 copies and gradients accumulate in float32 under every stage.
+    float32 copies and gradients are summed in float32 under every stage.
     """
 
     def __init__(self, module: nn.Module, config: LearnerConfig, optimizer: OptimizerConfig):
@@ -78,14 +78,14 @@ class ZeroEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self._adamw, config=zero_config(config, optimizer)
             )
+        self._sums_in_float32: list[nn.Parameter] = []
+        self._begun = False
         self._clips_itself = clips_itself(config)
         self._clipping = optimizer.gradient_clipping
         if self.stage == 0:
             # One rank has nothing to average; DeepSpeed would still copy every gradient into a flat buffer and back.
             self._engine.enable_backward_allreduce = self._engine.world_size > 1
-            if config.dtype == "bfloat16":
-                for parameter in parameters:
-                    parameter.grad_dtype = torch.float32
+            self._sums_in_float32 = parameters if config.dtype == "bfloat16" else []
         self.restart_optimizer(optimizer)  # some stages have counted a step of zeros by now
 
     @property
@@ -109,6 +109,11 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a scalar loss; `last` marks the step's final micro-batch, which averages over ranks."""
+        if not self._begun:
+            alone = last and self.world_size == 1  # nothing is added: float32 would only be more to hold
+            for parameter in self._sums_in_float32:
+                parameter.grad_dtype = parameter.dtype if alone else torch.float32
+        self._begun = not last
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 

@@ -22,6 +22,17 @@ class Run:
     stop: int
     ancestors: tuple[tuple[int, int], ...]
     """Each is a run of its own, further up."""
+    chain: bool = False
+    """Whether every query sees all before it in the run."""
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """The ranges of keys that its queries see, in order, neighbours as one."""
+        ranges: list[tuple[int, int]] = []
+        for start, stop in (*self.ancestors, (self.start, self.stop)):
+            joins = bool(ranges) and ranges[-1][1] == start
+            ranges[-1:] = [(ranges[-1][0], stop)] if joins else [*ranges[-1:], (start, stop)]
+        return ranges
 
 
 @dataclass
@@ -34,8 +45,8 @@ class TreeMask:
     """int64 [N]"""
     _cache: dict[Any, Any] = field(init=False, default_factory=dict)
 
-    def runs(self, window: int | None, dtype: torch.dtype) -> list[tuple[Run, torch.Tensor]]:
-        """Runs that cover the row, each with its additive mask [queries, keys]; keys: ancestors, then the run."""
+    def runs(self, window: int | None, dtype: torch.dtype) -> list[tuple[Run, torch.Tensor | None]]:
+        """Runs that cover the row, each with its additive mask [queries, keys of the run], None where it is causal."""
         if (window, dtype) not in self._cache:
             runs = split_runs(self.subtree_end.tolist())
             self._cache[window, dtype] = [(run, self._additive(run, window, dtype)) for run in runs]
@@ -75,9 +86,11 @@ class TreeMask:
         visible = (key <= query) & (query < self.subtree_end[key])
         return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
 
-    def _additive(self, run: Run, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    def _additive(self, run: Run, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        if run.chain and not run.ancestors and (window is None or run.stop - run.start <= window):
+            return None
         queries = torch.arange(run.start, run.stop)
-        keys = torch.cat([torch.arange(*keys) for keys in (*run.ancestors, (run.start, run.stop))])
+        keys = torch.cat([torch.arange(*keys) for keys in run.keys])
         visible = self._visible(queries[:, None], keys[None, :], window)
         return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
@@ -104,7 +117,7 @@ def _split(
             runs.append(Run(pending, root, ancestors))
             pending = root
         if long:
-            runs.append(Run(root, branch, ancestors))
+            runs.append(Run(root, branch, ancestors, chain=True))
             _split(subtree_end, branch, end, (*ancestors, (root, branch)), runs)
             pending = end
         root = end

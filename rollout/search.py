@@ -137,7 +137,9 @@ class BeamSearch:
         ended = possible & (target < 0)
         ended[:, self.beams :] = False
         if not self._asks_often or bool(ended.any()):
-            self._pool = self._pool.best_with(Pool.of(ended, steps, -1 - target, self._depth[:, None].expand_as(ended)))
+            self._pool = self._pool.best_with(
+                Pool.of(ended, steps, -1 - target, self._depth[:, None].expand_as(ended))
+            )
 
         goes_on = possible & (target >= 0)
         first = (~goes_on).to(torch.int8).argsort(dim=1, stable=True)[:, : self.beams]

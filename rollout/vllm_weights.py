@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rollout.host_memory import return_freed_memory
 from rollout.vllm_internals import UnsupportedModelError
 from rollout.weights import WeightBucket, WeightsError, combine, tensor_checksum
 
@@ -42,6 +43,8 @@ class WeightsWorker:
                 if parameter.numel() and not _is_tied_copy(model, module):
                     held.update(_held_checksums(model, module_name, module, name, parameter))
         _check_names({name for name, _ in tensors}, set(held))
+        if self.model_runner.device.type == "cpu":
+            return_freed_memory()  # what packing needed
         return combine(held.values())
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
-from learner.tree_mask import BLOCK, TreeMask, split_runs
+from learner.tree_mask import BLOCK, Run, TreeMask, split_runs
 
 Groups = list[tuple[list[int], list[list[int]]]]
 
@@ -105,6 +105,13 @@ def large_groups(seed: int, template_tokens: int = 80) -> Groups:
     return groups
 
 
+def shown(run: Run, additive: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of a run, and which of them each of its queries may see."""
+    keys = torch.cat([torch.arange(start, stop) for start, stop in run.keys])
+    size = run.stop - run.start
+    return keys, torch.ones(size, size, dtype=torch.bool).tril() if additive is None else additive == 0
+
+
 @pytest.mark.parametrize("window", [None, 7, 100])
 def test_runs_cover_the_row_once_and_show_each_query_what_it_may_see(window: int | None) -> None:
     batch = pack_groups(*split(large_groups(0)))
@@ -114,8 +121,8 @@ def test_runs_cover_the_row_once_and_show_each_query_what_it_may_see(window: int
     found = torch.zeros_like(expected)
     covered = []
     for run, additive in mask.runs(window, torch.float32):
-        keys = torch.cat([torch.arange(*ancestors) for ancestors in (*run.ancestors, (run.start, run.stop))])
-        found[run.start : run.stop, keys] = additive == 0
+        keys, visible_here = shown(run, additive)
+        found[run.start : run.stop, keys] = visible_here
         covered += range(run.start, run.stop)
     assert covered == list(range(batch.fed_tokens))
     assert torch.equal(found, expected)
@@ -127,8 +134,8 @@ def test_runs_of_any_tree_see_what_they_may(groups: Groups) -> None:
     batch = pack_groups(*split(groups))
     found = np.zeros((batch.fed_tokens, batch.fed_tokens), bool)
     for run, additive in TreeMask(batch.subtree_end, batch.positions[0]).runs(None, torch.float32):
-        keys = np.concatenate([np.arange(*ancestors) for ancestors in (*run.ancestors, (run.start, run.stop))])
-        found[run.start : run.stop, keys] = (additive == 0).numpy()
+        keys, visible_here = shown(run, additive)
+        found[run.start : run.stop, keys.numpy()] = visible_here.numpy()
     assert np.array_equal(found, visible(batch))
 
 

@@ -131,7 +131,10 @@ def test_forced_chains_take_one_pass() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), titles=st.integers(1, 60), vocabulary=st.sampled_from([6, 30]), beams=st.integers(1, 64)
+    seed=st.integers(0, 10**6),
+    titles=st.integers(1, 60),
+    vocabulary=st.sampled_from([6, 30]),
+    beams=st.integers(1, 64),
 )
 def test_only_nodes_that_are_needed_are_scored_ahead(seed: int, titles: int, vocabulary: int, beams: int) -> None:
     trie = random_trie(seed, titles, vocabulary, 12)
