@@ -44,6 +44,9 @@ class TrieSearch(Protocol):
     >>> groups = search.results()
     """
 
+    beams: int
+    """Of every group: beam b of group g has the slot g * beams + b."""
+
     def frontier(self) -> Frontier:
         """What must be scored now; empty when every group is done. The one transfer to the host."""
         ...

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from catalog.trie import Trie
+from rollout.children import DeviceTrie
 from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
 from rollout.groups import Candidates
+from rollout.stochastic import StochasticBeamSearch
 from rollout.trie_mask import TrieRequest
-from rollout.vllm_engine import EngineError
+from rollout.vllm_engine import EngineError, check_temperature
+from rollout.vllm_one_token import search_by_requests
 from rollout.vllm_requests import BeamRequests, Draw, create_trie_llm, sample
 from rollout.weights import WeightBucket, combine
 
@@ -39,14 +42,19 @@ class RequestsEngine:
     ) -> list[Candidates]:
         """See RolloutEngine.generate. Candidates of the sampling strategies are ordered by their log-probability."""
         strategy, size = strategy or self._config.strategy, group_size or self._config.group_size
-        if strategy == "stochastic_beam":
-            raise EngineError("the requests engine has no strategy 'stochastic_beam'; use rollout.engine=worker")
+        check_temperature(strategy, self._config.temperature)
         constrained = strategy != "unconstrained"
         longest = self._trie.max_tokens if constrained else self._config.max_completion_tokens
         self._check(prompts, longest)
         tokens = [np.asarray(prompt).tolist() for prompt in prompts]
         if strategy == "beam":
             return BeamRequests(self._llm, self._trie, tokens, size).run()
+        if strategy == "stochastic_beam":
+            config = self._config
+            search = StochasticBeamSearch(
+                DeviceTrie.of(self._trie), seeds, size, config.temperature, config.logprob_space
+            )
+            return search_by_requests(self._llm, self._trie, tokens, search) if tokens else []
         draws = math.ceil(size * self._config.oversample) if strategy == "dynamic" else size
         groups = self._sample(tokens, seeds, draws, longest, constrained)
         if strategy == "dynamic":
@@ -80,8 +88,6 @@ class RequestsEngine:
     ) -> list[Candidates]:
         """`draws` independent samples per prompt, in the order of drawing."""
         temperature = self._config.temperature
-        if not temperature > 0:
-            raise EngineError(f"rollout.temperature={temperature}: a sample needs a temperature above 0")
         root = 0 if constrained else None
         planned = [
             Draw(prompt, TrieRequest(f"{i} of prompt {group}", root, temperature, seeds[group], i), longest)

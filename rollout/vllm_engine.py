@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, Strategy
 from rollout.host_memory import keep_freed_memory, return_freed_memory
 from rollout.vllm_kernels import OP_PRIORITY, register_norms
 
@@ -21,6 +21,12 @@ DEFAULT_MAX_MODEL_LEN = 2048
 
 class EngineError(RuntimeError):
     """A rollout engine cannot be made, or cannot serve what it was asked; the message names the key to change."""
+
+
+def check_temperature(strategy: Strategy, temperature: float) -> None:
+    """Raises EngineError where samples are to be drawn at a temperature that has no distribution."""
+    if strategy != "beam" and not temperature > 0:
+        raise EngineError(f"rollout.temperature={temperature}: a sample needs a temperature above 0")
 
 
 def create_llm(

@@ -8,7 +8,8 @@ import torch
 
 from catalog.trie import Trie
 from rollout.children import Children, DeviceTrie
-from rollout.config import ForcedChains, LogprobSpace, Strategy
+from rollout.config import RolloutConfig, Strategy
+from rollout.free_sampling import FreeSampleSearch
 from rollout.frontier import Frontier, TrieSearch
 from rollout.groups import Candidates
 from rollout.kv_blocks import BeamBlocks, blocks_needed, passes
@@ -30,47 +31,50 @@ LOGITS_BYTES = 128 * 2**20
 class SearchWorker(WeightsWorker):
     """Methods that vLLM adds to its worker class; every tensor-parallel rank runs them in lockstep."""
 
-    def start_search(self, trie_path: str, logprob_space: LogprobSpace) -> None:
+    def start_search(self, trie_path: str, config: RolloutConfig) -> None:
         """Map the trie, and check that this worker's model can be driven."""
         self.paged_model = PagedModel(self.model_runner)
         self.device_trie = DeviceTrie.of(Trie.load(Path(trie_path)), self.paged_model.device)
-        self.logprob_space = logprob_space
+        self.rollout_config = config
 
     @torch.inference_mode()
     def search_groups(
-        self,
-        prompts: Sequence[np.ndarray],
-        seeds: Sequence[int],
-        strategy: Strategy,
-        size: int,
-        temperature: float,
-        forced_chains: ForcedChains,
+        self, prompts: Sequence[np.ndarray], seeds: Sequence[int], strategy: Strategy, size: int
     ) -> list[Candidates]:
         """`size` candidates of every prompt, searched in as many batches as the KV cache requires.
 
-        strategy: "beam", "sample" or "stochastic_beam"; seeds, one per prompt, and the temperature are for the last
-        two, forced_chains (see RolloutConfig) for the first.
+        strategy: any but "dynamic", which selects among samples. seeds: one per prompt; beam search has no use for
+        them. Everything else is as the config of `start_search` says.
         """
         found: list[Candidates] = []
-        trie, space = self.device_trie, self.logprob_space
-        lookahead = trie.max_tokens if strategy == "beam" and forced_chains == "at_once" else 1
-        for batch in self._batches_that_fit(prompts, size + (strategy == "stochastic_beam"), lookahead):
-            search: BeamSearch | SampleSearch
-            if strategy == "beam":
-                search = BeamSearch(trie, len(prompts[batch]), size, space, forced_chains)
-            else:
-                sampler = SampleSearch if strategy == "sample" else StochasticBeamSearch
-                search = sampler(trie, seeds[batch], size, temperature, space)
+        for batch in self._batches_that_fit(prompts, strategy, size):
+            search = self._search(strategy, seeds[batch], size)
             self._run(search, prompts[batch])
             found += search.results()
         return found
 
-    def _batches_that_fit(self, prompts: Sequence[np.ndarray], beams: int, lookahead: int) -> Iterator[slice]:
+    def _search(self, strategy: Strategy, seeds: Sequence[int], size: int) -> TrieSearch:
+        trie, config = self.device_trie, self.rollout_config
+        temperature, space = config.temperature, config.logprob_space
+        if strategy == "beam":
+            return BeamSearch(trie, len(seeds), size, space, config.forced_chains)
+        if strategy == "unconstrained":
+            return FreeSampleSearch(trie, seeds, size, temperature, config.max_completion_tokens)
+        sampler = SampleSearch if strategy == "sample" else StochasticBeamSearch
+        return sampler(trie, seeds, size, temperature, space)
+
+    def _batches_that_fit(self, prompts: Sequence[np.ndarray], strategy: Strategy, size: int) -> Iterator[slice]:
         """Consecutive prompts whose searches fit the KV cache together."""
-        model, first = self.paged_model, 0
+        model, config, trie, first = self.paged_model, self.rollout_config, self.device_trie, 0
+        beams = size + (strategy == "stochastic_beam")
+        ahead = strategy == "beam" and config.forced_chains == "at_once"
+        lookahead = trie.max_tokens if ahead else 1
+        level_width = trie.level_width
+        if strategy == "unconstrained":
+            level_width = np.full(config.max_completion_tokens, beams)
         total = free = model.num_blocks - 1
         for i, prompt in enumerate(prompts):
-            need = blocks_needed(len(prompt), beams, self.device_trie.level_width, lookahead, model.block_size)
+            need = blocks_needed(len(prompt), beams, level_width, lookahead, model.block_size)
             if need > total:
                 raise EngineError(
                     f"a prompt of {len(prompt)} tokens with {beams} beams needs {need} KV-cache blocks of "
@@ -83,7 +87,7 @@ class SearchWorker(WeightsWorker):
             free -= need
         yield slice(first, len(prompts))
 
-    def _run(self, search: BeamSearch | SampleSearch, prompts: Sequence[np.ndarray]) -> None:
+    def _run(self, search: TrieSearch, prompts: Sequence[np.ndarray]) -> None:
         """Drive a search to its end, the prompts' keys and values shared by all beams of a group."""
         model = self.paged_model
         blocks = BeamBlocks(prompts, search.beams, model.num_blocks, model.block_size)

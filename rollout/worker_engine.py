@@ -10,7 +10,7 @@ from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
 from rollout.groups import Candidates
-from rollout.vllm_engine import EngineError, create_llm
+from rollout.vllm_engine import EngineError, check_temperature, create_llm
 from rollout.weights import WeightBucket, combine
 
 WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
@@ -35,7 +35,7 @@ class WorkerEngine:
                 f"{trie_path} has token {trie.edge_token.max()}, the model's vocabulary is {self._vocab_size}: build "
                 "the catalogue with the model's tokenizer"
             )
-        self._llm.collective_rpc("start_search", args=(str(trie_path), config.logprob_space))
+        self._llm.collective_rpc("start_search", args=(str(trie_path), config))
 
     def generate(
         self,
@@ -49,16 +49,15 @@ class WorkerEngine:
         """See RolloutEngine.generate. Samples are ordered by their log-probability."""
         config, strategy = self._config, strategy or self._config.strategy
         size = group_size or config.group_size
-        if strategy == "unconstrained":
-            raise EngineError("the worker engine has no strategy 'unconstrained'; use rollout.engine=requests")
+        check_temperature(strategy, config.temperature)
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
-        self._check(arrays)
+        self._check(arrays, config.max_completion_tokens if strategy == "unconstrained" else self._title_tokens)
         if not arrays:
             return []
         if strategy in ("beam", "stochastic_beam"):
             return self._search(arrays, seeds, strategy, size)
         draws = math.ceil(size * config.oversample) if strategy == "dynamic" else size
-        groups = self._search(arrays, seeds, "sample", draws)
+        groups = self._search(arrays, seeds, "sample" if strategy == "dynamic" else strategy, draws)
         if strategy == "dynamic":
             groups = [g.take(select(g.item_class, t, size)) for g, t in zip(groups, target_classes, strict=True)]
         return [group.take(np.argsort(-group.score, kind="stable")) for group in groups]
@@ -66,11 +65,9 @@ class WorkerEngine:
     def _search(
         self, prompts: list[np.ndarray], seeds: Sequence[int], strategy: Strategy, size: int
     ) -> list[Candidates]:
-        config = self._config
-        arguments = (prompts, list(seeds), strategy, size, config.temperature, config.forced_chains)
-        return self._llm.collective_rpc("search_groups", args=arguments)[0]
+        return self._llm.collective_rpc("search_groups", args=(prompts, list(seeds), strategy, size))[0]
 
-    def _check(self, prompts: Sequence[np.ndarray]) -> None:
+    def _check(self, prompts: Sequence[np.ndarray], longest: int) -> None:
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise EngineError(f"prompt {i} has no tokens")
@@ -79,10 +76,10 @@ class WorkerEngine:
                     f"prompt {i} has token ids from {prompt.min()} to {prompt.max()}, the model's vocabulary is "
                     f"{self._vocab_size}: it was tokenized for another model"
                 )
-            if len(prompt) + self._title_tokens > self._max_model_len:
+            if len(prompt) + longest > self._max_model_len:
                 raise EngineError(
-                    f"prompt {i} has {len(prompt)} tokens and titles up to {self._title_tokens}, the engine's limit "
-                    f"is {self._max_model_len}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len"
+                    f"prompt {i} has {len(prompt)} tokens and its completions up to {longest}, the engine's limit is "
+                    f"{self._max_model_len}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len"
                 )
 
     def load_weights(self, buckets: Iterable[WeightBucket]) -> int:

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +21,11 @@ from catalog.catalog import Catalog
 from catalog.config import DataConfig, GeneratedConfig
 from catalog.trie import Trie
 from rollout.actor import RolloutWorker, group_seed
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
 from rollout.engines import create_engine
 from rollout.group_beam import GroupBeam
-from rollout.groups import Candidates
+from rollout.groups import INCLUSION_WEIGHT, Candidates
 from rollout.streams import PublishedWeights, collect, stream_rollout
 from rollout.vllm_engine import EngineError
 from rollout.vllm_requests import widest_fanout_below
@@ -33,6 +33,7 @@ from rollout.weights import WeightBucket, checksum
 
 NODE_LOGPROBS = dict[int, np.ndarray]
 SEEDS = list(range(64))
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 BF16_ROUNDING = 0.3
 """Largest difference of a token's log-probability between bf16 forward passes of differently composed batches."""
 
@@ -327,8 +328,6 @@ def test_new_weights_change_the_groups(engine: Any, model: Any, trie: Trie, prom
 
 
 def test_what_cannot_be_generated_is_refused(engine: Any, prompts: list[list[int]]) -> None:
-    with pytest.raises(EngineError, match=r"stochastic_beam.*rollout\.engine=worker"):
-        generate(engine, prompts[:1], 4, strategy="stochastic_beam")
     with pytest.raises(EngineError, match="prompt 1 has no tokens"):
         generate(engine, [prompts[0], []], 4)
     with pytest.raises(EngineError, match=r"prompt 0 has 2040 tokens.*rollout\.vllm\.max_model_len"):
@@ -362,14 +361,15 @@ def test_a_rollout_worker_with_the_other_engine_streams_the_same_groups(
     ray_session: None, rollout_catalog: Catalog, tiny_model_dir: Path, model: Any
 ) -> None:
     """Actor, streams, weights and the worker engine together, against the requests engine in this process."""
-    ids, config = list(range(10)), RolloutConfig(group_size=8, groups_per_table=4, kv_cache_gib=0.05)
+    ids = list(range(10))
+    config = RolloutConfig(group_size=8, groups_per_table=4, kv_cache_gib=0.05, max_completion_tokens=10)
     worker = RolloutWorker.options(num_cpus=0).remote(0, str(tiny_model_dir), str(rollout_catalog.path), config)
     tensors = list(model.named_parameters())
     weights = PublishedWeights(3, [ray.put(WeightBucket.pack([named])) for named in tensors], checksum(tensors))
     assert ray.get(weights.load(worker), timeout=120)["checksum"] == weights.checksum
-    engine = engine_of(tiny_model_dir, rollout_catalog.path / "trie.arrow")
+    engine = engine_of(tiny_model_dir, rollout_catalog.path / "trie.arrow", max_completion_tokens=10)
     seeds = [group_seed(0, 3, i) for i in ids]
-    for strategy in ("beam", "sample", "dynamic"):
+    for strategy in STRATEGIES:
         stream = stream_rollout(worker, 0, "train", ids, 3, 0, config, strategy=strategy)
         rows = pa.concat_tables([ray.get(table) for _, table in collect([stream], 120, weights)]).to_pylist()
         assert [row["example_id"] for row in rows] == ids
@@ -377,7 +377,10 @@ def test_a_rollout_worker_with_the_other_engine_streams_the_same_groups(
         groups = engine.generate(prompts, seeds, targets, group_size=8, strategy=strategy)
         for row, group in zip(rows, groups, strict=True):
             assert row["candidate_class"] == group.item_class.tolist()
+            assert row["candidate_tokens"] == [tokens.tolist() for tokens in group.tokens]
             np.testing.assert_allclose(row["score"], group.score, atol=5e-4)
+            if strategy == "stochastic_beam":
+                np.testing.assert_allclose(row[INCLUSION_WEIGHT], group.inclusion_weight, rtol=1e-2)
             for theirs, ours in zip(row["candidate_logprobs"], group.logprobs, strict=True):
                 np.testing.assert_allclose(theirs, ours, atol=1e-4)
     ray.kill(worker)

@@ -164,8 +164,12 @@ def test_token_logprobs_are_the_models_own(engine: Any, model: Any) -> None:
             np.testing.assert_allclose(logprobs, own, rtol=2e-6, atol=1e-5)
 
 
+def worker_of(engine: Any) -> Any:
+    return engine._llm.llm_engine.model_executor.driver_worker.worker
+
+
 def paged_model(engine: Any) -> PagedModel:
-    return engine._llm.llm_engine.model_executor.driver_worker.worker.paged_model
+    return worker_of(engine).paged_model
 
 
 @pytest.mark.parametrize(("setting", "value"), [("max_batched_tokens", 48), ("num_blocks", 150)])
@@ -180,19 +184,39 @@ def test_chunks_and_batches_change_nothing(
         np.testing.assert_allclose(one.score, other.score, atol=1e-4)
 
 
-def test_scoring_forced_chains_at_once_changes_nothing(engine: Any) -> None:
-    prompts = [np.asarray(prompt, np.int32) for prompt in ragged_prompts(24)]
-    step_by_step, at_once = (
-        engine._llm.collective_rpc("search_groups", args=(prompts, [0] * 24, "beam", 16, 1.0, forced_chains))[0]
-        for forced_chains in ("token_by_token", "at_once")
-    )
-    for one, other in zip(step_by_step, at_once, strict=True):
+def test_scoring_forced_chains_at_once_changes_nothing(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ragged_prompts(24)
+    at_once = generate(engine, prompts, 16)
+    monkeypatch.setattr(worker_of(engine).rollout_config, "forced_chains", "token_by_token")
+    for one, other in zip(at_once, generate(engine, prompts, 16), strict=True):
         assert one.item_class.tolist() == other.item_class.tolist()
         np.testing.assert_allclose(one.score, other.score, atol=1e-4)
 
 
+def test_unconstrained_samples_are_the_models_own(
+    engine: Any, model: Any, trie: Trie, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_of(engine).rollout_config, "max_completion_tokens", 9)
+    prompts, seeds = ragged_prompts(12), list(range(12))
+    groups = engine.generate(prompts, seeds, [0] * 12, group_size=6, strategy="unconstrained")
+    (alone,) = engine.generate(prompts[5:6], seeds[5:6], [0], group_size=6, strategy="unconstrained")
+    assert [tokens.tolist() for tokens in alone.tokens] == [tokens.tolist() for tokens in groups[5].tokens]
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert len({tuple(tokens.tolist()) for tokens in group.tokens}) > 1
+        assert (np.diff(group.score) <= 0).all()
+        for tokens, logprobs, item_class in zip(group.tokens, group.logprobs, group.item_class, strict=True):
+            assert len(tokens) == 9 or tokens[-1] == trie.eos_token
+            assert item_class == trie.classify(tokens.tolist())
+            ids = torch.tensor([prompt + tokens.tolist()])
+            with torch.no_grad():
+                own = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
+            np.testing.assert_allclose(logprobs, own[:, 0].numpy(), atol=5e-5)
+
+
 @pytest.mark.parametrize("strategy", ["sample", "dynamic", "stochastic_beam"])
-def test_sampling_depends_on_the_seed_alone(engine: Any, model: Any, trie: Trie, strategy: Strategy) -> None:
+def test_sampling_depends_on_the_seed_alone(
+    engine: Any, model: Any, trie: Trie, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts, seeds = ragged_prompts(12), list(range(12))
     groups = engine.generate(prompts, seeds, [3] * 12, group_size=8, strategy=strategy)
     for i in (0, 5, 11):
@@ -210,6 +234,10 @@ def test_sampling_depends_on_the_seed_alone(engine: Any, model: Any, trie: Trie,
                 expected.append(at[node][token])
                 node = trie.step(node, token) or 0
             np.testing.assert_allclose(logprobs, expected, rtol=2e-6, atol=2e-5)
+    monkeypatch.setattr(engine._config, "temperature", 0.0)
+    with pytest.raises(EngineError, match=r"rollout\.temperature=0\.0: a sample needs a temperature above 0"):
+        engine.generate(prompts, seeds, [3] * 12, group_size=8, strategy=strategy)
+    monkeypatch.undo()
     other = engine.generate(prompts, [seed + 99 for seed in seeds], [3] * 12, group_size=8, strategy=strategy)
     assert [g.item_class.tolist() for g in groups] != [g.item_class.tolist() for g in other]
 

@@ -1,0 +1,68 @@
+"""Drives any search over the trie through vLLM's public requests: one request of one token per place to score."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from catalog.trie import Trie
+from rollout.children import Children
+from rollout.frontier import Frontier, TrieSearch
+from rollout.groups import Candidates
+from rollout.trie_mask import TrieRequest
+from rollout.vllm_requests import sampling_params
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_LOGITS_ELEMENTS = 1 << 24
+"""Numbers of one piece of the logits that are put together from the answers."""
+
+
+def search_by_requests(
+    llm: "LLM", trie: Trie, prompts: Sequence[Sequence[int]], search: TrieSearch
+) -> list[Candidates]:
+    """The groups of a search that scores one node per beam and step; prefix caching spares most of the work.
+
+    `llm` must come from create_trie_llm.
+    """
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    size = max(1, _LOGITS_ELEMENTS // vocabulary)
+    while (frontier := search.frontier()).size:
+        answers = _ask(llm, trie, prompts, frontier, search.beams)
+        pieces = [slice(start, start + size) for start in range(0, len(answers), size)]
+        scored = [search.children(frontier, piece, _logits(answers[piece], vocabulary)) for piece in pieces]
+        search.advance(frontier, Children.cat(scored))
+    return search.results()
+
+
+def _ask(
+    llm: "LLM", trie: Trie, prompts: Sequence[Sequence[int]], frontier: Frontier, beams: int
+) -> list[dict[int, float]]:
+    """Log-probabilities of all children of every node of the frontier, by token."""
+    texts: list[Any] = []
+    params: list[Any] = []
+    for slot, node, fanout in zip(frontier.slot, frontier.node.tolist(), frontier.fanout, strict=True):
+        path = trie.path(node)
+        texts.append({"prompt_token_ids": [*prompts[slot // beams], *path]})
+        request = TrieRequest(f"beam {slot % beams} of prompt {slot // beams} at depth {len(path)}", node)
+        params.append(sampling_params(trie, request, 1, int(fanout)))
+    answers = []
+    for output in llm.generate(texts, params, use_tqdm=False):
+        flat: Any = output.outputs[0].logprobs
+        answers.append(dict(zip(flat.token_ids, flat.logprobs, strict=True)))
+    return answers
+
+
+def _logits(answers: Sequence[dict[int, float]], vocabulary: int) -> torch.Tensor:
+    """Logits [R, V] with these log-probabilities: what the children leave of probability 1 lies on one other token."""
+    logits = torch.full((len(answers), vocabulary), float("-inf"))
+    for row, answer in zip(logits, answers, strict=True):
+        tokens, logprobs = np.array(list(answer)), np.array(list(answer.values()))
+        row[torch.from_numpy(tokens)] = torch.from_numpy(logprobs).float()
+        rest = 1.0 - np.exp(logprobs).sum()
+        other = next((token for token in range(len(answer) + 1) if token not in answer), vocabulary)
+        if rest > 0 and other < vocabulary:
+            row[other] = float(np.log(rest))
+    return logits
