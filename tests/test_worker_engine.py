@@ -1,5 +1,8 @@
 """The worker engine equals Hugging Face, holds the weights it was given, and refuses what it cannot do."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,6 +214,23 @@ def test_unconstrained_samples_are_the_models_own(
             with torch.no_grad():
                 own = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
             np.testing.assert_allclose(logprobs, own[:, 0].numpy(), atol=5e-5)
+
+
+def test_two_tensor_parallel_ranks_find_the_same_and_hold_all_weights(
+    engine: Any, tiny_model_dir: Path, trie_path: Path, tmp_path: Path
+) -> None:
+    """Two worker processes in lockstep; their shards' checksums add up to that of the whole weights."""
+    prompts, files = ragged_prompts(12), [str(tmp_path / name) for name in ("prompts.json", "groups.json")]
+    Path(files[0]).write_text(json.dumps(prompts))
+    script = Path(__file__).with_name("generate_groups.py")
+    command = [sys.executable, str(script), str(tiny_model_dir), str(trie_path), "2", *files]
+    run = subprocess.run(command, cwd=script.parent.parent, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    answer = json.loads(Path(files[1]).read_text())
+    assert answer["loaded"] == answer["sent"]
+    for found, expected in zip(answer["groups"], generate(engine, prompts, 8), strict=True):
+        assert found["item_class"] == expected.item_class.tolist()
+        np.testing.assert_allclose(found["score"], expected.score, atol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["sample", "dynamic", "stochastic_beam"])
