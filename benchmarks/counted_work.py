@@ -1,4 +1,4 @@
-"""The work of one small training step, counted instead of timed: tokens through the model, ours and the published way.
+"""The work of one small training step, counted instead of timed: what goes through the model, ours and published.
 
 Counts repeat exactly on any machine, however busy, so that a test can hold them.
 """
@@ -26,7 +26,7 @@ LEARNED = 4
 
 
 def count(groups: int = 4, group_size: int = 16) -> dict[str, Any]:
-    """{"ours", "theirs": {"rollout", "learn"} in tokens, "ratio" of their sums} on the generated catalogue."""
+    """{"ours", "theirs": {"rollout", "learn"} in tokens, {"passes"} of the rollout} on the generated catalogue."""
     with TemporaryDirectory() as folder:
         config = compose(overrides=[f"data.cache={folder}/catalog", "data.generated.users=60"])
         config.data.template = TemplateConfig()
@@ -34,12 +34,12 @@ def count(groups: int = 4, group_size: int = 16) -> dict[str, Any]:
         catalog = build_catalog(config.data, str(model_path))
         examples = catalog.examples("train")
         prompts = [examples.prompt_tokens(example_id).tolist() for example_id in range(groups)]
-        theirs = published_tokens(model_path, catalog.trie, prompts, group_size)
-        ours = our_tokens(model_path, catalog.path / "trie.arrow", prompts, group_size)
-    return {"ours": ours, "theirs": theirs, "ratio": sum(theirs.values()) / sum(ours.values())}
+        theirs = published_work(model_path, catalog.trie, prompts, group_size)
+        ours = our_work(model_path, catalog.path / "trie.arrow", prompts, group_size)
+    return {"ours": ours, "theirs": theirs}
 
 
-def our_tokens(model_path: Path, trie_path: Path, prompts: list[list[int]], group_size: int) -> dict[str, int]:
+def our_work(model_path: Path, trie_path: Path, prompts: list[list[int]], group_size: int) -> dict[str, int]:
     """What the worker engine feeds to the model, and what the learner's packing does."""
     engine = create_engine(str(model_path), trie_path, RolloutConfig(group_size=group_size, kv_cache_gib=0.1))
     none = [0] * len(prompts)
@@ -48,16 +48,16 @@ def our_tokens(model_path: Path, trie_path: Path, prompts: list[list[int]], grou
     engine.shutdown()
     policy = Policy(AutoModelForCausalLM.from_pretrained(model_path))
     packed = policy.pack(prompts, [[tokens.tolist() for tokens in group.tokens] for group in groups])
-    return {"rollout": work.tokens, "learn": LEARNED * packed.fed_tokens}
+    return {"rollout": work.tokens, "learn": LEARNED * packed.fed_tokens, "passes": work.passes}
 
 
-def published_tokens(model_path: Path, trie: Trie, prompts: list[list[int]], group_size: int) -> dict[str, int]:
+def published_work(model_path: Path, trie: Trie, prompts: list[list[int]], group_size: int) -> dict[str, int]:
     """What `generate` feeds to the model, and what one padded pass over its completions does."""
     trainer = PublishedTrainer(str(model_path), trie, group_size=group_size, device="cpu")
     fed = []
     trainer.policy.get_input_embeddings().register_forward_hook(lambda _, inputs, __: fed.append(inputs[0].numel()))
     completions = trainer.generate(prompts)
-    return {"rollout": sum(fed), "learn": LEARNED * completions.ids.numel()}
+    return {"rollout": sum(fed), "learn": LEARNED * completions.ids.numel(), "passes": len(fed)}
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ class InProcess:
 class ForwardWork:
     """What the rollout engine fed to its model."""
 
+    passes: int = 0
     tokens: int = 0
     forward_s: float = 0.0
     attended: int = 0
@@ -77,6 +78,7 @@ def counted_forwards() -> Iterator[ForwardWork]:
     def counting_forward(self: PagedModel, batch: TokenBatch) -> torch.Tensor:
         result: list[torch.Tensor] = []
         work.forward_s += timed(lambda: result.append(forward(self, batch)))
+        work.passes += 1
         work.tokens += len(batch.position)
         work.attended += int(batch.position.sum()) + len(batch.position)
         return result[0]

@@ -1,6 +1,7 @@
 """Who sees whom in a packed row, in the forms that attention kernels want."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Run:
     chain: bool = False
     """Whether every query sees all before it in the run."""
 
-    @property
+    @cached_property
     def keys(self) -> list[tuple[int, int]]:
         """The ranges of keys that its queries see, in order, neighbours as one."""
         ranges: list[tuple[int, int]] = []
