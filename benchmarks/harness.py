@@ -133,9 +133,11 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name() -> str:
-    """A file name for this machine's results, such as `intel-xeon-processor-2-cores`."""
+    """A file name for this machine's results, such as `intel-xeon-processor-amx-2-cores`."""
     description = machine()
-    name = description.get("gpu") or f"{description['cpu']} {description['cores']} cores"
+    flags = "".join(description["matrix_flags"])
+    instructions = next((name for name in ("amx", "avx512", "avx2") if name in flags), "")
+    name = description.get("gpu") or f"{description['cpu']} {instructions} {description['cores']} cores"
     words = "".join(letter if letter.isalnum() else " " for letter in name.lower().replace("(r)", "")).split()
     return "-".join(words)
 
