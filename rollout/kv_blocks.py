@@ -108,15 +108,18 @@ class BeamBlocks:
         self._num_free += len(blocks)
 
 
-def blocks_needed(length: int, beams: int, level_width: np.ndarray, lookahead: int, block_size: int) -> int:
-    """Most blocks that one group can hold at a time: its prompt's and those of as many beams as the trie allows.
+def blocks_needed(length: int, beams: int, level_width: np.ndarray, block_size: int) -> int:
+    """Most blocks that one group can hold at a time, however far its beams are computed ahead.
 
-    length: of the prompt. level_width: int64 [D], nodes of the trie at each depth. lookahead: tokens of a beam that
-    may be computed at once.
+    Beams that reach into a column of the block tables are distinct nodes of the trie where they part or later, so a
+    column takes at most as many blocks as the trie is wide from there on. length: of the prompt. level_width: int64
+    [D], nodes of the trie at each depth.
     """
-    tokens = np.minimum(np.arange(len(level_width)) + lookahead - 1, len(level_width) - 1)
-    columns = _columns(length + tokens, block_size) - length // block_size
-    return length // block_size + int((np.minimum(beams, level_width) * columns).max())
+    full = length // block_size
+    column = np.arange(full, max(full + 1, int(_columns(length + len(level_width) - 1, block_size))))
+    depth = np.maximum(column * block_size - length + 1, 0)  # of the first node in each column
+    widest_from = np.maximum.accumulate(level_width[::-1])[::-1]
+    return full + int(np.minimum(beams, widest_from[np.minimum(depth, len(level_width) - 1)]).sum())
 
 
 def passes(

@@ -67,14 +67,12 @@ class SearchWorker(WeightsWorker):
         """Consecutive prompts whose searches fit the KV cache together."""
         model, config, trie, first = self.paged_model, self.rollout_config, self.device_trie, 0
         beams = size + (strategy == "stochastic_beam")
-        ahead = strategy == "beam" and config.forced_chains == "at_once"
-        lookahead = trie.max_tokens if ahead else 1
         level_width = trie.level_width
         if strategy == "unconstrained":
             level_width = np.full(config.max_completion_tokens, beams)
         total = free = model.num_blocks - 1
         for i, prompt in enumerate(prompts):
-            need = blocks_needed(len(prompt), beams, level_width, lookahead, model.block_size)
+            need = blocks_needed(len(prompt), beams, level_width, model.block_size)
             if need > total:
                 raise EngineError(
                     f"a prompt of {len(prompt)} tokens with {beams} beams needs {need} KV-cache blocks of "

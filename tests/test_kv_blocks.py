@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_oracle import random_trie
 
+from rollout.children import DeviceTrie
+from rollout.config import ForcedChains
 from rollout.kv_blocks import BeamBlocks, OutOfBlocksError, blocks_needed, passes
+from rollout.search import BeamSearch
 
 
 class Cache:
@@ -91,23 +96,33 @@ def test_too_few_blocks_is_an_error() -> None:
         BeamBlocks([np.arange(40, dtype=np.int32)], 2, 5, 4)
 
 
-@given(length=st.integers(1, 50), beams=st.integers(1, 8), depth=st.integers(1, 20), lookahead=st.integers(1, 30))
-def test_a_group_never_needs_more_than_was_planned(length: int, beams: int, depth: int, lookahead: int) -> None:
-    width = np.minimum(2 ** np.arange(depth), 10)
-    need = blocks_needed(length, beams, width, lookahead, 4)
-    blocks = BeamBlocks([np.zeros(length, np.int32)], beams, need + 1, 4)
-    draw = np.random.default_rng(0)
-    alive = 1
-    for level in range(1, depth):
-        parents = np.full((1, beams), -1)
-        alive_now = min(beams, int(width[level]))
-        parents[0, :alive_now] = draw.integers(0, alive, alive_now)
-        alive = alive_now
-        blocks.follow(parents)
-        slots = np.arange(alive)
-        ahead = np.minimum(length + level + lookahead - 1, length + depth - 1)
-        missing = ahead - blocks.length[slots]
-        blocks.extend(slots[missing > 0], missing[missing > 0])
+@given(
+    seed=st.integers(0, 10**6),
+    titles=st.integers(1, 40),
+    length=st.integers(1, 30),
+    beams=st.sampled_from([1, 2, 5, 16]),
+    forced_chains=st.sampled_from(["at_once", "token_by_token"]),
+    block_size=st.sampled_from([1, 4, 16]),
+)
+def test_a_search_never_needs_more_than_was_planned(
+    seed: int, titles: int, length: int, beams: int, forced_chains: ForcedChains, block_size: int
+) -> None:
+    trie = DeviceTrie.of(random_trie(seed, titles, 8, 14))
+    logits = torch.randn(trie.source.num_nodes, 8, generator=torch.Generator().manual_seed(seed))
+    need = blocks_needed(length, beams, trie.level_width, block_size)
+    blocks = BeamBlocks([np.zeros(length, np.int32)], beams, need + 1, block_size)
+    search = BeamSearch(trie, 1, beams, forced_chains=forced_chains)
+    frontier = search.frontier()
+    while frontier.size:
+        search.advance(frontier, search.children(frontier, slice(None), logits[frontier.node]))
+        frontier = search.frontier()
+        blocks.follow(frontier.parent)
+        blocks.extend(frontier.slot, frontier.count)  # raises OutOfBlocksError
+
+
+def test_little_more_is_planned_than_a_search_can_need() -> None:
+    width = np.array([1, 2, 500, 400, 300, *[200] * 20, *[3] * 70])
+    assert blocks_needed(250, 16, width, 32) <= 7 + 2 * 16 + 3 * 3
 
 
 @given(
