@@ -124,11 +124,8 @@ def measure(shape: str) -> tuple[list[Row], dict[str, Any]]:
             print(f"{shape}: ours {calls[-1][0].seconds:.3g} s, theirs {calls[-1][1].seconds:.3g} s", flush=True)
             if len(calls) == 1:
                 check_equal(workload, *calls[0])
-                _grow(ours, workload, ids)
     with Side("benchmarks.end_to_end:Ours", shape, "learner.kl_on=informative") as informative:
-        sparing = [informative.call("step", steps[0])]
-        _grow(informative, workload, steps[0])
-        sparing += [informative.call("step", ids) for ids in steps[1:]]
+        sparing = [informative.call("step", ids) for ids in steps]
     pairs, sparing = calls[1:], sparing[1:]
     sparing_pairs = [(mine, published) for mine, (_, published) in zip(sparing, pairs, strict=True)]
     hit_share = sum(mine.result["hit_share"] for mine in sparing) / len(sparing)
@@ -147,16 +144,6 @@ def measure(shape: str) -> tuple[list[Row], dict[str, Any]]:
         "idle_gib": [side.idle_gib for side in calls[0]],
     }
     return rows, details
-
-
-def _grow(ours: Side, workload: Workload, warmed_up: Sequence[int]) -> None:
-    """One more step of ours that is not counted, where the first was smaller than those that are.
-
-    Its processes keep the memory that their first whole step needs. Theirs gives it back and asks for it anew in every
-    step, so a first step of one group is enough.
-    """
-    if len(warmed_up) < workload.shape.groups:
-        ours.call("step", workload.step_examples(-1))
 
 
 def _row(case: str, shape: str, pairs: Sequence[tuple[Call, Call]], note: str) -> Row:
