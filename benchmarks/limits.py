@@ -20,7 +20,7 @@ from benchmarks.shapes import SHAPES, ShapeAbsentError, build
 from rollout.groups import Candidates
 
 RESULTS = REPOSITORY / "benchmarks/results"
-REPEATS = 3
+REPEATS = 2
 
 
 class Arithmetic:

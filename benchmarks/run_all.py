@@ -25,11 +25,11 @@ SECTIONS = {
     "rollout": 600,
     "learner": 480,
     "rewards": 120,
-    "limits": 240,
+    "limits": 360,
     "growth": 420,
     "scaling": 180,
     "start_up": 180,
-    "official_times": 240,
+    "official_times": 300,
 }
 """Module of benchmarks: the longest that it may take, in seconds."""
 BFLOAT16_HERE = ON_GPU or has_bfloat16()
