@@ -98,7 +98,7 @@ class Packed:
         from learner.policy import Policy
         from learner.reference import Reference
         from learner.update import PolicyUpdate
-        from rollout.host_memory import keep_freed_memory, return_freed_memory
+        from rollout.host_memory import return_freed_memory, tune_host_memory
 
         torch.set_num_threads(threads())
         self._base_gib = MemoryWatch().measure()
@@ -107,7 +107,7 @@ class Packed:
             port = probe.getsockname()[1]
         device = join_process_group(0, 1, "127.0.0.1", port, 600.0)
         if device.type == "cpu":
-            keep_freed_memory()
+            tune_host_memory()
         constant = OptimizerConfig(schedule="constant", warmup_ratio=0.0)
         config = LearnerConfig(dtype=dtype, optimizer=constant)  # type: ignore[arg-type]
         policy, frozen = (

@@ -4,8 +4,9 @@ bfloat16 on a processor without instructions for it: weights and activations sta
 product of bfloat16 matrices is exact in float32 up to the order of its sums, so only speed changes: torch emulates the
 missing instructions about five times slower than it multiplies the same matrices in float32.
 
-float32 on a processor that Intel has not made: torch multiplies with MKL, which is up to twice as slow there as
-oneDNN, which torch has, too.
+float32 with AVX-512 on a processor that Intel has not made: torch multiplies with MKL, which does not use AVX-512
+there and is up to twice as slow as oneDNN, which torch has, too. oneDNN compiles code for every number of rows and
+keeps some of it for good, so it only sees rounded numbers of rows.
 """
 
 from functools import cache
@@ -28,7 +29,8 @@ def prefers_onednn() -> bool:
     """Whether float32 products are faster with oneDNN than with what torch takes."""
     cpuinfo = Path("/proc/cpuinfo")
     others = cpuinfo.is_file() and "GenuineIntel" not in cpuinfo.read_text()
-    return others and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    wide = torch.cpu.get_capabilities().get("avx512_f", False)
+    return others and wide and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 def must_widen(tensor: torch.Tensor) -> bool:
@@ -44,8 +46,19 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """[..., in] x [out, in] -> [..., out], without a gradient; both in the precision of the product."""
     if input.device.type == "cpu" and input.dtype == torch.float32 and prefers_onednn():
-        return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], None)
+        rows = input.flatten(0, -2)
+        missing = rounded_rows(len(rows)) - len(rows)
+        padded = nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        product = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], None)
+        return product[: len(rows)].unflatten(0, input.shape[:-1])
     return nn.functional.linear(input, weight, bias)
+
+
+def rounded_rows(rows: int) -> int:
+    """The next multiple of 16, for more than 512 rows the next number with five binary digits that count: at most a
+    sixteenth more, and about a hundred numbers in all."""
+    step = max(16, 1 << max(0, rows.bit_length() - 5))
+    return -(-rows // step) * step
 
 
 class CpuLinear(nn.Linear):

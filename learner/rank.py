@@ -13,7 +13,7 @@ import ray
 
 from learner.config import LearnerConfig
 from rollout.config import LogprobSpace
-from rollout.host_memory import keep_freed_memory, return_freed_memory
+from rollout.host_memory import return_freed_memory, tune_host_memory
 from rollout.weights import WeightBucket
 
 P = ParamSpec("P")
@@ -112,7 +112,7 @@ class LearnerRank:
         os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
         device = join_process_group(self._rank, self._world_size, master_host, master_port, self._config.timeout_s)
         if device.type == "cpu":
-            keep_freed_memory()
+            tune_host_memory()
         self._learner = Learner(
             self._model_path,
             Catalog.load(self._catalog_path),

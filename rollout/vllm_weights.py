@@ -14,6 +14,9 @@ from rollout.weights import WeightBucket, WeightsError, combine, tensor_checksum
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 """Largest difference between a packed matrix product and the plain one, relative to the largest output."""
 
+WORTH_RETURNING = 2**28
+"""Bytes of weights from which on what packing needed is more than the next rollout would fault in again."""
+
 
 class WeightsWorker:
     """Methods that vLLM adds to its worker class: loading weights and saying what was loaded.
@@ -43,7 +46,8 @@ class WeightsWorker:
                 if parameter.numel() and not _is_tied_copy(model, module):
                     held.update(_held_checksums(model, module_name, module, name, parameter))
         _check_names({name for name, _ in tensors}, set(held))
-        if self.model_runner.device.type == "cpu":
+        packed_bytes = sum(tensor.nbytes for _, tensor in tensors)
+        if self.model_runner.device.type == "cpu" and packed_bytes >= WORTH_RETURNING:
             return_freed_memory()  # what packing needed
         return combine(held.values())
 

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from catalog.trie import Trie
-from learner import products
 from learner.packing import padded_batch
 from learner.policy import Policy
 
@@ -242,49 +241,3 @@ def test_flex_attention_on_cuda_equals_the_padded_path(name: str) -> None:
     policy = Policy(lm)
     found = gradient(lm, policy(policy.pack(*groups())).cpu())
     assert relative_error(found, expected) < 1e-3
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_widened_products_are_those_of_bfloat16_to_its_rounding(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
-    linear = torch.nn.Linear(48, 40, bias=bias, dtype=torch.bfloat16)
-    inputs = torch.randn(2, 30, 48, dtype=torch.bfloat16)
-    weights = torch.randn(2, 30, 40, dtype=torch.bfloat16)
-    results = []
-    for widen in (False, True):
-        if widen:
-            products.use_best_products(linear)
-        states = inputs.clone().requires_grad_()
-        output = linear(states)
-        linear.zero_grad()
-        (output * weights).sum().backward()
-        results.append([output, states.grad, *(parameter.grad for parameter in linear.parameters())])
-    assert type(linear) is products.CpuLinear
-    for narrow, wide in zip(*results, strict=True):
-        assert wide.dtype == torch.bfloat16
-        assert relative_error(wide.float(), narrow.float()) < 5e-3
-
-
-def test_a_cpu_with_bfloat16_instructions_is_left_to_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.zeros(1, dtype=torch.bfloat16)
-    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(products, "has_bfloat16", lambda native=native: native)
-        assert products.widened(weight).dtype == expected
-        assert products.widened(weight.float()).dtype == torch.float32
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_onednn_products_equal_those_of_torch(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = torch.nn.Linear(48, 40, bias=bias)
-    inputs, weights = torch.randn(2, 30, 48), torch.randn(2, 30, 40)
-    results = []
-    for onednn in (False, True):
-        monkeypatch.setattr(products, "prefers_onednn", lambda onednn=onednn: onednn)
-        products.use_best_products(linear)
-        states = inputs.clone().requires_grad_()
-        output = linear(states)
-        linear.zero_grad()
-        (output * weights).sum().backward()
-        results.append([output, states.grad, *(parameter.grad for parameter in linear.parameters())])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
