@@ -29,6 +29,7 @@ def connect(config: Config) -> None:
             object_store_memory=int(config.cluster.object_store_gib * 2**30),
             logging_level=logging.ERROR,
             log_to_driver=False,
+            _system_config={"free_objects_period_milliseconds": 0},
         )
     else:
         try:
