@@ -10,6 +10,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.experimental import get_local_object_locations
 
+from rollout.actor import StaleWeights
 from rollout.config import RolloutConfig, Strategy
 
 HEALTH_TIMEOUT_S = 5.0
@@ -112,9 +113,9 @@ def collect(
 ) -> Iterator[tuple[int, ray.ObjectRef]]:
     """Yield (worker rank, reference of a table) as tables finish, every table once, without fetching any.
 
-    A worker that dies and restarts (max_restarts) is given `weights` again and repeats exactly the tables that were
-    missing. Raises RolloutTimeout when a stream made the driver wait timeout_s for one table, WorkerLost when a worker
-    stays dead or keeps dying at one table, and whatever a worker raised.
+    A worker that dies and restarts (max_restarts), now or while it was idle, is given `weights` again and repeats
+    exactly the tables that were missing. Raises RolloutTimeout when a stream made the driver wait timeout_s for one
+    table, WorkerLost when a worker stays dead or keeps dying at one table, and whatever a worker raised.
     """
     live = [stream for stream in streams if len(stream.example_ids)]
     try:
@@ -129,6 +130,11 @@ def collect(
                 continue
             except RayActorError as death:
                 _revive(stream, weights, timeout_s, death)
+                continue
+            except StaleWeights as stale:
+                if weights is None or stale.held is not None:
+                    raise
+                _revive(stream, weights, timeout_s, stale)  # it had died before it was asked
                 continue
             stream.received += 1
             stream.waited_s, stream.deaths = 0.0, 0
@@ -163,7 +169,7 @@ def _raise_if_failed(ref: ray.ObjectRef, stream: RolloutStream) -> None:
         ray.get(ref)
 
 
-def _revive(stream: RolloutStream, weights: PublishedWeights | None, timeout_s: float, death: RayActorError) -> None:
+def _revive(stream: RolloutStream, weights: PublishedWeights | None, timeout_s: float, death: Exception) -> None:
     """Wait for a dead worker's restart, give it its weights, and start its stream again where it stopped."""
     stream.deaths += 1
     if stream.deaths >= DEATHS_PER_TABLE:

@@ -1,5 +1,6 @@
 """Rollout workers: what they stream, what they refuse, and what happens when they die."""
 
+import contextlib
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import cloudpickle
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
@@ -170,6 +172,34 @@ def test_a_worker_that_dies_in_the_middle_repeats_what_is_missing(blank: ActorHa
     assert not (folder / "die_at").exists()
     assert ray.get(blank.health.remote())["process"] != health["process"]
     assert after == before
+
+
+def test_a_worker_that_died_while_it_was_idle_is_given_its_weights_again(
+    small_catalog: Catalog, folder: Path, ray_session: None
+) -> None:
+    """As when the system runs out of memory while the learner works: Ray restarts the worker and tells nobody."""
+    for worker in started_worker(small_catalog, folder, rank=2, version=None):
+        weights = published(6)
+        give(worker, weights)
+        expected = tables_of([stream_rollout(worker, 2, "train", IDS, 6, 7, CONFIG)])
+        process = ray.get(worker.health.remote())["process"]
+        os.kill(process, signal.SIGKILL)
+        wait_for_restart(worker, process)
+        assert ray.get(worker.health.remote())["version"] is None
+        assert tables_of([stream_rollout(worker, 2, "train", IDS, 6, 7, CONFIG)], weights) == expected
+        with pytest.raises(StaleWeights, match="holds version 6, the rollout asks for version 7"):
+            tables_of([stream_rollout(worker, 2, "train", IDS, 7, 7, CONFIG)], published(7))
+
+
+def wait_for_restart(worker: ActorHandle, process: int) -> None:
+    """Until another process answers for the worker."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(RayActorError):
+            if ray.get(worker.health.remote(), timeout=TIMEOUT_S)["process"] != process:
+                return
+        time.sleep(0.1)
+    raise TimeoutError("the worker was not restarted")
 
 
 def test_a_worker_killed_from_outside_repeats_what_is_missing_until_it_stays_dead(blank: ActorHandle) -> None:
