@@ -112,6 +112,15 @@ def _write(
     texts = titles.to_pylist()
     context, responses = prompt_end(config.template), response_texts(config.template, texts)
     title_tokens = encode_titles(tokenizer, context, responses, [f"title {title!r}" for title in texts])
+    kept, merged = _distinct(title_tokens)
+    if len(kept) < len(texts):  # the tokenizer normalises Unicode, and two titles differ only there
+        class_of_item, titles, title_tokens = (
+            merged[class_of_item],
+            titles.take(pa.array(kept)),
+            title_tokens.take(kept),
+        )
+        texts = titles.to_pylist()
+        responses = response_texts(config.template, texts)
     trie = Trie.from_titles(
         title_tokens, eos_token=tokenizer.eos_token_id, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)
     )
@@ -143,6 +152,18 @@ def _classes(titles: pa.LargeStringArray) -> tuple[np.ndarray, pa.LargeStringArr
     """(int32 [items] item class of each item, distinct titles in the order of their first item)"""
     encoded = pc.dictionary_encode(titles)
     return encoded.indices.to_numpy(), encoded.dictionary
+
+
+def _distinct(title_tokens: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """(int64: rows of distinct tokens, each at its first place; int32 [n]: for every row its place among them)"""
+    place: dict[bytes, int] = {}
+    kept: list[int] = []
+    merged = np.empty(len(title_tokens), np.int32)
+    for row in range(len(title_tokens)):
+        merged[row] = place.setdefault(title_tokens[row].tobytes(), len(place))
+        if merged[row] == len(kept):
+            kept.append(row)
+    return np.array(kept, np.int64), merged
 
 
 def _evenly(count: int, at_most: int) -> np.ndarray:

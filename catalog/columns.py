@@ -31,9 +31,11 @@ class Columns:
             beside = sorted(path.name for path in file.parent.iterdir())
             raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
         try:
-            return cls(file, pq.read_table(file))
+            table = pq.read_table(file)
+            table.validate(full=True)
         except (OSError, pa.ArrowException) as error:
             raise CatalogError(f"{file}: not a readable Parquet file ({error}); write it again") from error
+        return cls(file, table)
 
     def fault(self, column: str, row: int, message: str) -> CatalogError:
         return CatalogError(f"{self.file}: column {column!r}, row {row}: {message}")
@@ -99,7 +101,12 @@ class Columns:
 
     def _as_ids(self, name: str, values: pa.Array, expected: str) -> pa.Array:
         if pa.types.is_integer(values.type):
-            return values.cast(pa.int64())
+            try:
+                return values.cast(pa.int64())
+            except pa.ArrowInvalid as error:
+                raise CatalogError(
+                    f"{self.file}: column {name!r} holds ids above 2^63 - 1 ({error}); write them as strings"
+                ) from error
         if _is_text(values.type):
             return values.cast(pa.large_string())
         raise CatalogError(f"{self.file}: column {name!r} is {self.table[name].type}, expected {expected}")

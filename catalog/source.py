@@ -127,7 +127,7 @@ def _read_csv(files: tuple[Path, ...], max_history: int) -> Interactions:
 def _info_lines(file: Path) -> tuple[list[str], list[int]]:
     """Titles and ids of ReRe's info file: one item per line, title, tab, id."""
     try:
-        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise CatalogError(f"{file}: not UTF-8 text ({error}); write it again as UTF-8") from error
     titles, item_ids = [], []
@@ -162,7 +162,13 @@ def _csv_columns(file: Path) -> Columns:
     split = pc.split_pattern(inner, ",")
     filled = pc.if_else(pc.equal(inner, ""), pa.scalar([], split.type), split)
     place = columns.table.column_names.index("history_item_id")
-    return Columns(file, columns.table.set_column(place, "history_item_id", filled.cast(pa.list_(pa.int64()))))
+    try:
+        numbers = filled.cast(pa.list_(pa.int64()))
+    except pa.ArrowInvalid as error:
+        raise CatalogError(
+            f"{file}: column 'history_item_id' holds ids that are no 64-bit integers ({error})"
+        ) from error
+    return Columns(file, columns.table.set_column(place, "history_item_id", numbers))
 
 
 def _check_same_titles(columns: Columns, titles: pa.LargeStringArray, info: str) -> None:

@@ -17,6 +17,7 @@ from launch.learner_gang import LearnerGang
 from launch.placement import Placement, actor_options, check_devices, reserve
 from launch.rollout_fleet import RolloutFleet
 from launch.run_directory import write_atomically
+from launch.waiting import fetch
 from rewards.pool import RewardPool
 
 
@@ -56,7 +57,7 @@ class Actors:
         self, config: Config, placement: Placement, catalog: Catalog, model_path: Path, total_steps: int
     ) -> None:
         self.config = config
-        self.rewards = RewardPool(config.rewards, catalog.path)
+        self.rewards = RewardPool(config.rewards, catalog.path.resolve())
         connect(config)
         try:
             check_devices(config, placement, ray.cluster_resources())
@@ -80,7 +81,7 @@ class Actors:
 
     def save_rollouts(self, groups: Sequence[ObjectRef], path: Path) -> None:
         """Write groups with their titles to a Parquet file, without bringing them to the driver."""
-        ray.get(_write_parquet.remote(path, *groups))
+        fetch(_write_parquet.remote(path.resolve(), *groups), self.config.rollout.timeout_s, f"writing {path}")
 
 
 @ray.remote(num_cpus=0)

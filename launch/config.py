@@ -1,7 +1,7 @@
 """The whole configuration: dataclasses, the YAML groups that fill them, and the checks before anything starts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,21 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 FIXED_IN_A_RUN = {
     "": ("data", "model", "rewards"),
-    "rollout": ("strategy", "group_size", "temperature", "oversample", "logprob_space"),
-    "learner": ("objective", "beta", "kl_on", "normalize_std", "updates_per_batch", "lora", "optimizer", "sft"),
-    "train": ("prompts_per_step", "seed"),
+    "rollout": ("strategy", "group_size", "temperature", "oversample", "logprob_space", "max_completion_tokens"),
+    "learner": (
+        *(
+            "objective",
+            "beta",
+            "kl_on",
+            "normalize_std",
+            "clip_low",
+            "clip_high",
+            "importance_cap",
+            "inclusion_weights",
+        ),
+        *("updates_per_batch", "reference_sync_every", "reference_sync_alpha", "lora", "optimizer", "sft"),
+    ),
+    "train": ("prompts_per_step", "seed", "eval_examples", "eval_beams", "eval_ks"),
 }
 """What a resumed run must have in common with its beginning."""
 
@@ -186,6 +198,12 @@ def check(config: Config) -> None:
         "train.prompts_per_step": train.prompts_per_step,
         "train.eval_beams": train.eval_beams,
         "train.checkpoint_every": train.checkpoint_every,
+        "train.rollouts_every": train.rollouts_every,
+        "train.epochs": train.epochs,
+        "rollout.timeout_s": rollout.timeout_s,
+        "learner.timeout_s": learner.timeout_s,
+        "cluster.start_timeout_s": config.cluster.start_timeout_s,
+        "cluster.object_store_gib": config.cluster.object_store_gib,
         "train.checkpoints_kept": train.checkpoints_kept,
         "data.max_history": config.data.max_history,
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
@@ -241,12 +259,21 @@ def check_resumable(config: Config, saved: Config) -> None:
     """
     for section, keys in FIXED_IN_A_RUN.items():
         for key in keys:
-            old, new = (getattr(getattr(c, section) if section else c, key) for c in (saved, config))
+            old, new = (_algorithmic(getattr(getattr(c, section) if section else c, key)) for c in (saved, config))
             if old != new:
                 name = f"{section}.{key}" if section else key
                 raise ConfigError(
                     f"{name} is {new!r}, but the run was started with {old!r}; resume with the same, or use NAME="
                 )
+
+
+def _algorithmic(value: Any) -> Any:
+    """A setting without what only says where it is computed or kept."""
+    if isinstance(value, DataConfig):
+        return replace(value, cache="")
+    if isinstance(value, list) and value and isinstance(value[0], RewardTerm):
+        return [(term.name, term.weight, term.label, term.args) for term in value]
+    return value
 
 
 def _require(holds: bool, key: str, value: Any, expectation: str) -> None:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from launch.config import ConfigError
+
 
 class DataOrder:
     """Shuffled passes over n examples, cut into steps.
@@ -12,7 +14,7 @@ class DataOrder:
 
     def __init__(self, num_examples: int, per_step: int, seed: int) -> None:
         if num_examples < per_step:
-            raise ValueError(
+            raise ConfigError(
                 f"train.prompts_per_step={per_step} but the training split has {num_examples} examples; lower it"
             )
         self.num_examples, self.per_step, self.seed = num_examples, per_step, seed

@@ -8,6 +8,7 @@ from catalog.catalog import Catalog
 from launch.config import Config
 from launch.progress import Stage
 from launch.rollout_fleet import RolloutFleet
+from launch.waiting import fetch
 
 
 def eval_examples(config: Config, catalog: Catalog) -> np.ndarray:
@@ -23,7 +24,7 @@ def evaluate(fleet: RolloutFleet, config: Config, example_ids: np.ndarray, stage
     rank_of: dict[int, int] = {}
     invalid = 0
     for table in fleet.land(flight):
-        ids, ranks, wrong = ray.get(_hit_ranks.remote(table))
+        ids, ranks, wrong = fetch(_hit_ranks.remote(table), config.rollout.timeout_s, "counting the hits of a table")
         rank_of.update(zip(ids.tolist(), ranks.tolist(), strict=True))
         invalid += wrong
         stage.update(len(rank_of))

@@ -53,8 +53,8 @@ class LearnerGang:
             LearnerRank.options(**options).remote(  # type: ignore[attr-defined]
                 rank,
                 len(self._rank_options),
-                str(self._model_path),
-                str(self._catalog.path),
+                str(self._model_path.resolve()),
+                str(self._catalog.path.resolve()),
                 config.learner,
                 config.rollout.logprob_space,
                 self._total_steps,
@@ -76,12 +76,8 @@ class LearnerGang:
 
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
         """Supervised warm-up; yields rank 0's progress reports."""
-        streams = self._streams("sft", str(folder))
-        while True:
-            try:
-                reports = [next(stream) for stream in streams]
-            except StopIteration:
-                return
+        streams = self._streams("sft", str(folder.resolve()))
+        while reports := [ref for rank, stream in enumerate(streams) if (ref := self._next("SFT", rank, stream))]:
             yield self._all("SFT", reports)[0]
 
     def step(self, tables: Sequence[ObjectRef]) -> dict[str, float]:
@@ -90,21 +86,27 @@ class LearnerGang:
 
     def export(self, version: int) -> PublishedWeights:
         """Put the weights into the object store, once, with their checksum."""
-        buckets = [list(stream) for stream in self._streams("export_weights")]
+        buckets: list[list[ObjectRef]] = []
+        for rank, stream in enumerate(self._streams("export_weights")):
+            buckets.append([])
+            while bucket := self._next("export", rank, stream):
+                buckets[rank].append(bucket)
         checksum = self._all("checksum", [rank.weights_checksum.remote() for rank in self._ranks])[0]
         return PublishedWeights(version, buckets[0], checksum)
 
     def save(self, path: Path, state: dict[str, Any], keep: int | None = None) -> None:
         """Write a checkpoint; the newest `keep` beside it stay."""
-        self._all("checkpoint", [rank.save_checkpoint.remote(str(path), state, keep) for rank in self._ranks])
+        self._all(
+            "checkpoint", [rank.save_checkpoint.remote(str(path.resolve()), state, keep) for rank in self._ranks]
+        )
 
     def load(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint; returns the state that was saved with it. Raises CheckpointError."""
-        return self._all("resume", [rank.load_checkpoint.remote(str(path)) for rank in self._ranks])[0]
+        return self._all("resume", [rank.load_checkpoint.remote(str(path.resolve())) for rank in self._ranks])[0]
 
     def save_huggingface(self, path: Path) -> None:
         """Write the weights and the tokenizer as a Hugging Face directory."""
-        self._all("save", [rank.save_huggingface.remote(str(path)) for rank in self._ranks])
+        self._all("save", [rank.save_huggingface.remote(str(path.resolve())) for rank in self._ranks])
 
     def close(self) -> None:
         """End all ranks."""
@@ -114,6 +116,13 @@ class LearnerGang:
 
     def _streams(self, method: str, *arguments: Any) -> list[ObjectRefGenerator]:
         return [getattr(rank, method).options(num_returns="streaming").remote(*arguments) for rank in self._ranks]
+
+    def _next(self, what: str, rank: int, stream: ObjectRefGenerator) -> ObjectRef | None:
+        """The next result of a rank's stream, None at its end. Raises LearnerLost where none comes in time."""
+        limit = self._config.learner.timeout_s
+        if not ray.wait([stream], timeout=limit, fetch_local=False)[0]:
+            raise LearnerLost(f"learner rank {rank} has not gone on with {what!r} for learner.timeout_s={limit:g} s")
+        return next(stream, None)
 
     def _all(self, what: str, refs: Sequence[ObjectRef]) -> list[Any]:
         """The results of one call on all ranks.

@@ -1,5 +1,6 @@
 """All rollout workers of a run, as the loop sees them."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from rollout.assign import assign
 from rollout.config import RolloutConfig, Strategy
 from rollout.streams import PublishedWeights, RolloutStream, RolloutTimeout, bring_back, collect, stream_rollout
 
-RESTARTS = 3
+RESTARTS = -1
+"""Of a worker over a whole run: without limit, since rollout.streams gives up on one that dies again and again."""
 
 
 @dataclass
@@ -47,9 +49,12 @@ class RolloutFleet:
         self.workers: list[ActorHandle] = [
             RolloutWorker.options(  # type: ignore[attr-defined]
                 max_restarts=RESTARTS, runtime_env={"env_vars": worker_environment(config)}, **options
-            ).remote(rank, str(model_path), str(catalog.path), config)
+            ).remote(rank, str(model_path.resolve()), str(catalog.path.resolve()), config)
             for rank, options in enumerate(worker_options)
         ]
+        self._starting: dict[ray.ObjectRef, int] = {
+            worker.ready.remote(): rank for rank, worker in enumerate(self.workers)
+        }
         self.confirmed_loads = 0
         """Loads whose worker answered with the exporter's checksum; any other answer has raised ChecksumMismatch."""
         self._weights: PublishedWeights | None = None
@@ -57,13 +62,14 @@ class RolloutFleet:
 
     def ready(self, timeout_s: float) -> None:
         """Wait until every engine is up. Raises RolloutTimeout naming the workers that are not, or what one raised."""
-        waiting: dict[ray.ObjectRef, int] = {worker.ready.remote(): rank for rank, worker in enumerate(self.workers)}
-        done, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
-        ray.get(done)
-        if late:
-            raise RolloutTimeout(
-                f"rollout workers {sorted(waiting[ref] for ref in late)} not ready after {timeout_s:g} s"
-            )
+        waiting: list[ray.ObjectRef] = list(self._starting)
+        deadline = time.monotonic() + timeout_s
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            ray.get(done)
+            if not done:
+                ranks = sorted(self._starting[ref] for ref in waiting)
+                raise RolloutTimeout(f"rollout workers {ranks} not ready after {timeout_s:g} s")
 
     def publish(self, export: Callable[[int], PublishedWeights], version: int) -> None:
         """Have every worker load what `export(version)` returns, after the rollouts that it was already given.

@@ -39,8 +39,8 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
     order, steps = data_order(config, catalog)
     for line in batch_arithmetic(config, catalog, steps).lines():
         progress.line(line)
-    directory = RunDirectory(config, resume=resume, overwrite=overwrite)
-    with Actors(config, placement, catalog, model_path, steps) as actors:
+    with Actors(config, placement, catalog, model_path, steps) as actors:  # checks rewards and devices
+        directory = RunDirectory(config, resume=resume, overwrite=overwrite)
         before = warm_up(actors, config, catalog, directory, progress)
         train_to_the_end(actors, order, config, directory, progress, steps)
         after = evaluation("rl", actors, config, catalog, directory, progress)
@@ -59,8 +59,12 @@ def warm_up(
 ) -> dict[str, Any]:
     """SFT, its weights to the rollout workers as version 0, and the test metrics before RL; done once per run."""
     actors.learner.join()
+    actors.rollouts.ready(config.cluster.start_timeout_s)
+    actors.rewards.ready(config.cluster.start_timeout_s)
     sft = directory.checkpoints / "sft"
-    if config.learner.sft.epochs and not sft.is_dir():
+    if checkpoint.latest(directory.checkpoints) is not None and directory.has("eval-sft.json"):
+        pass  # `restore` loads what came after
+    elif config.learner.sft.epochs and not sft.is_dir():
         with progress.stage("SFT", config.learner.sft.epochs) as stage:
             for report in actors.learner.sft(directory.path / "sft"):
                 done = int(report["epoch"]) - ("valid_loss" not in report)
@@ -81,6 +85,9 @@ def train_to_the_end(
     with progress.stage("train", steps) as stage:
         for attempt in range(GANG_RESTARTS + 1):
             try:
+                if attempt:
+                    actors.rollouts.abandon()
+                    actors.learner.restart()
                 first = restore(actors, directory)
                 stage.update(first)
                 train(actors, order, config.train, directory, stage, first=first, steps=steps)
@@ -89,8 +96,6 @@ def train_to_the_end(
                 if attempt == GANG_RESTARTS:
                     raise
                 progress.line(f"{lost}; starting all ranks again from the last checkpoint")
-                actors.rollouts.abandon()
-                actors.learner.restart()
 
 
 def restore(actors: Actors, directory: RunDirectory) -> int:
@@ -121,12 +126,10 @@ def evaluation(
     version: publish the learner's weights under it first; None: the workers hold them.
     """
     file = f"eval-{phase}.json"
-    if (directory.path / file).is_file() and phase == "sft":
+    if directory.has(file) and phase == "sft":
         return directory.read_json(file)
     example_ids = eval_examples(config, catalog)
     with progress.stage(f"evaluate {phase.upper()}", len(example_ids)) as stage:
-        actors.rollouts.ready(config.cluster.start_timeout_s)
-        actors.rewards.ready(config.cluster.start_timeout_s)
         if version is not None:
             actors.rollouts.publish(actors.learner.export, version)
         ranks, invalid = evaluate(actors.rollouts, config, example_ids, stage)

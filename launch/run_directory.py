@@ -31,14 +31,19 @@ class RunDirectory:
     def check(config: Config, *, resume: bool, overwrite: bool) -> None:
         """Raise ConfigError when the run exists and may be neither continued nor replaced, or cannot be continued."""
         path = Path(config.runs) / config.name
+        if resume and overwrite:
+            raise ConfigError("RESUME=1 continues a run and OVERWRITE=1 replaces it; give one of them")
         if resume and not path.exists():
             raise ConfigError(f"run {path} does not exist; there is nothing to resume")
-        if resume and not overwrite:
+        if resume:
             check_resumable(config, load(path / "config.yaml"))
         if path.exists() and not resume and not overwrite:
             raise ConfigError(
                 f"run {path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
             )
+
+    def has(self, file: str) -> bool:
+        return (self.path / file).is_file()
 
     @property
     def rollouts(self) -> Path:

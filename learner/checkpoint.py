@@ -49,19 +49,21 @@ def commit(path: Path, state: dict[str, Any], keep: int | None = None) -> None:
     _write(temporary / STATE, json.dumps(state, indent=1))
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_sha256, files))
+        digests = list(pool.map(_synced_sha256, files))
     manifest = {
         str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, digests, strict=True)
     }
     _write(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    for folder in (temporary, *(inner for inner in temporary.rglob("*") if inner.is_dir())):
+        _sync_folder(folder)
     if path.exists():  # the same step again, after a resume from an earlier one
-        shutil.rmtree(path)
+        _remove(path)
     temporary.rename(path)
     _sync_folder(path.parent)
     if keep is not None:
         for old in steps(path.parent)[keep:]:
-            shutil.rmtree(old)
+            _remove(old)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -116,6 +118,21 @@ def _numbered(folder: Path) -> Iterator[tuple[Path, int]]:
         number = path.name.removeprefix(PREFIX)
         if number.isdigit() and path.is_dir():
             yield path, int(number)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; where that is interrupted, what remains does not have its name."""
+    leaving = path.with_name(f".{path.name}.deleted")
+    shutil.rmtree(leaving, ignore_errors=True)
+    path.rename(leaving)
+    shutil.rmtree(leaving)
+
+
+def _synced_sha256(file: Path) -> str:
+    """Of a file that is then on disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return _sha256(file)
 
 
 def _sha256(file: Path) -> str:

@@ -143,6 +143,7 @@ class Learner:
     def _load_policy(self, model_path: str, trie: Any, trainable: bool) -> Policy:
         config = self._config
         lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[config.dtype])
+        without_dropout(lm)
         if trainable and config.lora.rank:
             add_adapters(lm, config.lora)
         if trainable and config.gradient_checkpointing:
@@ -168,3 +169,12 @@ class Learner:
         torch.set_rng_state(state["cpu"])
         if "cuda" in state and self.engine.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"])
+
+
+def without_dropout(lm: PreTrainedModel) -> None:
+    """A policy is what its rollouts came from: the dropout of the model itself stays off; adapters keep theirs."""
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -4,12 +4,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from learner.products import linear, widened
 
 _AT_ONCE = 1 << 19
 # Logits whose normaliser is computed at once.
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+"""Largest difference between a model's own logits and LogprobHead's, relative to the largest."""
 
 
 class LogprobHead(nn.Module):
@@ -44,6 +46,25 @@ class LogprobHead(nn.Module):
     def transform_slope(self, logits: torch.Tensor) -> torch.Tensor | float:
         """Derivative of `transform`, given its result."""
         return self.scale if self.softcap is None else self.scale * (1.0 - (logits / self.softcap) ** 2)
+
+
+@torch.no_grad()
+def check_head(lm: PreTrainedModel, head: LogprobHead) -> None:
+    """Raise NotImplementedError where a model does more to its logits than `head` knows of."""
+    tokens = torch.arange(8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    training = lm.training
+    lm.eval()
+    hidden = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    expected = lm(input_ids=tokens, use_cache=False).logits.float()
+    lm.train(training)
+    found = head.transform(nn.functional.linear(hidden, *head.weights()))
+    tolerance = HEAD_TOLERANCE[hidden.dtype] * float(expected.abs().max() + 1.0)
+    difference = float((found - expected).abs().max())
+    if not difference <= tolerance:
+        raise NotImplementedError(
+            f"{type(lm).__name__} computes logits that differ from its output embedding times its hidden states (by "
+            f"{difference:.3g}): its multiplier or cap has a name that learner/logprobs.py does not know"
+        )
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:

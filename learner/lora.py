@@ -11,12 +11,18 @@ from learner.config import LoraConfig
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Freeze `model` and put trainable adapters into its linear layers (peft), keeping its class and its forward.
 
-    Raises ValueError naming the target modules when none of them is in the model.
+    Raises ValueError naming the target modules when none of them is in the model, or when one is the output head.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     all_linear = config.target_modules == ["all-linear"]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        if module is head and any(name == target or name.endswith(f".{target}") for target in config.target_modules):
+            raise ValueError(
+                f"learner.lora.target_modules: {name} is the output head, which takes no adapter; drop it"
+            )
     inject_adapter_in_model(
         PeftConfig(
             r=config.rank,

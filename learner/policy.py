@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from catalog.trie import Trie
 from learner.attention import IMPLEMENTATION, packing_refusal
-from learner.logprobs import LogprobHead
-from learner.packing import PackedBatch, pack_groups, padded_batch
+from learner.logprobs import LogprobHead, check_head
+from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
 from learner.products import use_best_products
 from learner.tree_mask import TreeMask
 from learner.trie_logprobs import TrieSpace, trie_logprobs
@@ -48,7 +48,10 @@ class Policy(nn.Module):
             warnings.warn(f"{type(lm).__name__} is trained on padded batches: {refusal}", stacklevel=2)
             packing = "padded"
         self.packing = packing
-        lm.set_attn_implementation(IMPLEMENTATION if packing == "tree" else _padded_attention(lm))
+        lm.set_attn_implementation(_padded_attention(lm))
+        check_head(lm, self.head)
+        if packing == "tree":
+            lm.set_attn_implementation(IMPLEMENTATION)
 
     def pack(self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]) -> PackedBatch:
         """The batch of some groups on the policy's device; arguments and errors as `pack_groups`."""
@@ -56,6 +59,17 @@ class Policy(nn.Module):
         if self.packing == "padded":
             return padded_batch(prompts, candidates).to(device)
         return pack_groups(prompts, candidates, CUDA_BUCKET if device.type == "cuda" else 1).to(device)
+
+    def group_tokens(
+        self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]
+    ) -> list[int]:
+        """Tokens that each group adds to a batch; of padded batches the most that they can be beside these others."""
+        if self.packing == "tree":
+            return [packed_tokens(*group) for group in zip(prompts, candidates, strict=True)]
+        width = max(
+            (len(prompt) + max(map(len, rows)) for prompt, rows in zip(prompts, candidates, strict=True)), default=0
+        )
+        return [len(rows) * width for rows in candidates]
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """float32 [C, T]: log-probability of every candidate token, 0 where batch.mask is False."""

@@ -79,11 +79,13 @@ class SupervisedWarmup:
     def valid_loss(self) -> float:
         """Mean negative log-probability per title token of the validation examples, over all ranks."""
         loss = tokens = 0.0
+        self._policy.eval()  # without the dropout of adapters
         with torch.no_grad():
             for rows, weight in self._micro_batches(self._valid, np.arange(len(self._valid))):
                 logp, _ = self._logprobs(self._valid, rows)
                 loss -= weight * float(logp.sum())
                 tokens += weight * self._valid.title_tokens(rows)
+        self._policy.train()
         loss, tokens = self._engine.total([loss, tokens])
         return loss / tokens
 

@@ -17,13 +17,15 @@ from learner.experience import Experience
 from learner.export import named_weights
 from learner.micro_batches import plan_micro_batches
 from learner.objectives import CompletionBatch, resolve
-from learner.packing import PackedBatch, packed_tokens
+from learner.packing import PackedBatch
 from learner.policy import Policy
 from learner.reference import Reference
 from learner.schedule import learning_rate
 from rollout.groups import INCLUSION_WEIGHT, GroupTableError
 
 TOTALS = ("loss", "completion_tokens", "packed_tokens")
+MEANS = ("loss", "kl", "clipped", "grad_norm")
+"""Metrics that a step reports as the mean of its updates; of the others, those of its first update."""
 
 
 @dataclass
@@ -82,14 +84,18 @@ class PolicyUpdate:
                     for micro in micro_batches:
                         micro.logp_ref = reference(micro.packed)
             count = self._objective.count(experience.candidates)
-            first = self._update(micro_batches, count, seconds, keep_old=self._config.updates_per_batch > 1)
-            for _ in range(self._config.updates_per_batch - 1):
-                self._update(micro_batches, count, seconds, keep_old=False)
+            updates = [
+                self._update(
+                    micro_batches, count, seconds, keep_old=update == 0 and self._config.updates_per_batch > 1
+                )
+                for update in range(self._config.updates_per_batch)
+            ]
         return {
-            **first,
+            **updates[0],
+            **{name: float(np.mean([update[name] for update in updates])) for name in MEANS if name in updates[0]},
             **_reward_metrics(experience, advantages),
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
-            "tokens_per_second": first["packed_tokens"] / seconds["learn"],
+            "tokens_per_second": sum(update["packed_tokens"] for update in updates) / seconds["learn"],
         }
 
     def _micro_batches(self, experience: Experience, advantages: list[np.ndarray]) -> list[MicroBatch]:
@@ -100,7 +106,9 @@ class PolicyUpdate:
         fed = np.arange(len(experience))
         if self._config.beta == 0 or self._config.kl_on == "informative":
             fed = np.flatnonzero(informative(advantages))
-        sizes = [packed_tokens(experience.prompts[row], experience.candidates[row]) for row in fed]
+        sizes = self._policy.group_tokens(
+            [experience.prompts[row] for row in fed], [experience.candidates[row] for row in fed]
+        )
         plan = plan_micro_batches(sizes, self._config.micro_batch_tokens, self._engine.world_size)
         stand_in = [int(fed[np.argmin(sizes)]) if sizes else 0]
         return [

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,23 @@ class RolloutWorker:
         self._catalog = Catalog.load(catalog_path)
         self._timings = dict.fromkeys(TIMINGS, 0.0)
         self._now("idle")
-        self._engine = engine_factory(model_path, self._catalog.path / "trie.arrow", config)
+        self._create_engine = partial(engine_factory, model_path, self._catalog.path / "trie.arrow", config)
+        self._created: RolloutEngine | None = None
+
+    @property
+    def _engine(self) -> RolloutEngine:
+        """Not made with the actor: what an engine refuses must come out as its own error, not as a dead actor."""
+        if self._created is None:
+            self._now("starting the engine")
+            try:
+                self._created = self._create_engine()
+            finally:
+                self._now("idle")
+        return self._created
 
     def ready(self) -> int:
-        """The worker's rank, once the engine is up."""
+        """The worker's rank, once the engine is up. Raises what the engine refuses."""
+        _ = self._engine
         return self._rank
 
     def rollout(
@@ -145,11 +159,12 @@ class RolloutWorker:
         bucket_refs: references to rollout.weights.WeightBucket. checksum: the exporter's. Raises ChecksumMismatch with
         both values, after which the worker refuses rollouts until a load succeeds.
         """
+        engine = self._engine
         self._now(f"loading the weights of version {version}")
         started = time.perf_counter()
         self._version = None
         try:
-            loaded = self._engine.load_weights(ray.get(list(bucket_refs), timeout=self._config.timeout_s))
+            loaded = engine.load_weights(ray.get(list(bucket_refs), timeout=self._config.timeout_s))
         finally:
             self._now("idle")
         if loaded != checksum:

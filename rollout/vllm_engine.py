@@ -67,6 +67,8 @@ def create_llm(
         "enforce_eager": not on_gpu,
         "logits_processors": list(logits_processors) or None,
         "worker_extension_cls": worker_extension or "",
+        # else vLLM would ask Ray for devices beside those that this process was given
+        **({"distributed_executor_backend": "mp"} if config.tensor_parallel > 1 else {}),
         **({} if on_gpu else {"block_size": CPU_BLOCK_SIZE, "ir_op_priority": OP_PRIORITY}),
         **overrides,
         **config.vllm,

@@ -148,6 +148,19 @@ def test_building_at_once_leaves_one_whole_catalogue(tmp_path: Path, tiny_tokeni
     assert len(Catalog.load(paths.pop()).examples("train")) > 0
 
 
+def test_titles_that_differ_only_for_the_eye_are_one(tmp_path: Path) -> None:
+    """Qwen2's tokenizers compose Unicode, so that both spellings are the same tokens and one answer."""
+    train_byte_bpe(["Café Nut Bolt Wire Response: history"], 300, tmp_path / "tokenizer")
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": {"type": "NFC"}}))
+    titles = ["Nut", "Caf\u00e9", "Bolt", "Cafe\u0301"]
+    folder = write_folder(tmp_path / "data", titles)
+    catalog = build_catalog(config(tmp_path / "cache", path=str(folder)), str(tmp_path / "tokenizer"))
+    assert catalog.trie.num_classes == 3
+    train = catalog.examples("train")
+    assert [catalog.title(int(target)) for target in train.target_class] == ["Bolt", "Caf\u00e9"]
+
+
 def test_a_failed_build_leaves_nothing(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     folder = write_folder(tmp_path / "data", ["Bolt", "Nut", "Screw<|endoftext|>", "Wire"])
     with pytest.raises(CatalogError, match=r"title 'Screw<\|endoftext\|>'.*end-of-sequence"):

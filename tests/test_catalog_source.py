@@ -122,6 +122,12 @@ def test_published_csv_files_are_read(tmp_path: Path) -> None:
     assert data.splits["train"].target.tolist() == [0]
 
 
+def test_a_byte_order_mark_belongs_to_no_title(tmp_path: Path) -> None:
+    write_csv(tmp_path)
+    (tmp_path / "info.txt").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "info.txt").read_bytes())
+    assert read(tmp_path).titles.to_pylist() == ['Bolt, 3"', "Tab\there"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -129,6 +135,7 @@ def test_published_csv_files_are_read(tmp_path: Path) -> None:
         ({"history_item_id": "[]"}, ["train.csv", "'history_item_id'", "row 0", "empty list"]),
         ({"history_item_id": "[5]"}, ["train.csv", "'history_item_id'", "row 0", "item 5 is not in info.txt"]),
         ({"item_title": "Screw"}, ["train.csv", "'item_title'", "row 0", "'Screw'", "info.txt"]),
+        ({"history_item_id": "[99999999999999999999]"}, ["train.csv", "'history_item_id'", "64-bit"]),
         ({"item_id": "nine"}, ["train.csv", "'item_id'", "strings"]),
     ],
 )
@@ -162,6 +169,17 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no title column": (
         lambda f: write(f / "items.parquet", without(ITEMS, "title")),
         ["items.parquet", "'title' is missing"],
+    ),
+    "text that is no UTF-8": (
+        lambda f: pq.write_table(
+            pa.table(EXAMPLES | {"user_id": pa.array([b"\xff\xfe"] * len(EXAMPLES["user_id"])).view(pa.string())}),
+            f / "train.parquet",
+        ),
+        ["train.parquet", "not a readable Parquet"],
+    ),
+    "ids beyond 64 bits": (
+        lambda f: write(f / "items.parquet", ITEMS | {"item_id": pa.array([2**63, 20, 30], pa.uint64())}),
+        ["items.parquet", "'item_id'", "2^63"],
     ),
     "empty split": (
         lambda f: pq.write_table(pq.read_table(f / "test.parquet").slice(0, 0), f / "test.parquet"),

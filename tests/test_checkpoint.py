@@ -53,6 +53,21 @@ def test_the_newest_are_kept_by_number(tmp_path):
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-100", "step-11"]
 
 
+def test_a_checkpoint_whose_removal_is_interrupted_is_none(tmp_path, monkeypatch):
+    old = write(tmp_path, "step-1")
+
+    def interrupted(path, ignore_errors=False):
+        if path.exists():
+            (path / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, "step-2", keep=1)
+    assert not old.exists()
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-2"]
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [

@@ -110,5 +110,18 @@ def test_a_run_of_the_same_name_is_kept(data: Path, tmp_path: Path, refused: Ref
     assert "OVERWRITE=1" in message
 
 
+def test_to_resume_and_to_replace_is_refused(data: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    assert "give one of them" in refused("train", "--data", str(data), "--name", "mine", "--resume", "--overwrite")
+
+
+def test_a_run_is_replaced_only_when_the_new_one_can_start(data: Path, tmp_path: Path, refused: Refused) -> None:
+    kept = tmp_path / "runs" / "mine" / "checkpoints"
+    kept.mkdir(parents=True)
+    message = refused("train", "--data", str(data), "--name", "mine", "--overwrite", "rewards=[{name: rul}]")
+    assert "rul" in message
+    assert kept.is_dir()
+
+
 def test_resuming_what_never_was_is_refused(refused: Refused) -> None:
     assert "nothing to resume" in refused("train", "--name", "ghost", "--resume")

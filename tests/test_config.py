@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import CONFIGS, ConfigError, compose, load, save
+from launch.config import CONFIGS, ConfigError, check_resumable, compose, load, save
 
 
 def test_later_groups_and_overrides_win() -> None:
@@ -32,6 +32,9 @@ def test_every_committed_group_composes(group: str) -> None:
         ("learner.optimizer.warmup_ratio=2", "learner.optimizer.warmup_ratio=2.0: must lie between 0 and 1"),
         ("rewards=[]", "at least one reward"),
         ("name=../elsewhere", "plain folder name"),
+        ("train.rollouts_every=0", "train.rollouts_every=0: must be greater than 0"),
+        ("train.epochs=-3", "train.epochs=-3.0: must be greater than 0"),
+        ("rollout.timeout_s=0", "rollout.timeout_s=0.0: must be greater than 0"),
         ("steps", "section.key=value"),
         ("rewards.0.weight=3", "override 'rewards.0.weight=3'"),
         ("learner={", "override 'learner={'"),
@@ -69,3 +72,17 @@ def test_a_saved_config_loads_as_the_same(tmp_path: Path) -> None:
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
         load(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.eval_beams=30", "learner.clip_high=0.3", "learner.reference_sync_every=5", "rewards=[{name: rule}]"],
+)
+def test_a_run_is_not_resumed_with_another_algorithm_or_evaluation(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        check_resumable(compose(overrides=[override]), compose())
+
+
+def test_a_run_is_resumed_on_other_machines() -> None:
+    rewards = "rewards=[{name: rule, timeout_s: 900, replicas: 2}, {name: ranking, num_cpus: 1}]"
+    check_resumable(compose(overrides=[rewards, "data.cache=elsewhere", "learner.ranks=2"]), compose())

@@ -8,11 +8,13 @@ import pyarrow as pa
 import pytest
 import torch
 from learner_gang import assert_same_training
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from learner.advantages import group_advantages
 from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
 from learner.experience import Experience
+from learner.learner import without_dropout
+from learner.lora import add_adapters
 from learner.schedule import learning_rate
 from rollout.groups import INCLUSION_WEIGHT
 
@@ -146,6 +148,8 @@ def test_later_updates_of_a_batch_are_clipped_against_the_first(gangs, steps):
     free = replace(CONFIG, updates_per_batch=4)
     found, unclipped = (gangs[1]("train", config, steps[:1]) for config in (clipped, free))
     assert any(not np.allclose(found["weights"][n], unclipped["weights"][n], atol=1e-6) for n in found["weights"])
+    assert found["metrics"][0]["clipped"] > 0
+    assert unclipped["metrics"][0]["clipped"] < found["metrics"][0]["clipped"]
 
 
 def with_inclusion_weights(tables, weights):
@@ -199,3 +203,27 @@ def test_adapters_train_alike_under_zero(gangs, steps, stage):
 def test_an_offloaded_optimizer_makes_the_same_steps(gangs, learner_data, steps, expected, stage):
     found = gangs[2]("train", replace(CONFIG, zero_stage=stage, offload_optimizer=True), steps)
     assert_same_training(found["weights"], expected["weights"], learner_data)
+
+
+TINY_LLAMA = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    attention_dropout=0.5,
+)
+
+
+def test_an_adapter_on_the_output_head_is_refused():
+    lm = LlamaForCausalLM(TINY_LLAMA)
+    with pytest.raises(ValueError, match="lm_head is the output head"):
+        add_adapters(lm, LoraConfig(rank=2, target_modules=["q_proj", "lm_head"]))
+
+
+def test_only_adapters_keep_their_dropout():
+    lm = LlamaForCausalLM(TINY_LLAMA)
+    without_dropout(lm)
+    add_adapters(lm, LoraConfig(rank=2, dropout=0.25))
+    assert {module.p for module in lm.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+    assert lm.model.layers[0].self_attn.attention_dropout == 0.0

@@ -224,6 +224,26 @@ def test_models_that_cannot_be_packed_fall_back_to_padding_with_one_warning() ->
         assert policy(batch).shape == batch.mask.shape
 
 
+def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
+    """vLLM would roll out another distribution than the one that is trained."""
+    lm = language_model("llama")
+    lm.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output * 0.5)
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM computes logits that differ"):
+        Policy(lm)
+
+
+def test_tokens_of_padded_groups_are_counted_with_their_padding() -> None:
+    prompts, candidates = groups()
+    tree, padded = (Policy(language_model("llama"), packing=packing) for packing in ("tree", "padded"))
+    assert sum(tree.group_tokens(prompts, candidates)) >= tree.pack(prompts, candidates).fed_tokens
+    together = padded.pack(prompts, candidates)
+    assert (
+        sum(padded.group_tokens(prompts, candidates))
+        >= together.tokens.numel()
+        > tree.pack(prompts, candidates).fed_tokens
+    )
+
+
 def test_the_saved_model_does_not_remember_the_packing(tmp_path: Path) -> None:
     lm = language_model("llama")
     Policy(lm)

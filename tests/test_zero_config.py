@@ -30,3 +30,16 @@ def test_gradients_are_clipped_in_one_place():
     optimizer = OptimizerConfig(gradient_clipping=0.3)
     assert zero_config(LearnerConfig(zero_stage=0), optimizer)["gradient_clipping"] == 0.0
     assert zero_config(LearnerConfig(zero_stage=1), optimizer)["gradient_clipping"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"gradient_clipping": 2.0}, "set learner.optimizer.gradient_clipping instead"),
+        ({"zero_optimization": {"stage": 3}}, "set learner.zero_stage instead"),
+        ({"bf16": {"enabled": True}}, "set learner.dtype instead"),
+    ],
+)
+def test_what_the_learner_decides_itself_is_refused(theirs, ours):
+    with pytest.raises(ValueError, match=ours):
+        zero_config(LearnerConfig(deepspeed=theirs), OptimizerConfig())
