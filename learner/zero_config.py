@@ -37,7 +37,6 @@ OWNED = {
     "bf16": "learner.dtype",
     "fp16": "learner.dtype",
     "zero_optimization.stage": "learner.zero_stage",
-    "zero_optimization.offload_optimizer": "learner.offload_optimizer",
 }
 """DeepSpeed's names of what the learner decides itself, and ours."""
 

@@ -194,7 +194,8 @@ class RolloutWorker:
 
     def shutdown(self) -> None:
         """Free the engine."""
-        self._engine.shutdown()
+        if self._created is not None:
+            self._created.shutdown()
 
     def _now(self, doing: str) -> None:
         self._doing = (doing, time.monotonic())

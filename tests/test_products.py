@@ -13,6 +13,14 @@ from learner import products
 from tests.conftest import REPOSITORY
 
 
+def output_and_gradients(linear: torch.nn.Linear, inputs: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+    states = inputs.clone().requires_grad_()
+    output = linear(states)
+    linear.zero_grad()
+    (output * weights).sum().backward()
+    return [output, states.grad, *(parameter.grad for parameter in linear.parameters())]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_widened_products_are_those_of_bfloat16_to_its_rounding(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
@@ -23,11 +31,7 @@ def test_widened_products_are_those_of_bfloat16_to_its_rounding(bias: bool, monk
     for widen in (False, True):
         if widen:
             products.use_best_products(linear)
-        states = inputs.clone().requires_grad_()
-        output = linear(states)
-        linear.zero_grad()
-        (output * weights).sum().backward()
-        results.append([output, states.grad, *(parameter.grad for parameter in linear.parameters())])
+        results.append(output_and_gradients(linear, inputs, weights))
     assert type(linear) is products.CpuLinear
     for narrow, wide in zip(*results, strict=True):
         assert wide.dtype == torch.bfloat16
@@ -50,11 +54,7 @@ def test_onednn_products_equal_those_of_torch(bias: bool, monkeypatch: pytest.Mo
     for onednn in (False, True):
         monkeypatch.setattr(products, "prefers_onednn", lambda onednn=onednn: onednn)
         products.use_best_products(linear)
-        states = inputs.clone().requires_grad_()
-        output = linear(states)
-        linear.zero_grad()
-        (output * weights).sum().backward()
-        results.append([output, states.grad, *(parameter.grad for parameter in linear.parameters())])
+        results.append(output_and_gradients(linear, inputs, weights))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
