@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 from ray import ObjectRef
+from ray.exceptions import GetTimeoutError
 
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError
@@ -22,6 +23,10 @@ class Handle:
     """The table with its rewards, once they are there."""
     work: Work
     """What puts it together; its value is the seconds that each term took."""
+
+
+METRICS_TIMEOUT_S = 600.0
+"""Longest wait for the metrics of one step, which its tables are already scored for."""
 
 
 class RewardPool:
@@ -99,7 +104,13 @@ class RewardPool:
 
         rewards/<name>/seconds: time in the term's actors. rewards/<name>/queue: most tables that waited for them.
         """
-        metrics = dict(ray.get(self._stages[-1].least_loaded().actor.metrics.remote(*scored)))
+        computing = self._stages[-1].least_loaded().actor.metrics.remote(*scored)
+        try:
+            metrics = dict(ray.get(computing, timeout=METRICS_TIMEOUT_S))
+        except GetTimeoutError as error:
+            raise RewardTimeoutError(
+                f"the metrics of a step's rewards are not there after {METRICS_TIMEOUT_S:g} s"
+            ) from error
         metrics |= {f"rewards/{key}/seconds": seconds for key, seconds in self._seconds.items()}
         metrics |= {f"rewards/{key}/queue": float(queued) for key, queued in self._queued.items()}
         self._seconds, self._queued = {}, {}
