@@ -100,18 +100,21 @@ def random_trie(rng: np.random.Generator, titles: int, length: int, vocabulary: 
     return Trie.from_titles(ended, eos_token=eos, tokenizer_fingerprint="random titles")
 
 
-def sweep(name: str) -> list[Point]:
-    """Points of one sweep, smallest first."""
-    points = []
-    for trie, works in groupby(
-        ((size, replace(Workload(), **{name: size})) for size in SWEEPS[name][1]),
-        key=lambda entry: (entry[1].titles, entry[1].title_tokens),
-    ):
+def sweep(names: Sequence[str]) -> dict[str, list[Point]]:
+    """Points of some sweeps, smallest first; sizes on the same trie are measured by the same process."""
+    works = [(name, size, replace(Workload(), **{name: size})) for name in names for size in SWEEPS[name][1]]
+    works.sort(key=lambda entry: _trie(entry[2]))
+    points: dict[str, list[Point]] = {name: [] for name in names}
+    for trie, entries in groupby(works, key=lambda entry: _trie(entry[2])):
         with Side("benchmarks.growth:Stepper", *trie) as stepper:
-            for size, work in works:
+            for name, size, work in entries:
                 fields = stepper.call("measure", work.prompt_tokens, work.group_size, work.groups).result
-                points.append(Point(size, **fields))
+                points[name].append(Point(size, **fields))
     return points
+
+
+def _trie(work: Workload) -> tuple[int, int]:
+    return work.titles, work.title_tokens
 
 
 def growth_beyond_arithmetic(points: Sequence[Point]) -> float:
@@ -157,14 +160,13 @@ def _fastest(call: Callable[[], object]) -> float:
     return min(timed(call) for _ in range(REPEATS))
 
 
-def main(names: Sequence[str] = tuple(SWEEPS)) -> None:
-    results = {}
-    for name in names:
-        results[name] = sweep(name)
-        print(plot(name, results[name]), flush=True)
-    points = {name: [vars(point) for point in points] for name, points in results.items()}
-    write_section("Growth of a step", markdown(results), {"growth": points})
+def main(*names: str) -> None:
+    results = sweep(names or tuple(SWEEPS))
+    for name, points in results.items():
+        print(plot(name, points), flush=True)
+    content = {name: [vars(point) for point in points] for name, points in results.items()}
+    write_section("Growth of a step", markdown(results), {"growth": content})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or tuple(SWEEPS))
+    main(*sys.argv[1:])

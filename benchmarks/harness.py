@@ -78,9 +78,10 @@ def row_of_pairs(case: str, shape: str, pairs: Sequence[tuple[float, float]], *,
     return Row(case, shape, ours_s, theirs_s, theirs_s / ours_s, min(ratios), max(ratios), len(pairs), note=note)
 
 
-def write_rows(rows: Sequence[Row], title: str, extra: dict[str, Any] | None = None) -> None:
+def write_rows(rows: Sequence[Row], title: str, extra: dict[str, Any] | None = None, remark: str = "") -> None:
     """Print a Markdown table and, if OUT is set, write {"rows", "machine", "markdown", ...extra} there as JSON."""
-    write_section(title, markdown(rows), {"rows": [asdict(row) for row in rows], **(extra or {})})
+    text = markdown(rows) + (f"\n\n{remark}" if remark else "")
+    write_section(title, text, {"rows": [asdict(row) for row in rows], **(extra or {})})
 
 
 def write_section(title: str, text: str, content: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from benchmarks.harness import GIB, Call, MemoryWatch, Row, Side, row_of_pairs, 
 from benchmarks.limits import Arithmetic
 from benchmarks.peak import matrix_peak
 from benchmarks.published_way import Completions, PublishedTrainer, StepReport, advantages
-from benchmarks.shapes import SHAPES, ShapeAbsentError, build
+from benchmarks.shapes import SHAPES, ShapeAbsentError, build, sensible
 from catalog.trie import Trie
 
 CASES = {
@@ -254,7 +254,8 @@ def _kept_gib(model_path: Path, dtype: str) -> float:
 
 def main(*shapes: str) -> None:
     rows, details = [], []
-    for shape in shapes or CASES:
+    shapes, left_out = (shapes, "") if shapes else sensible(CASES)
+    for shape in shapes:
         try:
             row, detail = measure(shape)
         except ShapeAbsentError as absent:
@@ -263,7 +264,8 @@ def main(*shapes: str) -> None:
         rows.append(row)
         details.append(detail)
         print(f"{shape}: {row.ratio:.1f}x, {row.note}", flush=True)
-    write_rows(rows, "Learner step, tree-packed against padded (memory above the model)", {"learner": details})
+    title = "Learner step, tree-packed against padded (memory above the model)"
+    write_rows(rows, title, {"learner": details}, left_out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Rollouts against Hugging Face `generate` and against one-token requests; what they feed, and how they grow.
+"""Rollouts against Hugging Face `generate`, one-token requests and forced chains that are walked token by token; what
+they feed, and how they grow.
 
 Both sides of a ratio alternate in one run, each in a process of its own, with the same weights, precision and threads,
 and must return the same candidates, or there is no figure.
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from benchmarks.published_way import PublishedTrainer
 from benchmarks.rollout_workloads import EOS, RolloutWorkload, industrial, middle, tiny
 from benchmarks.shapes import ShapeAbsentError
 from catalog.trie import Trie
-from rollout.config import RolloutConfig
+from rollout.config import ForcedChains, RolloutConfig
 from rollout.groups import Candidates
 from rollout.kv_blocks import BeamBlocks
 from rollout.worker_engine import WorkerEngine
@@ -44,9 +46,10 @@ def settings(workload: RolloutWorkload) -> RolloutConfig:
 class Ours:
     """The worker engine on a shape; lives in a process of its own."""
 
-    def __init__(self, shape: str, folder: str) -> None:
+    def __init__(self, shape: str, folder: str, forced_chains: ForcedChains = "at_once") -> None:
         self.workload = SHAPES[shape](Path(folder))
-        self.engine = WorkerEngine(self.workload.model_path, self.workload.trie_path, settings(self.workload))
+        config = replace(settings(self.workload), forced_chains=forced_chains)
+        self.engine = WorkerEngine(self.workload.model_path, self.workload.trie_path, config)
 
     def run(self, group_size: int = 16) -> list[list[list[int]]]:
         """Tokens of every candidate of every group."""
@@ -64,6 +67,13 @@ class Ours:
 
     def close(self) -> None:
         self.engine.shutdown()
+
+
+class TokenByToken(Ours):
+    """The same search with one pass for every token of a forced chain."""
+
+    def __init__(self, shape: str, folder: str) -> None:
+        super().__init__(shape, folder, "token_by_token")
 
 
 class HuggingFace:
@@ -200,7 +210,10 @@ def measure(shape: str, folder: Path) -> tuple[list[Row], dict[str, Any], list[d
     repeats = SHAPES[shape](folder).repeats
     with Side("benchmarks.rollout:Ours", shape, str(folder)) as ours:
         ours.call("run")
-        rows = [against("hugging-face", "HuggingFace", shape, folder, ours, repeats)]
+        rows = [
+            against("hugging-face", "HuggingFace", shape, folder, ours, repeats),
+            against("chains-token-by-token", "TokenByToken", shape, folder, ours, repeats),
+        ]
         fed, sizes = ours.call("fed").result, []
         if shape == "tiny-64":
             rows.append(against("one-token-requests", "OneToken", shape, folder, ours, repeats))

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import REPOSITORY, machine, machine_name
-from benchmarks.shapes import ON_GPU
-from learner.products import has_bfloat16
+from benchmarks.shapes import ON_GPU, sensible
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SECTIONS = {
@@ -32,18 +31,10 @@ SECTIONS = {
     "official_times": 300,
 }
 """Module of benchmarks: the longest that it may take, in seconds."""
-BFLOAT16_HERE = ON_GPU or has_bfloat16()
 SHAPES: dict[str, tuple[str, ...]] = (
-    {}
-    if ON_GPU
-    else {
-        "end_to_end": ("tiny-64", "industrial-135m-fp32", *(("industrial-135m-bf16",) if BFLOAT16_HERE else ())),
-        "rollout": ("tiny-64", "industrial-8"),
-        "learner": ("135m-fp32", *(("135m-bf16",) if BFLOAT16_HERE else ())),
-    }
+    {} if ON_GPU else {"rollout": ("tiny-64", "industrial-8"), "learner": sensible(["135m-fp32", "135m-bf16"])[0]}
 )
-"""What fits into 40 minutes on 2 cores; each module measures all of its shapes when it is run alone."""
-NO_BFLOAT16 = "This CPU has no bfloat16 instructions: torch emulates them, and the published way would take an hour."
+"""What fits into 40 minutes on 2 cores; each module measures more when it is run alone."""
 
 
 def run(module: str, limit_s: float, out: Path) -> dict[str, Any]:
@@ -65,8 +56,9 @@ def run(module: str, limit_s: float, out: Path) -> dict[str, Any]:
         problem = problem or "was skipped: its model or its data is not here"
     if problem:
         written["markdown"] += f"\nThis benchmark {problem}.\n"
-    if module in ("end_to_end", "learner") and not BFLOAT16_HERE:
-        written["markdown"] += f"\n{NO_BFLOAT16}\n"
+    if module in SHAPES:
+        shapes = ", ".join(SHAPES[module])
+        written["markdown"] += f"\nOnly {shapes}; `python -m benchmarks.{module}` measures all of its shapes.\n"
     return written | {"seconds": time.perf_counter() - start}
 
 

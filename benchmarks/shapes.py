@@ -1,6 +1,7 @@
 """The workloads that are measured: a model, a catalogue and a number of groups each."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from launch.config import Config, compose
 from launch.model import prepare_model
 from launch.placement import plan
 from learner.config import SftConfig
+from learner.products import has_bfloat16
 
 
 class ShapeAbsentError(Exception):
@@ -37,6 +39,20 @@ ON_GPU = os.environ.get("SCALE") == "gpu"
 GROUPS = 64 if ON_GPU else 4
 ON_TWO_GPUS = ("cluster.device=gpu", "cluster.gpus=2", "rollout.kv_cache_gib=20") if ON_GPU else ()
 """SCALE=gpu: one GPU rolls out, another learns, and a step has more groups."""
+
+BFLOAT16_HERE = ON_GPU or has_bfloat16()
+
+
+def sensible(shapes: Iterable[str]) -> tuple[tuple[str, ...], str]:
+    """Those of some shapes that this machine can measure in reasonable time, and what is to be said of the others."""
+    kept = tuple(shape for shape in shapes if BFLOAT16_HERE or not shape.endswith("bf16"))
+    left_out = [shape for shape in shapes if shape not in kept]
+    remark = (
+        f"Left out: {', '.join(left_out)}. This CPU has no bfloat16 instructions, torch emulates them, and the "
+        "published way would take up to an hour."
+    )
+    return kept, remark if left_out else ""
+
 
 SMALL_CACHE = () if ON_GPU else ("rollout.kv_cache_gib=0.4",)
 """As much as 4 groups need."""
