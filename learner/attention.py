@@ -1,7 +1,8 @@
 """Attention over a packed row: an attention implementation named "tree" that Hugging Face models call in every layer.
 
-On the CPU the row is cut into runs of queries that see few keys besides their own, one fused attention call each. On
-CUDA it is one flex attention call whose block mask skips what nobody sees. Windows go by position, not by index.
+On the CPU the row is cut into runs of queries that see few keys besides their own; runs of similar size are one fused
+attention call. On CUDA it is one flex attention call whose block mask skips what nobody sees. Windows go by position,
+not by index.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from learner.products import widened
-from learner.tree_mask import Run, TreeMask
+from learner.tree_mask import RunBatch, TreeMask
 
 IMPLEMENTATION = "tree"
 
@@ -46,19 +47,16 @@ def tree_attention(
         )
         return output, None
     wide = widened(query), widened(key), widened(value)
-    runs = tree.runs(sliding_window, wide[0].dtype)
+    batches = tree.run_batches(sliding_window, query.shape[1] // key.shape[1], wide[0].dtype)
     if dropout or softcap is not None:
-        output = _plain_attention(*wide, runs, scaling, dropout, softcap)
+        output = _plain_attention(*wide, batches, scaling, dropout, softcap)
     else:
-        output = _RunAttention.apply(*wide, runs, scaling)
+        output = _RunAttention.apply(*wide, batches, scaling)
     return output.to(query.dtype), None
 
 
 class _RunAttention(torch.autograd.Function):
-    """Fused attention, one call per run; gradients of keys that several runs see add up in place.
-
-    The query heads that share a key head go into the batch dimension, so that keys are shared without a copy.
-    """
+    """Fused attention, one call per batch of runs; gradients of keys that several runs see add up in place."""
 
     @staticmethod
     def forward(
@@ -66,91 +64,92 @@ class _RunAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        runs: list[tuple[Run, torch.Tensor | None]],
+        batches: list[RunBatch],
         scaling: float | None,
     ) -> torch.Tensor:
         """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
         output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-        queries, outputs = (_by_key_head(rows, key.shape[1]) for rows in (query[0].transpose(0, 1), output))
-        sharing, normalisers = len(queries), []
-        for run, mask in runs:
-            rows = slice(run.start, run.stop)
-            outputs[:, :, rows], normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                queries[:, :, rows],
-                _seen(key, run, sharing),
-                _seen(value, run, sharing),
-                0.0,
-                mask is None,
-                attn_mask=mask,
+        queries, keys, values = (rows[0].transpose(0, 1) for rows in (query, key, value))
+        normalisers = []
+        for batch in batches:
+            part, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _queries(queries, batch, key.shape[1]),
+                _keys(keys, batch),
+                _keys(values, batch),
+                attn_mask=batch.mask,
                 scale=scaling,
             )
+            output.index_copy_(0, batch.token, _rows(part, batch, query.shape[1]))
             normalisers.append(normaliser)
         ctx.save_for_backward(query, key, value, output)
-        ctx.runs, ctx.normalisers, ctx.scaling = runs, normalisers, scaling
+        ctx.batches, ctx.normalisers, ctx.scaling = batches, normalisers, scaling
         return output[None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output = ctx.saved_tensors
-        gradient, to_query = gradients[0][0], torch.empty_like(output)
-        to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
-        by_head = (query[0].transpose(0, 1), output, gradient, to_query)
-        queries, outputs, incoming, outgoing = (_by_key_head(rows, key.shape[1]) for rows in by_head)
-        for (run, mask), normaliser in zip(ctx.runs, ctx.normalisers, strict=True):
-            rows = slice(run.start, run.stop)
-            outgoing[:, :, rows], of_key, of_value = (
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    incoming[:, :, rows],
-                    queries[:, :, rows],
-                    _seen(key, run, len(queries)),
-                    _seen(value, run, len(queries)),
-                    outputs[:, :, rows],
-                    normaliser,
-                    0.0,
-                    mask is None,
-                    attn_mask=mask,
-                    scale=ctx.scaling,
-                )
+        queries, keys, values = (rows[0].transpose(0, 1) for rows in (query, key, value))
+        incoming, to_query = gradients[0][0], torch.empty_like(output)
+        to_key, to_value = (key.new_zeros(len(keys), keys[0].numel()) for _ in range(2))
+        for batch, normaliser in zip(ctx.batches, ctx.normalisers, strict=True):
+            of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _queries(incoming, batch, key.shape[1]),
+                _queries(queries, batch, key.shape[1]),
+                _keys(keys, batch),
+                _keys(values, batch),
+                _queries(output, batch, key.shape[1]),
+                normaliser,
+                0.0,
+                False,
+                attn_mask=batch.mask,
+                scale=ctx.scaling,
             )
-            for whole, part in ((to_key, of_key), (to_value, of_value)):
-                pieces = part.sum(0).split([stop - start for start, stop in run.keys], 1)
-                for (start, stop), piece in zip(run.keys, pieces, strict=True):
-                    whole[0, :, start:stop] += piece
-        return to_query.transpose(0, 1)[None], to_key, to_value, None, None
+            to_query.index_copy_(0, batch.token, _rows(of_query, batch, query.shape[1]))
+            place = batch.key[:, None].expand(-1, to_key.shape[1])
+            to_key.scatter_add_(0, place, of_key.transpose(1, 2).reshape(place.shape))
+            to_value.scatter_add_(0, place, of_value.transpose(1, 2).reshape(place.shape))
+        by_head = (to_query, to_key.view(keys.shape), to_value.view(values.shape))
+        return *(rows.transpose(0, 1)[None] for rows in by_head), None, None
 
 
-def _by_key_head(rows: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """A view [H / H_kv, H_kv, N, D] of rows [N, H, D]."""
-    return rows.unflatten(1, (key_heads, -1)).permute(2, 1, 0, 3)
+def _queries(rows: torch.Tensor, batch: RunBatch, key_heads: int) -> torch.Tensor:
+    """[B, H_kv, sharing * Q, D] of rows [N, H, D], 0 where there is no query: heads of one key head are neighbours."""
+    taken = rows.index_select(0, batch.query).index_fill(0, batch.padding, 0.0)
+    return taken.unflatten(1, (key_heads, -1)).unflatten(0, (len(batch.mask), -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
-def _seen(keys: torch.Tensor, run: Run, sharing: int) -> torch.Tensor:
-    """[sharing, H_kv, seen, D] of keys (or values) [1, H_kv, N, D]: those that a run sees."""
-    parts = [keys[:, :, start:stop] for start, stop in run.keys]
-    return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).expand(sharing, -1, -1, -1)
+def _rows(part: torch.Tensor, batch: RunBatch, heads: int) -> torch.Tensor:
+    """[R, H, D], one row for each of batch.token: the way back."""
+    by_head = part.unflatten(2, (heads // part.shape[1], -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return by_head.flatten(0, 1).index_select(0, batch.real)
+
+
+def _keys(rows: torch.Tensor, batch: RunBatch) -> torch.Tensor:
+    """[B, H_kv, K, D] of keys (or values) [N, H_kv, D]."""
+    return rows.index_select(0, batch.key).unflatten(0, (len(batch.mask), -1)).transpose(1, 2)
 
 
 def _plain_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    runs: list[tuple[Run, torch.Tensor | None]],
+    batches: list[RunBatch],
     scaling: float | None,
     dropout: float,
     softcap: float | None,
 ) -> torch.Tensor:
     """As _RunAttention, for what fused attention leaves out: a softcap, dropout."""
-    queries, scale = _by_key_head(query[0].transpose(0, 1), key.shape[1]), scaling or query.shape[-1] ** -0.5
-    outputs = []
-    for run, mask in runs:
-        scores = queries[:, :, run.start : run.stop] @ _seen(key, run, len(queries)).transpose(-1, -2) * scale
+    queries, keys, values = (rows[0].transpose(0, 1) for rows in (query, key, value))
+    output = torch.zeros_like(queries)
+    for batch in batches:
+        scores = _queries(queries, batch, key.shape[1]) @ _keys(keys, batch).transpose(-1, -2)
+        scores = scores * (scaling or query.shape[-1] ** -0.5)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        if mask is None:
-            mask = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype).triu(1)
-        weights = (scores + mask).softmax(-1, torch.float32).to(value.dtype)
-        outputs.append(nn.functional.dropout(weights, dropout) @ _seen(value, run, len(queries)))
-    return torch.cat(outputs, 2).transpose(0, 1).flatten(0, 1).transpose(0, 1)[None]
+        weights = (scores + batch.mask).softmax(-1, torch.float32).to(value.dtype)
+        part = nn.functional.dropout(weights, dropout) @ _keys(values, batch)
+        output = output.index_copy(0, batch.token, _rows(part, batch, query.shape[1]))
+    return output[None]
 
 
 def packing_refusal(lm: PreTrainedModel) -> str | None:

@@ -1,16 +1,18 @@
 """Who sees whom in a packed row, in the forms that attention kernels want."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-MIN_CHAIN = 64
-# Tokens of an unbranched chain from which on it is a run of its own.
-MAX_RUN = 128
-# Queries up to which neighbouring subtrees are one run: more queries see more that is not theirs, fewer more calls.
+MAX_RUN = 96
+# Queries up to which neighbouring subtrees are one run: more queries see more that is not theirs, fewer more padding.
+MAX_WASTE = 1.6
+# How much more than what its runs need a batch of runs may compute.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 
@@ -22,9 +24,6 @@ class Run:
     start: int
     stop: int
     ancestors: tuple[tuple[int, int], ...]
-    """Each is a run of its own, further up."""
-    chain: bool = False
-    """Whether every query sees all before it in the run."""
 
     @cached_property
     def keys(self) -> list[tuple[int, int]]:
@@ -34,6 +33,29 @@ class Run:
             joins = bool(ranges) and ranges[-1][1] == start
             ranges[-1:] = [(ranges[-1][0], stop)] if joins else [*ranges[-1:], (start, stop)]
         return ranges
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Keys and queries."""
+        return sum(stop - start for start, stop in self.keys), self.stop - self.start
+
+
+@dataclass(frozen=True)
+class RunBatch:
+    """B runs of similar size, padded to Q queries and K keys each, for one call of an attention kernel."""
+
+    query: torch.Tensor
+    """int64 [B * Q]: the packed token of each query; any where there is none."""
+    key: torch.Tensor
+    """int64 [B * K]: the packed token of each key; any where there is none, which no query sees."""
+    real: torch.Tensor
+    """int64 [R]: which of the B * Q are queries of a run."""
+    padding: torch.Tensor
+    """int64 [B * Q - R]: the others."""
+    token: torch.Tensor
+    """int64 [R]: `query[real]`, all different, in this batch and others."""
+    mask: torch.Tensor
+    """[B, 1, sharing * Q, K]: 0 where a query sees a key, else -inf; repeated for the query heads of a key head."""
 
 
 @dataclass
@@ -46,12 +68,13 @@ class TreeMask:
     """int64 [N]"""
     _cache: dict[Any, Any] = field(init=False, default_factory=dict)
 
-    def runs(self, window: int | None, dtype: torch.dtype) -> list[tuple[Run, torch.Tensor | None]]:
-        """Runs that cover the row, each with its additive mask [queries, keys of the run], None where it is causal."""
-        if (window, dtype) not in self._cache:
+    def run_batches(self, window: int | None, sharing: int, dtype: torch.dtype) -> list[RunBatch]:
+        """All queries of the row. sharing: query heads for each key head."""
+        arguments = window, sharing, dtype
+        if arguments not in self._cache:
             runs = split_runs(self.subtree_end.tolist())
-            self._cache[window, dtype] = [(run, self._additive(run, window, dtype)) for run in runs]
-        return self._cache[window, dtype]
+            self._cache[arguments] = [self._batch(batch, *arguments) for batch in similar_runs(runs)]
+        return self._cache[arguments]
 
     def block_mask(self, window: int | None) -> BlockMask:
         """flex attention's blocks: those that nobody sees are never computed. N must be a multiple of BLOCK."""
@@ -87,43 +110,70 @@ class TreeMask:
         visible = (key <= query) & (query < self.subtree_end[key])
         return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
 
-    def _additive(self, run: Run, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        if run.chain and not run.ancestors and (window is None or run.stop - run.start <= window):
-            return None
-        queries = torch.arange(run.start, run.stop)
-        keys = torch.cat([torch.arange(*keys) for keys in run.keys])
-        visible = self._visible(queries[:, None], keys[None, :], window)
-        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+    def _batch(self, runs: list[Run], window: int | None, sharing: int, dtype: torch.dtype) -> RunBatch:
+        width, length = (max(sizes) for sizes in zip(*(run.size for run in runs), strict=True))
+        query = torch.zeros(len(runs), length, dtype=torch.int64)
+        key = torch.zeros(len(runs), width, dtype=torch.int64)
+        sees, real = torch.zeros(len(runs), length, width, dtype=torch.bool), torch.zeros_like(query, dtype=torch.bool)
+        for i, run in enumerate(runs):
+            keys, queries = run.size
+            query[i, :queries] = torch.arange(run.start, run.stop)
+            key[i, :keys] = torch.cat([torch.arange(*seen) for seen in run.keys])
+            sees[i, :queries, :keys] = self._visible(query[i, :queries, None], key[i, None, :keys], window)
+            sees[i, queries:, 0] = True  # the softmax over nothing would not be a number
+            real[i, :queries] = True
+        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))
+        places, padding = (which.view(-1).nonzero()[:, 0] for which in (real, ~real))
+        by_heads = mask.repeat(1, sharing, 1)[:, None]
+        return RunBatch(query.view(-1), key.view(-1), places, padding, query[real], by_heads)
 
 
 def split_runs(subtree_end: list[int]) -> list[Run]:
-    """Cut a packed row into runs, in order: long chains alone, the small subtrees between them together."""
-    runs: list[Run] = []
-    _split(subtree_end, 0, len(subtree_end), (), runs)
-    return runs
+    """Cut a packed row into runs of at most MAX_RUN queries, in order: the small subtrees of a parent together."""
+    return list(_split(subtree_end, 0, len(subtree_end), ()))
 
 
-def _split(
-    subtree_end: list[int], start: int, stop: int, ancestors: tuple[tuple[int, int], ...], runs: list[Run]
-) -> None:
+def _split(subtree_end: list[int], start: int, stop: int, ancestors: tuple[tuple[int, int], ...]) -> Iterator[Run]:
     """Cut the sibling subtrees that fill start:stop, all of them below `ancestors`."""
     root = pending = start
     while root < stop:
         end = subtree_end[root]
-        branch = root + 1
-        while branch < end and subtree_end[branch] == end:
-            branch += 1
-        long = branch - root >= MIN_CHAIN or end - root > MAX_RUN
-        if pending < root and (long or end - pending > MAX_RUN):
-            runs.append(Run(pending, root, ancestors))
+        if pending < root and end - pending > MAX_RUN:
+            yield Run(pending, root, ancestors)
             pending = root
-        if long:
-            runs.append(Run(root, branch, ancestors, chain=True))
-            _split(subtree_end, branch, end, (*ancestors, (root, branch)), runs)
+        if end - root > MAX_RUN:
+            branch = root + 1
+            while branch < end and subtree_end[branch] == end:
+                branch += 1
+            yield from _split_chain(root, branch, ancestors)
+            yield from _split(subtree_end, branch, end, (*ancestors, (root, branch)))
             pending = end
         root = end
     if pending < stop:
-        runs.append(Run(pending, stop, ancestors))
+        yield Run(pending, stop, ancestors)
+
+
+def _split_chain(start: int, stop: int, ancestors: tuple[tuple[int, int], ...]) -> Iterator[Run]:
+    """Cut an unbranched chain into equal parts."""
+    parts = -(-(stop - start) // MAX_RUN)
+    bounds = [start + (stop - start) * part // parts for part in range(parts + 1)]
+    for first, last in pairwise(bounds):
+        yield Run(first, last, (*ancestors, (start, first)) if first > start else ancestors)
+
+
+def similar_runs(runs: list[Run]) -> list[list[Run]]:
+    """Runs that may be padded to each other's size: together they compute at most MAX_WASTE times what they need."""
+    batches: list[list[Run]] = []
+    needed = queries = 0
+    for run in sorted(runs, key=lambda run: run.size):
+        keys, own = run.size  # no run before has more keys
+        if batches and (len(batches[-1]) + 1) * keys * max(queries, own) <= MAX_WASTE * (needed + keys * own):
+            batches[-1].append(run)
+            needed, queries = needed + keys * own, max(queries, own)
+        else:
+            batches.append([run])
+            needed, queries = keys * own, own
+    return batches
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

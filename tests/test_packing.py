@@ -1,5 +1,7 @@
 """Packed batches read back by brute force: every candidate token must see exactly its own prefix."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
-from learner.tree_mask import BLOCK, Run, TreeMask, split_runs
+from learner.tree_mask import BLOCK, RunBatch, TreeMask, split_runs
 
 Groups = list[tuple[list[int], list[list[int]]]]
 
@@ -105,11 +107,27 @@ def large_groups(seed: int, template_tokens: int = 80) -> Groups:
     return groups
 
 
-def shown(run: Run, additive: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys of a run, and which of them each of its queries may see."""
-    keys = torch.cat([torch.arange(start, stop) for start, stop in run.keys])
-    size = run.stop - run.start
-    return keys, torch.ones(size, size, dtype=torch.bool).tril() if additive is None else additive == 0
+def shown(batches: Sequence[RunBatch], size: int, sharing: int) -> torch.Tensor:
+    """bool [N, N]: what each query sees over all batches; every query must be in exactly one of them."""
+    found = torch.zeros(size, size, dtype=torch.bool)
+    covered = []
+    for batch in batches:
+        count, _, rows, width = batch.mask.shape
+        by_head = (batch.mask[:, 0] == 0).unflatten(1, (sharing, rows // sharing))
+        assert torch.equal(by_head, by_head[:, :1].expand_as(by_head))
+        sees = by_head[:, 0].flatten(0, 1)
+        assert sees.any(1).all()
+        assert torch.equal(torch.cat([batch.real, batch.padding]).sort()[0], torch.arange(len(sees)))
+        assert torch.equal(batch.token, batch.query[batch.real])
+        keys = batch.key.view(count, width).repeat_interleave(rows // sharing, 0)
+        for row in batch.real.tolist():
+            seen = keys[row][sees[row]]
+            assert not found[batch.query[row], seen].any()
+            assert len(seen.unique()) == len(seen)
+            found[batch.query[row], seen] = True
+        covered += batch.token.tolist()
+    assert sorted(covered) == list(range(size))
+    return found
 
 
 @pytest.mark.parametrize("window", [None, 7, 100])
@@ -117,36 +135,22 @@ def test_runs_cover_the_row_once_and_show_each_query_what_it_may_see(window: int
     batch = pack_groups(*split(large_groups(0)))
     distance = batch.positions[0][:, None] - batch.positions[0][None, :]
     expected = torch.from_numpy(visible(batch)) & (distance < (window or 10**9))
-    mask = TreeMask(batch.subtree_end, batch.positions[0])
-    found = torch.zeros_like(expected)
-    covered = []
-    for run, additive in mask.runs(window, torch.float32):
-        keys, visible_here = shown(run, additive)
-        found[run.start : run.stop, keys] = visible_here
-        covered += range(run.start, run.stop)
-    assert covered == list(range(batch.fed_tokens))
-    assert torch.equal(found, expected)
-    assert len(mask.runs(window, torch.float32)) >= 8
+    batches = TreeMask(batch.subtree_end, batch.positions[0]).run_batches(window, 2, torch.float32)
+    assert torch.equal(shown(batches, batch.fed_tokens, 2), expected)
+    assert len(split_runs(batch.subtree_end.tolist())) > len(batches) > 1
 
 
 @given(groups_of_tokens)
 def test_runs_of_any_tree_see_what_they_may(groups: Groups) -> None:
     batch = pack_groups(*split(groups))
-    found = np.zeros((batch.fed_tokens, batch.fed_tokens), bool)
-    for run, additive in TreeMask(batch.subtree_end, batch.positions[0]).runs(None, torch.float32):
-        keys, visible_here = shown(run, additive)
-        found[run.start : run.stop, keys.numpy()] = visible_here.numpy()
-    assert np.array_equal(found, visible(batch))
+    batches = TreeMask(batch.subtree_end, batch.positions[0]).run_batches(None, 1, torch.float32)
+    assert np.array_equal(shown(batches, batch.fed_tokens, 1).numpy(), visible(batch))
 
 
 def test_runs_see_few_keys_that_are_masked() -> None:
     batch = pack_groups(*split(large_groups(1)))
-    runs = split_runs(batch.subtree_end.tolist())
-    pairs = sum(
-        (run.stop - run.start) * (run.stop - run.start + sum(stop - start for start, stop in run.ancestors))
-        for run in runs
-    )
-    assert pairs < 2.5 * visible(batch).sum()
+    batches = TreeMask(batch.subtree_end, batch.positions[0]).run_batches(None, 1, torch.float32)
+    assert sum(batch.mask.numel() for batch in batches) < 2.5 * visible(batch).sum()
 
 
 @pytest.mark.parametrize("window", [None, 7, 150])
