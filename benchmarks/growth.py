@@ -20,7 +20,7 @@ from benchmarks.shapes import SHAPES, build
 from catalog.trie import Trie
 
 FIGURES = REPOSITORY / "docs/figures"
-REPEATS = 3
+REPEATS = 2
 SLACK = 1.5
 """How much faster than its arithmetic a step may grow before it is said, over the whole range."""
 

@@ -50,14 +50,14 @@ def measure(shape_name: str) -> list[dict[str, Any]]:
     step = InProcess(workload.config, workload.model_path, workload.catalog)
     arithmetic, peak = Arithmetic(workload.model_path), matrix_peak(workload.shape.dtype)
     groups = step.rollout(prompts)
-    step.learn(prompts, groups)
+    step.learn(prompts[:1], groups[:1])
 
     rollout_s = [timed(lambda: step.rollout(prompts)) for _ in range(REPEATS)]
     with counted_forwards() as work:
         step.rollout(prompts)
     learned = [step.learn(prompts, groups) for _ in range(REPEATS)]
     sync_s = [step.sync() for _ in range(REPEATS)]
-    save_profiles(shape_name, step, prompts, groups)
+    save_profiles(shape_name, step, prompts[:1], groups[:1])
 
     rollout = arithmetic.forward(work.tokens, work.attended, work.logit_rows)
     tokens, attended, rows = packed_work(step, prompts, groups)
@@ -102,7 +102,7 @@ def packed_work(step: InProcess, prompts: list[list[int]], groups: list[Candidat
 
 
 def save_profiles(shape: str, step: InProcess, prompts: list[list[int]], groups: list[Candidates]) -> None:
-    """Where the time of a rollout and of a learner step goes, as text beside the results."""
+    """Where the time of a rollout and of a learner step goes (on few groups), as text beside the results."""
     RESULTS.mkdir(exist_ok=True)
     for stage, call in (("rollout", lambda: step.rollout(prompts)), ("learn", lambda: step.learn(prompts, groups))):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -167,7 +167,7 @@ def by_group_size(groups: int, run: Callable[[int], object]) -> list[dict[str, f
     points = []
     for size in GROUP_SIZES:
         run(size)
-        seconds = min(timed(partial(run, size)) for _ in range(3))
+        seconds = min(timed(partial(run, size)) for _ in range(2))
         points.append({"group_size": size, "groups_per_second": groups / seconds})
     return points
 
@@ -210,13 +210,11 @@ def measure(shape: str, folder: Path) -> tuple[list[Row], dict[str, Any], list[d
     repeats = SHAPES[shape](folder).repeats
     with Side("benchmarks.rollout:Ours", shape, str(folder)) as ours:
         ours.call("run")
-        rows = [
-            against("hugging-face", "HuggingFace", shape, folder, ours, repeats),
-            against("chains-token-by-token", "TokenByToken", shape, folder, ours, repeats),
-        ]
+        rows = [against("hugging-face", "HuggingFace", shape, folder, ours, repeats)]
         fed, sizes = ours.call("fed").result, []
         if shape == "tiny-64":
             rows.append(against("one-token-requests", "OneToken", shape, folder, ours, repeats))
+            rows.append(against("chains-token-by-token", "TokenByToken", shape, folder, ours, repeats))
             sizes = ours.call("sizes").result
     return rows, fed, sizes
 
