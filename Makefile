@@ -5,9 +5,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-VENV ?= .venv
-# The GPU environment is chosen where an NVIDIA driver answers; DEVICE=cpu or DEVICE=gpu decides otherwise.
-DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+# Profiles other than `local` compute on GPUs where an NVIDIA driver answers; DEVICE=cpu or DEVICE=gpu decides otherwise.
+DEVICE ?= $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(shell command -v nvidia-smi),gpu,cpu),cpu)
+VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 CLUSTER ?= local
@@ -78,8 +78,9 @@ parity: $(READY)  ## compare with a golden set of the published code: GOLDEN=fol
 	@test -n "$(GOLDEN)" || { echo "error: name the golden set: make parity GOLDEN=folder"; exit 1; }
 	@$(ENV) $(RUN) -m learner.parity "$(GOLDEN)"
 
-sasrec: $(READY)  ## train the SASRec of the collaborative reward: DATA= OUT=
-	@$(ENV) $(RUN) -m launch.cli reward train-sasrec --data "$(DATA)" $(if $(OUT),--out "$(OUT)")
+sasrec: $(READY)  ## train the SASRec of the collaborative reward: DATA= MODEL= ARGS= as for launch, OUT=
+	@$(ENV) $(RUN) -m launch.cli reward train-sasrec --data "$(DATA)" --model "$(MODEL)" \
+	  $(if $(OUT),--out "$(OUT)") $(if $(ARGS),-- $(ARGS))
 
 bench: $(READY)  ## all benchmarks: SCALE=cpu|gpu OUT=file.json
 	@$(ENV) OUT="$(OUT)" MODEL="$(if $(filter-out small,$(MODEL)),$(MODEL))" DATA="$(if $(filter-out embedded,$(DATA)),$(DATA))" \

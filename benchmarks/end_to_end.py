@@ -20,8 +20,9 @@ from launch.placement import plan
 from launch.train import Clock
 
 REPEATS = {"tiny-64": 2, "industrial-135m-fp32": 1, "industrial-135m-bf16": 1}
-WARMUP_GROUPS = {"tiny-64": 64}
-"""Groups of the first step of both sides, which is checked but not counted; else 1, and that with a short prompt."""
+WARMUP_GROUPS = {"tiny-64": 16}
+"""Groups of the first step of both sides, which is checked but not counted; else 1. They are those of the shortest
+prompts."""
 GRADIENT_TOLERANCE = 1e-3
 PUBLISHED_BATCHES = {"tiny-64": {"generate_groups": 16, "learn_groups": 4}}
 """Groups at a time that make the published way fastest (benchmarks.published_options)."""

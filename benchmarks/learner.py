@@ -123,7 +123,6 @@ class Packed:
             logprobs=[[np.zeros(len(row), np.float32) for row in group["candidates"]] for group in groups],
             rewards=[np.eye(1, len(group["candidates"]), dtype=np.float32)[0] for group in groups],
             has_hit=np.ones(len(groups), bool),
-            policy_version=np.zeros(len(groups), np.int64),
         )
         packed = [
             policy.pack([prompt], [ranked])

@@ -15,7 +15,6 @@ from benchmarks.harness import REPOSITORY, Side, write_section
 from benchmarks.shapes import SHAPES, ShapeAbsentError, build
 
 SHAPE_OF_DTYPE = {"torch.float32": "industrial-135m-fp32", "torch.bfloat16": "industrial-135m-bf16"}
-REPEATS = 2
 
 
 def measure() -> list[dict[str, Any]]:
@@ -31,13 +30,14 @@ def measure() -> list[dict[str, Any]]:
         shape = SHAPE_OF_DTYPE[run["param_dtype"]]
         example_ids = examples_of_lengths(shape, run["prompt_tokens"][0])
         with Side("benchmarks.end_to_end:Ours", shape) as ours:
-            seconds = [ours.call("step", example_ids).seconds for _ in range(REPEATS)]
+            ours.call("step", example_ids[:1])
+            seconds = ours.call("step", example_ids).seconds
         entries.append(
             {
                 "shape": shape,
                 "official_s": run["training_step_total_s"][0],
                 "official_gib": run["peak_rss_gb"],
-                "ours_s": min(seconds),
+                "ours_s": seconds,
                 "cpu": timings["cpu"],
             }
         )

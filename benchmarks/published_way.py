@@ -136,8 +136,8 @@ class PublishedTrainer:
         device: str = "cuda" if torch.cuda.is_available() else "cpu",
     ) -> None:
         self.trie, self.group_size, self.beta, self.python_mask = trie, group_size, beta, python_mask
-        self.policy, self.reference = (_load(model_path, dtype, device) for _ in range(2))
-        self.reference.eval().requires_grad_(False)
+        self.policy = _load(model_path, dtype, device)
+        self.reference = _load(model_path, dtype, device).eval().requires_grad_(False) if beta else None
         if gradient_checkpointing:
             self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         self.weights: list[torch.Tensor] = list(self.policy.parameters())
@@ -236,12 +236,13 @@ class PublishedTrainer:
         mask = completions.mask[:, completions.prompt_width :]
         advantage = advantages.reshape(-1, 1).to(mask.device)
         with report.stage("reference"), torch.no_grad():
-            reference = self.log_probs(self.reference, completions)
+            reference = None if self.reference is None else self.log_probs(self.reference, completions)
         with report.stage("learn"):
             self.policy.train()
             policy = self.log_probs(self.policy, completions)
-            kl = torch.exp(reference - policy) - (reference - policy) - 1
-            per_token = -(torch.exp(policy - policy.detach()) * advantage - self.beta * kl)
+            per_token = -torch.exp(policy - policy.detach()) * advantage
+            if reference is not None:
+                per_token = per_token + self.beta * (torch.exp(reference - policy) - (reference - policy) - 1)
             loss = ((per_token * mask).sum(1) / mask.sum(1)).mean() * share
             loss.backward()
         return loss.item()

@@ -39,6 +39,10 @@ SHAPES: dict[str, Callable[[Path], RolloutWorkload]] = {
 }
 
 
+BY_CATALOGUE = "catalogues"
+"""Named like a shape: the tiny model on every size of CATALOGUES."""
+
+
 def settings(workload: RolloutWorkload) -> RolloutConfig:
     return RolloutConfig(kv_cache_gib=workload.kv_cache_gib, max_batched_tokens=16384)
 
@@ -50,6 +54,10 @@ class Ours:
         self.workload = SHAPES[shape](Path(folder))
         config = replace(settings(self.workload), forced_chains=forced_chains)
         self.engine = WorkerEngine(self.workload.model_path, self.workload.trie_path, config)
+
+    def warm_up(self) -> None:
+        """One group."""
+        self.engine.generate(self.workload.prompts[:1], [0], [0])
 
     def run(self, group_size: int = 16) -> list[list[list[int]]]:
         """Tokens of every candidate of every group."""
@@ -82,7 +90,12 @@ class HuggingFace:
     def __init__(self, shape: str, folder: str) -> None:
         torch.set_num_threads(threads())
         self._workload = SHAPES[shape](Path(folder))
-        self._trainer = PublishedTrainer(str(self._workload.model_path), Trie.load(self._workload.trie_path))
+        trie = Trie.load(self._workload.trie_path)
+        self._trainer = PublishedTrainer(str(self._workload.model_path), trie, beta=0.0)  # needs no reference
+
+    def warm_up(self) -> None:
+        """One group."""
+        self._trainer.generate(self._workload.prompts[:1])
 
     def run(self) -> list[list[list[int]]]:
         """Tokens of every candidate of every group."""
@@ -101,6 +114,10 @@ class OneToken:
         config = settings(self._workload)
         self._engine = OneTokenRequests(self._workload.model_path, self._workload.trie_path, config)
 
+    def warm_up(self) -> None:
+        """One group."""
+        self._engine.generate(self._workload.prompts[:1])
+
     def run(self) -> list[list[list[int]]]:
         """Tokens of every candidate of every group."""
         return _tokens(self._engine.generate(self._workload.prompts))
@@ -110,8 +127,9 @@ class OneToken:
 
 
 def against(case: str, opponent: str, shape: str, folder: Path, ours: Side, repeats: int) -> Row:
-    """Ours and theirs in turn; the first pair is not counted where there are several."""
+    """Ours and theirs in turn, both warmed up; the first pair is not counted where there are several."""
     with Side(f"benchmarks.rollout:{opponent}", shape, str(folder)) as theirs:
+        theirs.call("warm_up")
         calls = [(ours.call("run"), theirs.call("run")) for _ in range(repeats + (repeats > 1))]
     assert calls[0][0].result == calls[0][1].result, f"{shape}: candidates differ from {case}"
     counted = calls[repeats > 1 :]
@@ -209,7 +227,7 @@ def measure(shape: str, folder: Path) -> tuple[list[Row], dict[str, Any], list[d
     """Rows, fed tokens and, for the tiny shape, groups per second by G."""
     repeats = SHAPES[shape](folder).repeats
     with Side("benchmarks.rollout:Ours", shape, str(folder)) as ours:
-        ours.call("run")
+        ours.call("warm_up")
         rows = [against("hugging-face", "HuggingFace", shape, folder, ours, repeats)]
         fed, sizes = ours.call("fed").result, []
         if shape == "tiny-64":
@@ -234,6 +252,10 @@ def main(shapes: Sequence[str]) -> None:
     content: dict[str, Any] = {"fed": [], "group_sizes": [], "catalogues": []}
     with tempfile.TemporaryDirectory() as folder:
         for shape in shapes:
+            if shape == BY_CATALOGUE:
+                content["catalogues"] = by_catalogue(Path(folder))
+                write(rows, content)
+                continue
             try:
                 measured, fed, sizes = measure(shape, Path(folder))
             except ShapeAbsentError as absent:
@@ -242,9 +264,6 @@ def main(shapes: Sequence[str]) -> None:
             rows += measured
             content["fed"].append(fed)
             content["group_sizes"] += sizes
-            write(rows, content)
-        if "tiny-64" in shapes:
-            content["catalogues"] = by_catalogue(Path(folder))
             write(rows, content)
 
 
@@ -259,4 +278,4 @@ def _tokens(groups: Sequence[Candidates]) -> list[list[list[int]]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or tuple(SHAPES))
+    main(sys.argv[1:] or (*SHAPES, BY_CATALOGUE))

@@ -31,7 +31,7 @@ def tiny(folder: Path, groups: int = 64, titles: int = 500) -> RolloutWorkload:
     """A Qwen2 of two layers (about 200,000 parameters) and a generated catalogue."""
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = {**shape, "num_key_value_heads": 1, "vocab_size": 1536, "initializer_range": 0.2}
-    return _random_workload(f"tiny-{groups}", folder, "qwen2", config, groups, titles, 32, repeats=5, kv_cache_gib=1.0)
+    return _random_workload(f"tiny-{groups}", folder, "qwen2", config, groups, titles, 32, repeats=4, kv_cache_gib=1.0)
 
 
 def middle(folder: Path, groups: int = 8) -> RolloutWorkload:

@@ -8,7 +8,7 @@ from benchmarks.harness import Side, write_section
 SHAPE = "tiny-64"
 WORKERS = (1, 2)
 BATCHES = (1, 4, 16, 64)
-REPEATS = 3
+REPEATS = 2
 
 
 def measure(shape: str = SHAPE) -> list[dict[str, Any]]:

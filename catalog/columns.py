@@ -1,5 +1,6 @@
 """Columns of a user's tables, checked: every fault names the file, the column, the row, the value and the remedy."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +15,31 @@ from catalog.ragged import Ragged
 class Columns:
     """A table of the user's with its file name. Rows are counted from 0.
 
-    >>> columns = Columns.of_parquet(folder / "train.parquet")
-    >>> columns.texts("user_id"); columns.id_lists("history", known_as="int32")
+    >>> columns = Columns.of_parquet(folder / "train.parquet", "user_id", "history")
+    >>> columns.texts("user_id"); columns.id_lists("history")
     """
 
-    def __init__(self, file: Path, table: pa.Table) -> None:
+    def __init__(self, file: Path, table: pa.Table, names: Sequence[str] = ()) -> None:
+        """names: all columns of the file, where `table` holds some of them only."""
         self.file = file
         self.table = table
+        self.names = names or table.column_names
         if not table.num_rows:
             raise CatalogError(f"{file}: no rows; every file needs at least one")
 
     @classmethod
-    def of_parquet(cls, file: Path) -> "Columns":
-        """Raises CatalogError for a file that is missing or no Parquet."""
+    def of_parquet(cls, file: Path, *names: str) -> "Columns":
+        """The columns `names`; others are not read. Raises CatalogError for a file that is missing or no Parquet."""
         if not file.is_file():
             beside = sorted(path.name for path in file.parent.iterdir())
             raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
         try:
-            table = pq.read_table(file)
+            present = pq.read_schema(file).names
+            table = pq.read_table(file, columns=[name for name in names if name in present])
             table.validate(full=True)
         except (OSError, pa.ArrowException) as error:
             raise CatalogError(f"{file}: not a readable Parquet file ({error}); write it again") from error
-        return cls(file, table)
+        return cls(file, table, present)
 
     def fault(self, column: str, row: int, message: str) -> CatalogError:
         return CatalogError(f"{self.file}: column {column!r}, row {row}: {message}")
@@ -43,9 +47,7 @@ class Columns:
     def column(self, name: str) -> pa.Array:
         """The column in one piece. Raises CatalogError where it is missing or has a null."""
         if name not in self.table.column_names:
-            raise CatalogError(
-                f"{self.file}: column {name!r} is missing; the file has {', '.join(self.table.column_names)}"
-            )
+            raise CatalogError(f"{self.file}: column {name!r} is missing; the file has {', '.join(self.names)}")
         column = self.table[name].combine_chunks()
         column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
         if column.null_count:

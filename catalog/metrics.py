@@ -1,6 +1,6 @@
 """HR@K and NDCG@K from the rank of the target among the recommended titles, and how sure a difference is."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -43,20 +43,27 @@ def ranking_metrics(hit_rank: np.ndarray, ks: Sequence[int]) -> dict[str, float]
     return metrics | {f"ndcg@{k}": ndcg_at_k(hit_rank, k) for k in ks}
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, float]:
-    """Mean of b - a with its 95% interval, from 10,000 resamples of the examples.
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, users: Sequence[Hashable], seed: int) -> dict[str, float]:
+    """Mean of b - a over the examples with its 95% interval, from 10,000 resamples of the users.
 
-    a, b: float [n], the metric of each example before and after; the pairs are resampled together.
+    a, b: float [n], the metric of each example before and after. users: [n], whose example it is: all examples of a
+    user are resampled together, since they are not independent.
     Returns {"mean", "low", "high"}. Raises ValueError for different lengths or no examples.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise ValueError(f"a paired bootstrap needs two equally long, non-empty rows, got {a.shape} and {b.shape}")
+    if a.shape != b.shape or a.ndim != 1 or not len(a) or len(users) != len(a):
+        raise ValueError(
+            f"a paired bootstrap needs equally long, non-empty rows, got {a.shape}, {b.shape} and {len(users)} users"
+        )
     gain = b - a
+    _, user = np.unique(np.asarray(users), return_inverse=True)
+    examples, gains = np.bincount(user), np.bincount(user, gain)
     draw = np.random.default_rng(seed)
-    sizes = [min(RESAMPLES_AT_ONCE, RESAMPLES - first) for first in range(0, RESAMPLES, RESAMPLES_AT_ONCE)]
-    means = np.concatenate([gain[draw.integers(len(gain), size=(size, len(gain)))].mean(axis=1) for size in sizes])
-    low, high = np.quantile(means, [0.025, 0.975])
+    means = []
+    for first in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
+        drawn = draw.integers(len(gains), size=(min(RESAMPLES_AT_ONCE, RESAMPLES - first), len(gains)))
+        means.append(gains[drawn].sum(axis=1) / examples[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return {"mean": float(gain.mean()), "low": float(low), "high": float(high)}
 
 

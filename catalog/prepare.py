@@ -39,7 +39,10 @@ def prepare(
     """
     if out_dir.exists():
         raise CatalogError(f"{out_dir}: exists; choose another folder or delete it")
-    catalogue, log = Columns.of_parquet(items), Columns.of_parquet(interactions)
+    if max_history < 1:
+        raise CatalogError(f"max_history={max_history}: a prompt needs at least one item")
+    catalogue = Columns.of_parquet(items, "item_id", "title")
+    log = Columns.of_parquet(interactions, "user_id", "item_id", "timestamp")
     index = ItemIndex(catalogue, "item_id")
     usable = np.append(_short_titles(catalogue, max_title_words), False)  # the last is for unknown items, row -1
     row_of = index.known(log, "item_id")

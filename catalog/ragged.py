@@ -79,7 +79,3 @@ class Ragged:
     def append(self, value: int) -> "Ragged":
         """Every list with `value` behind it."""
         return Ragged(np.insert(self.flat, self.start[1:], value), self.start + np.arange(len(self.start)))
-
-    def prepend(self, value: int) -> "Ragged":
-        """Every list with `value` before it."""
-        return Ragged(np.insert(self.flat, self.start[:-1], value), self.start + np.arange(len(self.start)))

@@ -44,6 +44,9 @@ class Source:
             names, read = ("items.parquet", "sequences.parquet"), _read_sequences
         else:
             names, read = ("items.parquet", *(f"{split}.parquet" for split in SPLITS)), _read_splits
+        folders = [name for name in names if (folder / name).is_dir()]
+        if folders:
+            raise CatalogError(f"{folder / folders[0]}: a folder; write it as one file")
         missing = [name for name in names if name not in present]
         if missing:
             found = ", ".join(sorted(present)) or "nothing"
@@ -66,7 +69,7 @@ def _read_splits(files: tuple[Path, ...], max_history: int) -> Interactions:
     index, titles = _read_items(files[0])
     splits = {}
     for name, file in zip(SPLITS, files[1:], strict=True):
-        columns = Columns.of_parquet(file)
+        columns = Columns.of_parquet(file, "user_id", "history", "target", "timestamp")
         splits[name] = SplitTable(
             user_id=columns.texts("user_id"),
             history=index.lists(columns, "history").last(max_history),
@@ -79,7 +82,7 @@ def _read_splits(files: tuple[Path, ...], max_history: int) -> Interactions:
 def _read_sequences(files: tuple[Path, ...], max_history: int) -> Interactions:
     """Leave-last-out: a user's last item is a test target, the one before a validation target, the others train."""
     index, titles = _read_items(files[0])
-    columns = Columns.of_parquet(files[1])
+    columns = Columns.of_parquet(files[1], "user_id", "item_ids")
     users, sequences = columns.texts("user_id"), index.lists(columns, "item_ids")
     row = np.repeat(np.arange(len(sequences)), sequences.lengths)
     position = np.arange(len(sequences.flat)) - sequences.start[row]
@@ -103,7 +106,7 @@ def _read_sequences(files: tuple[Path, ...], max_history: int) -> Interactions:
 
 
 def _read_items(file: Path) -> tuple[ItemIndex, pa.LargeStringArray]:
-    items = Columns.of_parquet(file)
+    items = Columns.of_parquet(file, "item_id", "title")
     return ItemIndex(items, "item_id"), items.titles("title")
 
 

@@ -191,6 +191,7 @@ def check(config: Config) -> None:
         "rollout.groups_per_table": rollout.groups_per_table,
         "rollout.queue_tables": rollout.queue_tables,
         "rollout.max_batched_tokens": rollout.max_batched_tokens,
+        "rollout.max_completion_tokens": rollout.max_completion_tokens,
         "rollout.tensor_parallel": rollout.tensor_parallel,
         "learner.ranks": learner.ranks,
         "learner.micro_batch_tokens": learner.micro_batch_tokens,
@@ -217,6 +218,7 @@ def check(config: Config) -> None:
         "learner.sft.epochs": learner.sft.epochs,
         "learner.optimizer.gradient_clipping": learner.optimizer.gradient_clipping,
         "train.staleness": train.staleness,
+        "train.seed": train.seed,
         "train.eval_examples": train.eval_examples,
         "train.steps": train.steps or 0,
     }
@@ -246,6 +248,12 @@ def check(config: Config) -> None:
         "learner.inclusion_weights",
         learner.inclusion_weights,
         f"only rollout.strategy=stochastic_beam has inclusion weights, this is {rollout.strategy}",
+    )
+    _require(
+        rollout.strategy != "unconstrained" or rollout.logprob_space == "vocabulary",
+        "rollout.logprob_space",
+        rollout.logprob_space,
+        "rollout.strategy=unconstrained leaves the title trie, so only logprob_space=vocabulary is defined",
     )
     _require(
         rollout.tensor_parallel <= config.cluster.gpus_per_node,

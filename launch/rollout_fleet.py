@@ -79,9 +79,7 @@ class RolloutFleet:
         """
         self._weights = None
         self._weights = weights = export(version)
-        self._loads = {(rank, weights.version): weights.load(worker) for rank, worker in enumerate(self.workers)} | {
-            key: ref for key, ref in self._loads.items() if key[1] == weights.version - 1
-        }
+        self._loads |= {(rank, weights.version): weights.load(worker) for rank, worker in enumerate(self.workers)}
 
     def loaded(self) -> None:
         """Wait until every worker holds the published weights and has confirmed their checksum."""

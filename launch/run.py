@@ -1,6 +1,8 @@
 """One whole run: catalogue, warm-up, evaluation, training, evaluation, report."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,13 +17,16 @@ from launch.evaluate import eval_examples, evaluate
 from launch.learner_gang import LearnerLost
 from launch.model import prepare_model
 from launch.placement import check_this_machine, plan
-from launch.progress import Progress
+from launch.progress import Progress, Stage
 from launch.report import print_metrics, write_report
 from launch.run_directory import RunDirectory, versions
 from launch.train import train
 from learner import checkpoint
+from rollout.vllm_engine import check_lengths
 
 GANG_RESTARTS = 3
+"""Of the learner ranks, in the warm-up and in training each."""
+T = TypeVar("T")
 
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -36,13 +41,18 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
         model_path = prepare_model(config)
         catalog = build_catalog(config.data, str(model_path))
         stage.update(detail=_catalog_words(catalog))
+    check_lengths(model_path, config.rollout, int(catalog.stats["prompt_tokens"]["max"]), catalog.trie.max_tokens)
     order, steps = data_order(config, catalog)
     for line in batch_arithmetic(config, catalog, steps).lines():
         progress.line(line)
     with Actors(config, placement, catalog, model_path, steps) as actors:  # checks rewards and devices
         directory = RunDirectory(config, resume=resume, overwrite=overwrite)
-        before = warm_up(actors, config, catalog, directory, progress)
-        train_to_the_end(actors, order, config, directory, progress, steps)
+        actors.learner.join()
+        actors.rollouts.ready(config.cluster.start_timeout_s)
+        actors.rewards.ready(config.cluster.start_timeout_s)
+        before = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
+        with progress.stage("train", steps) as stage:
+            surviving(actors, progress, partial(train_to_the_end, actors, order, config, directory, stage, steps))
         after = evaluation("rl", actors, config, catalog, directory, progress)
         confirmed_loads = actors.rollouts.confirmed_loads
     summary = summarise(config, catalog, directory, before, after, steps, confirmed_loads)
@@ -58,9 +68,6 @@ def warm_up(
     actors: Actors, config: Config, catalog: Catalog, directory: RunDirectory, progress: Progress
 ) -> dict[str, Any]:
     """SFT, its weights to the rollout workers as version 0, and the test metrics before RL; done once per run."""
-    actors.learner.join()
-    actors.rollouts.ready(config.cluster.start_timeout_s)
-    actors.rewards.ready(config.cluster.start_timeout_s)
     sft = directory.checkpoints / "sft"
     if checkpoint.latest(directory.checkpoints) is not None and directory.has("eval-sft.json"):
         pass  # `restore` loads what came after
@@ -79,23 +86,24 @@ def warm_up(
 
 
 def train_to_the_end(
-    actors: Actors, order: DataOrder, config: Config, directory: RunDirectory, progress: Progress, steps: int
+    actors: Actors, order: DataOrder, config: Config, directory: RunDirectory, stage: Stage, steps: int
 ) -> None:
-    """All steps that are still to be done; a gang that lost a rank starts again from its last checkpoint."""
-    with progress.stage("train", steps) as stage:
-        for attempt in range(GANG_RESTARTS + 1):
-            try:
-                if attempt:
-                    actors.rollouts.abandon()
-                    actors.learner.restart()
-                first = restore(actors, directory)
-                stage.update(first)
-                train(actors, order, config.train, directory, stage, first=first, steps=steps)
-                return
-            except LearnerLost as lost:
-                if attempt == GANG_RESTARTS:
-                    raise
-                progress.line(f"{lost}; starting all ranks again from the last checkpoint")
+    """All steps that are still to be done after the newest checkpoint."""
+    first = restore(actors, directory)
+    stage.update(first)
+    train(actors, order, config.train, directory, stage, first=first, steps=steps)
+
+
+def surviving(actors: Actors, progress: Progress, work: Callable[[], T]) -> T:
+    """The result of `work`, which goes on from what is on disk when it is called again: after a rank was lost."""
+    for restarts in range(GANG_RESTARTS):
+        try:
+            return work()
+        except LearnerLost as lost:
+            progress.line(f"{lost}; starting all ranks again ({restarts + 1} of {GANG_RESTARTS} times at most)")
+        actors.rollouts.abandon()
+        actors.learner.restart()
+    return work()
 
 
 def restore(actors: Actors, directory: RunDirectory) -> int:
@@ -150,7 +158,7 @@ def summarise(
     confirmed_loads: int,
 ) -> dict[str, Any]:
     """The content of summary.json."""
-    logged = directory.metrics("train")
+    logged, test = directory.metrics("train"), catalog.examples("test")
     stages = ("rollout", "reward", "learn", "sync", "step")
     return {
         "name": config.name,
@@ -167,7 +175,10 @@ def summarise(
             "best_possible": best_possible(config, catalog, np.array(before["example_ids"])),
         },
         "ndcg@10_gain": paired_bootstrap(
-            ndcg_per_example(np.array(before["hit_ranks"]), 10), ndcg_per_example(np.array(after["hit_ranks"]), 10), 0
+            ndcg_per_example(np.array(before["hit_ranks"]), 10),
+            ndcg_per_example(np.array(after["hit_ranks"]), 10),
+            [test.user_id(example_id) for example_id in before["example_ids"]],
+            seed=0,
         ),
         "timing_s": {
             stage: float(np.mean([line[f"timing_s/{stage}"] for line in logged])) if logged else 0.0

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Objective = Literal["grpo", "dapo", "gspo", "rank_grpo", "reinforce"]
+Packing = Literal["tree", "padded"]
 
 
 @dataclass
@@ -89,7 +89,7 @@ class LearnerConfig:
     # Keep the reference model in host memory between uses.
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     # Optimizer of the RL phase.
-    packing: Literal["tree", "padded"] = "tree"
+    packing: Packing = "tree"
     # tree: prompt once, then the trie of candidates. padded: one row per candidate, the oracle.
     micro_batch_tokens: int = 4096
     # Packed tokens of one forward pass.

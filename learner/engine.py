@@ -20,6 +20,10 @@ from learner.zero_config import adamw_arguments, clips_itself, zero_config
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class Rank0Failed(RuntimeError):
+    """What rank 0 did for all ranks has failed there."""
+
+
 def quiet_deepspeed() -> Any:
     """Import DeepSpeed without its banner, its compiled CPU all-reduce (80 s to build) and its progress lines."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -192,7 +196,7 @@ class ZeroEngine:
             self.total([1.0])
             raise failure
         if self.total([0.0]) != [0.0]:
-            raise RuntimeError("rank 0 failed; its own error says why")
+            raise Rank0Failed("its own error says why")
 
     def save(self, path: Path) -> None:
         """Write weights and optimizer state, each rank its own part; all ranks must call."""

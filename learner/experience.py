@@ -25,8 +25,6 @@ class Experience:
     """float32 [G_i] each."""
     has_hit: np.ndarray
     """bool [n]: the target is among the candidates."""
-    policy_version: np.ndarray
-    """int64 [n]"""
     inclusion_weights: list[np.ndarray] | None = None
     """float32 [G_i] each, where the candidates come from stochastic beams."""
 
@@ -47,7 +45,6 @@ class Experience:
             logprobs=_nested(table, "candidate_logprobs"),
             rewards=_lists(table, "reward"),
             has_hit=np.fromiter(((c == t).any() for c, t in zip(classes, targets, strict=True)), bool, len(targets)),
-            policy_version=table["policy_version"].to_numpy(),
             inclusion_weights=_lists(table, INCLUSION_WEIGHT) if INCLUSION_WEIGHT in names else None,
         )
 

@@ -49,6 +49,7 @@ class Learner:
         self._config, self._catalog = config, catalog
         trie = catalog.trie if logprob_space == "trie" else None
         self._tokenizer_path = model_path
+        torch.manual_seed(0)  # new adapters are the same on every rank and in every run
         self.policy = self._load_policy(model_path, trie, trainable=True)
         self.engine = ZeroEngine(self.policy, config, config.optimizer)
         torch.manual_seed(self.engine.rank)

@@ -21,6 +21,15 @@ R = TypeVar("R")
 
 PEER_LOST = "another rank is gone or late"
 """Marks the error of a rank that failed only because another did."""
+SIGNS_OF_A_LOST_PEER = (
+    "Connection reset",
+    "Connection closed",
+    "Broken pipe",
+    "Timed out",
+    "NCCL",
+    "ncclRemoteError",
+    "Rank0Failed",
+)
 
 
 class LearnerError(RuntimeError):
@@ -165,8 +174,7 @@ def _error(rank: Any, doing: str, error: Exception) -> LearnerError:
     """Gloo and nccl see a dead peer only as a broken connection."""
     text = f"{type(error).__name__}: {error}".strip()
     message = f"learner rank {rank._rank} of {rank._world_size} failed in {doing}: {text}"
-    lost = ("Connection reset", "Connection closed", "Broken pipe", "Timed out", "NCCL", "ncclRemoteError")
-    if any(sign in text for sign in lost):
+    if any(sign in text for sign in SIGNS_OF_A_LOST_PEER):
         message += f"\n{PEER_LOST}; its own error says why. Restart all ranks from a checkpoint"
     return LearnerError(message)
 

@@ -130,5 +130,5 @@ class SupervisedWarmup:
 
     def _micro_batches(self, data: SupervisedExamples, batch: np.ndarray) -> list[tuple[np.ndarray, float]]:
         """This rank's share of a batch, with weight 1; where it has fewer than the others, a stand-in of weight 0."""
-        plan = data.plan(batch, self._config.micro_batch_tokens, self._engine.world_size)
+        plan = data.plan(batch, self._config.micro_batch_tokens, self._engine.world_size, self._policy.packing)
         return [(rows, 1.0) if len(rows) else (batch[:1], 0.0) for rows in plan[self._engine.rank]]

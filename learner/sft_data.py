@@ -6,6 +6,7 @@ import numpy as np
 
 from catalog.catalog import Examples
 from catalog.trie import Trie
+from learner.config import Packing
 from learner.micro_batches import Plan, plan_micro_batches
 
 
@@ -51,10 +52,17 @@ class SupervisedExamples:
         for start in range(0, len(order), size):
             yield order[start : start + size]
 
-    def plan(self, batch: np.ndarray, budget: int, ranks: int) -> list[list[np.ndarray]]:
-        """plan[rank][micro]: examples of `batch`; a user's stay together where they fit into `budget` tokens."""
-        runs = list(self._runs(np.sort(batch), budget))
-        sizes = [self._tokens(run) for run in runs]
+    def plan(self, batch: np.ndarray, budget: int, ranks: int, packing: Packing = "tree") -> list[list[np.ndarray]]:
+        """plan[rank][micro]: examples of `batch`; a user's stay together where they fit into `budget` tokens.
+
+        Of padded batches each example counts as long as the longest of `batch`.
+        """
+        if packing == "padded":
+            width = max(len(self.prompts[row]) + len(self.titles[row]) for row in batch)
+            runs, sizes = [np.array([row]) for row in np.sort(batch)], [width] * len(batch)
+        else:
+            runs = list(self._runs(np.sort(batch), budget))
+            sizes = [self._tokens(run) for run in runs]
         plan: Plan = plan_micro_batches(sizes, budget, ranks)
         return [
             [np.concatenate([runs[run] for run in micro]) if micro else np.empty(0, int) for micro in micros]

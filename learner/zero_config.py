@@ -21,6 +21,8 @@ def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, 
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if config.dtype == "bfloat16":
+        ours["communication_data_type"] = "fp32"  # of gradients between ranks
     if config.dtype == "bfloat16" and config.zero_stage:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     _check_owned(config.deepspeed)

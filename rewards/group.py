@@ -161,8 +161,3 @@ class Groups(Sequence[Group]):
     @cached_property
     def _tokens(self) -> pa.ListArray:
         return self.table["candidate_tokens"].combine_chunks().flatten()
-
-
-def groups_of(table: pa.Table, catalog: TitleCatalog, split: str) -> Groups:
-    """The groups of `table` with what `catalog` knows about the examples of `split`."""
-    return Groups(table, catalog, split)

@@ -46,12 +46,12 @@ class Http:
         url: str,
         format: Literal["json", "arrow"] = "json",
         token_env: str | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = 20.0,
         retries: int = 3,
         backoff_s: float = 0.5,
         batch: int = 64,
     ) -> None:
-        """token_env: environment variable that holds a bearer token. timeout_s: longest wait for one answer.
+        """token_env: environment variable that holds a bearer token. timeout_s: longest silence of the service.
 
         retries: how often a request is repeated when the connection fails, it times out or the status is one of
         RETRIED, after backoff_s, then twice as long each time. batch: groups per request. Raises RewardError for a bad

@@ -62,7 +62,7 @@ def _instance(name: str, written: Callable[..., Any], catalog: TitleCatalog, arg
         reward: Reward = written(catalog, **args)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"reward {name!r} could not be made with args {args}:\n{_own_frames(error)}") from error
     if not callable(reward):
         raise RewardError(f"reward {name!r}: class {written.__name__} needs a method __call__(self, groups)")
@@ -118,8 +118,8 @@ def _flat_values(name: str, returned: Any, groups: Groups) -> np.ndarray:
 def _row(name: str, row: Any, groups: Groups, index: int) -> np.ndarray:
     size = int(groups.layout.sizes[index])
     try:
-        values = np.asarray(row.detach().cpu() if hasattr(row, "detach") else row)
-    except (TypeError, ValueError):
+        values = np.asarray(row.detach().float().cpu() if hasattr(row, "detach") else row)
+    except (TypeError, ValueError, RuntimeError):  # the last of a list of tensors that have gradients
         values = np.asarray(None)
     if values.shape != (size,) or (size and values.dtype.kind not in "biuf"):
         found = f"{len(row)} values ({_shown(row)})" if isinstance(row, Sequence | np.ndarray) else _shown(row)

@@ -58,7 +58,7 @@ def _registered(name: str) -> Any:
     for entry in entry_points(group=ENTRY_POINTS, name=name):
         try:
             return entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(f"reward {name!r}: its entry point {entry.value!r} does not load: {error!r}") from error
     names = registered_names()
     near = difflib.get_close_matches(name, names, n=1)
@@ -79,7 +79,7 @@ def _module_of_import(place: str, name: str, root: Path) -> ModuleType:
                 f"reward {name!r}: there is no module {error.name!r}, neither installed nor under {root}"
             ) from None
         raise RewardError(f"reward {name!r}: {place} needs the module {error.name!r}, which is missing") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"reward {name!r}: importing {place} failed: {error!r}") from error
 
 
@@ -95,6 +95,6 @@ def _module_of_file(file: Path, name: str) -> ModuleType:
     sys.modules[loader.name] = module
     try:
         loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"reward {name!r}: running {file} failed: {error!r}") from error
     return module

@@ -1,6 +1,7 @@
 """Training of SASRec on a catalogue's own examples, stopped early on its validation split."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ def train_sasrec(
     best, best_epoch, best_weights = -1.0, 0, model.state_dict()
     for epoch in range(1, training.epochs + 1):
         loss = _epoch(model, optimizer, *splits["train"], training.batch, order)
+        if not math.isfinite(loss):
+            raise RewardError(f"SASRec: the loss is {loss} after epoch {epoch}; lower the learning rate")
         valid = evaluate(model, *splits["valid"])
         log(f"epoch {epoch}: loss {loss:.4f}  valid {_words(valid)}")
         if valid[CHOSEN_BY] > best:

@@ -64,7 +64,7 @@ class RolloutWorker:
     >>> worker = RolloutWorker.options(num_gpus=1, max_restarts=3).remote(0, model_path, catalog_path, config)
     >>> ray.get(worker.ready.remote())
     >>> ray.get(worker.load_weights.remote(version, bucket_refs, checksum))
-    >>> stream = stream_rollout(worker, 0, "train", example_ids, version, seed)     # rollout.streams
+    >>> stream = stream_rollout(worker, 0, "train", example_ids, version, seed, config)   # rollout.streams
     >>> for rank, table_ref in collect([stream], timeout_s): ...
 
     One call runs at a time, so weights never change under a rollout; `health` answers at any time.

@@ -27,7 +27,7 @@ class DeviceTrie:
     edge_target: torch.Tensor
     """int32 [E]: the child node, or -1 - item_class at end-of-sequence."""
     level_width: np.ndarray
-    """int64 [D]: nodes at each depth."""
+    """int64 [D + 1]: nodes at each depth, and none below."""
     source: Trie
 
     @classmethod
@@ -39,7 +39,7 @@ class DeviceTrie:
 
     @property
     def max_tokens(self) -> int:
-        """Of the longest title, end-of-sequence included."""
+        """Room for the longest title, end-of-sequence included, and one more: where a group stands that is done."""
         return len(self.level_width)
 
     @property

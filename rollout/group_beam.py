@@ -50,9 +50,6 @@ class GroupBeam:
             if token in logprobs
         ]
 
-    def is_scored(self, node: int) -> bool:
-        return node in self._children
-
     def running_nodes(self) -> set[int]:
         """Where the running beams stand, all at `depth`; empty when the search is over."""
         return {beam.target for beam in self._running}

@@ -41,7 +41,7 @@ class Candidates:
     item_class: np.ndarray
     """int32 [G], -1 where the tokens are no title."""
     score: np.ndarray
-    """float32 [G], what the candidates are ordered by: the summed log-probability for beam search."""
+    """float32 [G], what the candidates of an engine are ordered by: the summed log-probability."""
     inclusion_weight: np.ndarray | None = None
     """float32 [G], of `stochastic_beam` only: sum(weight * f) estimates the mean of f under the policy, unbiased."""
 

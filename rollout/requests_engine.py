@@ -54,9 +54,10 @@ class RequestsEngine:
             search = StochasticBeamSearch(
                 DeviceTrie.of(self._trie), seeds, size, config.temperature, config.logprob_space
             )
-            return search_by_requests(self._llm, self._trie, tokens, search) if tokens else []
-        draws = math.ceil(size * self._config.oversample) if strategy == "dynamic" else size
-        groups = self._sample(tokens, seeds, draws, longest, constrained)
+            groups = search_by_requests(self._llm, self._trie, tokens, search) if tokens else []
+        else:
+            draws = math.ceil(size * self._config.oversample) if strategy == "dynamic" else size
+            groups = self._sample(tokens, seeds, draws, longest, constrained)
         if strategy == "dynamic":
             chosen = [select(g.item_class, target, size) for g, target in zip(groups, target_classes, strict=True)]
             groups = [group.take(index) for group, index in zip(groups, chosen, strict=True)]

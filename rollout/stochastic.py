@@ -69,12 +69,18 @@ class StochasticBeamSearch(BeamSearch):
         return Steps(torch.where(score < smallest, NEG_INF, score), order // width, edge, logprob, policy)
 
     def results(self) -> list[Candidates]:
-        """See TrieSearch: the largest value first, which is also the order of drawing."""
+        """See TrieSearch, but in the order of drawing; the score is the summed log-probability, without the noise."""
         weight = inclusion_weights(self._pool, self.size).cpu().numpy()
         groups = []
         for group, found in enumerate(super().results()):
             drawn = found.take(np.arange(min(self.size, len(found.score))))
-            groups.append(replace(drawn, inclusion_weight=weight[group, : len(drawn.score)].astype(np.float32)))
+            groups.append(
+                replace(
+                    drawn,
+                    score=np.array([row.sum() for row in drawn.logprobs], np.float32),
+                    inclusion_weight=weight[group, : len(drawn.score)].astype(np.float32),
+                )
+            )
         return groups
 
 

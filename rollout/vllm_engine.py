@@ -59,9 +59,7 @@ def create_llm(
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
         "max_num_batched_tokens": config.max_batched_tokens,
         "max_num_seqs": min(1024, config.max_batched_tokens),
-        "max_model_len": min(
-            model_config.get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN), DEFAULT_MAX_MODEL_LEN
-        ),
+        "max_model_len": max_model_len(model_config, config),
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "enforce_eager": not on_gpu,
@@ -104,6 +102,27 @@ def check_model(model_path: str | Path) -> dict[str, Any]:
             "ends a title"
         )
     return model_config
+
+
+def max_model_len(model_config: dict[str, Any], config: RolloutConfig) -> int:
+    """Most tokens of a prompt with its completion."""
+    if "max_model_len" in config.vllm:
+        return int(config.vllm["max_model_len"])
+    sources = (model_config, model_config.get("text_config", {}))
+    names = ("max_position_embeddings", "n_positions")
+    return min([source[name] for name in names for source in sources if name in source] + [DEFAULT_MAX_MODEL_LEN])
+
+
+def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: int, title_tokens: int) -> None:
+    """Raises EngineError where the longest prompt and the longest completion do not fit into the engine together."""
+    completion = max(title_tokens, config.max_completion_tokens if config.strategy == "unconstrained" else 0)
+    limit = max_model_len(check_model(model_path), config)
+    if prompt_tokens + completion > limit:
+        raise EngineError(
+            f"the longest prompt has {prompt_tokens} tokens, completions up to {completion}, together more than the "
+            f"engine's {limit}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len (a model cannot take "
+            "more than it has positions)"
+        )
 
 
 def _set_environment(on_gpu: bool, first_runner: bool) -> None:

@@ -54,7 +54,7 @@ class WorkerEngine:
         self._check(arrays, config.max_completion_tokens if strategy == "unconstrained" else self._title_tokens)
         if not arrays:
             return []
-        if strategy in ("beam", "stochastic_beam"):
+        if strategy == "beam":
             return self._search(arrays, seeds, strategy, size)
         draws = math.ceil(size * config.oversample) if strategy == "dynamic" else size
         groups = self._search(arrays, seeds, "sample" if strategy == "dynamic" else strategy, draws)

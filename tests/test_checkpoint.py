@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import learner_gang
 import pytest
@@ -12,9 +13,12 @@ from learner_gang import assert_same_training
 from ray.exceptions import RayError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch.learner_gang import _blame
 from learner import checkpoint
+from learner.checkpoint import CheckpointError
 from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
-from learner.rank import PEER_LOST, LearnerRank
+from learner.engine import Rank0Failed
+from learner.rank import PEER_LOST, LearnerRank, _error
 
 gangs, learner_data = learner_gang.gangs, learner_gang.learner_data
 CONFIG = LearnerConfig(
@@ -188,3 +192,10 @@ def test_a_checkpoint_is_a_hugging_face_directory(interrupted):
     model = AutoModelForCausalLM.from_pretrained(interrupted["path"])
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
     assert AutoTokenizer.from_pretrained(interrupted["path"]).eos_token_id is not None
+
+
+def test_the_rank_whose_own_error_it_is_gets_the_blame() -> None:
+    zero, one = (SimpleNamespace(_rank=rank, _world_size=2) for rank in (0, 1))
+    own = _error(zero, "load_checkpoint", CheckpointError("checkpoint step-2: damaged; step-1 is intact"))
+    follower = _error(one, "load_checkpoint", Rank0Failed("its own error says why"))
+    assert _blame("resume", {1: follower, 0: own}) is own

@@ -35,6 +35,8 @@ def test_every_committed_group_composes(group: str) -> None:
         ("train.rollouts_every=0", "train.rollouts_every=0: must be greater than 0"),
         ("train.epochs=-3", "train.epochs=-3.0: must be greater than 0"),
         ("rollout.timeout_s=0", "rollout.timeout_s=0.0: must be greater than 0"),
+        ("train.seed=-1", "train.seed=-1: must not be negative"),
+        ("rollout.max_completion_tokens=0", "rollout.max_completion_tokens=0: must be greater than 0"),
         ("steps", "section.key=value"),
         ("rewards.0.weight=3", "override 'rewards.0.weight=3'"),
         ("learner={", "override 'learner={'"),
@@ -72,6 +74,11 @@ def test_a_saved_config_loads_as_the_same(tmp_path: Path) -> None:
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
         load(tmp_path / "config.yaml")
+
+
+def test_candidates_outside_the_trie_have_no_log_probability_over_it() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.logprob_space=trie: rollout\.strategy=unconstrained"):
+        compose(overrides=["rollout.strategy=unconstrained", "rollout.logprob_space=trie"])
 
 
 @pytest.mark.parametrize(

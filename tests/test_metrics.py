@@ -36,7 +36,7 @@ def test_bootstrap_agrees_with_the_standard_error() -> None:
     draw = np.random.default_rng(0)
     a = draw.random(2000)
     b = a + 0.05 + 0.1 * draw.standard_normal(2000)
-    interval = paired_bootstrap(a, b, seed=1)
+    interval = paired_bootstrap(a, b, range(2000), seed=1)
     error = (b - a).std(ddof=1) / math.sqrt(2000)
     assert interval["mean"] == pytest.approx((b - a).mean())
     assert interval["low"] == pytest.approx(interval["mean"] - 1.96 * error, abs=0.1 * error)
@@ -45,13 +45,23 @@ def test_bootstrap_agrees_with_the_standard_error() -> None:
 
 def test_bootstrap_resamples_pairs_and_is_repeatable() -> None:
     a = np.random.default_rng(0).random(300)
-    shifted = paired_bootstrap(a, a + 0.25, seed=3)
+    shifted = paired_bootstrap(a, a + 0.25, range(300), seed=3)
     assert shifted == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
-    assert paired_bootstrap(a, a**2, seed=3) == paired_bootstrap(a, a**2, seed=3)
-    assert paired_bootstrap(a, a**2, seed=3)["low"] != paired_bootstrap(a, a**2, seed=4)["low"]
+    assert paired_bootstrap(a, a**2, range(300), seed=3) == paired_bootstrap(a, a**2, range(300), seed=3)
+    assert paired_bootstrap(a, a**2, range(300), 3)["low"] != paired_bootstrap(a, a**2, range(300), 4)["low"]
+
+
+def test_bootstrap_keeps_the_examples_of_a_user_together() -> None:
+    draw = np.random.default_rng(0)
+    a, gain = draw.random(500), 0.1 * draw.standard_normal(500)
+    alone = paired_bootstrap(a, a + gain, [f"user {i}" for i in range(500)], seed=1)
+    fourfold = paired_bootstrap(np.tile(a, 4), np.tile(a + gain, 4), [f"user {i}" for i in [*range(500)] * 4], seed=1)
+    assert fourfold == pytest.approx(alone)
+    uneven = paired_bootstrap(a, a + gain, [min(i, 400) for i in range(500)], seed=1)
+    assert uneven["mean"] == pytest.approx(gain.mean())
 
 
 @pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([], []), ([[1.0]], [[1.0]])])
 def test_bootstrap_refuses_what_is_not_paired(a: list, b: list) -> None:
     with pytest.raises(ValueError, match="equally long"):
-        paired_bootstrap(np.array(a), np.array(b), seed=0)
+        paired_bootstrap(np.array(a), np.array(b), range(len(a)), seed=0)

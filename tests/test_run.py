@@ -22,7 +22,7 @@ SMALL = [
     "rollout.kv_cache_gib=0.1",
     "rollout.groups_per_table=4",
     "cluster.object_store_gib=0.25",
-    "learner.sft.epochs=1",
+    "learner.sft.epochs=2",
     "train.prompts_per_step=8",
     "train.eval_examples=16",
     "train.eval_beams=10",
@@ -44,14 +44,14 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def train_steps(run: Path) -> list[int]:
+def logged_steps(run: Path, phase: str) -> list[int]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["phase"] == "train"]
+    return [line["step"] for line in lines if line["phase"] == phase]
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int, phase: str = "train") -> None:
     deadline = time.monotonic() + 200
-    while not ((run / "metrics.jsonl").exists() and step in train_steps(run)):
+    while not ((run / "metrics.jsonl").exists() and step in logged_steps(run, phase)):
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.1)
@@ -64,15 +64,19 @@ def actor_processes(process: subprocess.Popen[str], name: str) -> list[psutil.Pr
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, with a rollout worker and a reward actor killed on its way."""
+    """A run of three steps, with the learner killed after the first epoch of SFT and the rollout worker in RL."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(folder, "--name", "whole", "--steps", "3")
     run = folder / "runs" / "whole"
+    wait_for_step(process, run, 1, "sft")
+    for child in actor_processes(process, "LearnerRank"):
+        child.kill()
     wait_for_step(process, run, 1)
     for child in actor_processes(process, "RolloutWorker"):
         child.kill()
     output = finish(process)
     assert process.returncode == 0, output
+    assert "starting all ranks again (1 of 3 times at most)" in output
     return run
 
 
@@ -86,7 +90,8 @@ def test_a_run_leaves_what_it_promises(finished_run: Path) -> None:
     assert set(summary["timing_s"]) == {"rollout", "reward", "learn", "sync", "step"}
     assert summary["weights_checksum_ok"] is True
     assert "vllm" in summary["versions"]
-    assert train_steps(finished_run) == [1, 2, 3]
+    assert set(logged_steps(finished_run, "sft")) == {1, 2}
+    assert logged_steps(finished_run, "train") == [1, 2, 3]
     assert {path.name for path in (finished_run / "rollouts").iterdir()} == {f"step-{i}.parquet" for i in (1, 2, 3)}
     assert (finished_run / "checkpoints" / "step-3" / "model.safetensors").is_file()
     assert "<h1>whole</h1>" in (finished_run / "report.html").read_text()
@@ -104,7 +109,7 @@ def test_a_run_goes_on_where_it_stopped_and_survives_a_dead_learner(finished_run
         child.kill()
     output = finish(process)
     assert process.returncode == 0, output
-    steps = train_steps(finished_run)
+    steps = logged_steps(finished_run, "train")
     assert steps[:4] == [1, 2, 3, 4]
     assert steps[-1] == 6
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from learner.config import LearnerConfig, OptimizerConfig, SftConfig
-from learner.packing import pack_groups
+from learner.packing import pack_groups, padded_batch
 from learner.sft_data import SupervisedExamples
 
 gangs, learner_data = learner_gang.gangs, learner_gang.learner_data
@@ -43,6 +43,17 @@ def test_a_plan_feeds_every_example_once_within_the_budget(examples, budget, ran
     for rows in (rows for micros in plan for rows in micros if len(rows) > 1):
         packed = pack_groups([examples.prompts[row] for row in rows], [[examples.titles[row]] for row in rows])
         assert packed.fed_tokens <= budget
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("budget", [60, 400, 5000])
+def test_a_plan_of_padded_batches_counts_their_padding(examples, budget, ranks):
+    batch = next(examples.batches(size=50, seed=0))
+    plan = examples.plan(batch, budget, ranks, "padded")
+    assert sorted(np.concatenate([rows for micros in plan for rows in micros])) == sorted(batch)
+    for rows in (rows for micros in plan for rows in micros if len(rows) > 1):
+        padded = padded_batch([examples.prompts[row] for row in rows], [[examples.titles[row]] for row in rows])
+        assert padded.fed_tokens <= budget
 
 
 def test_shared_histories_are_fed_once(examples):

@@ -69,15 +69,15 @@ def test_weights_make_estimates_unbiased(drawn: tuple[list[Candidates], np.ndarr
         assert abs(estimates.mean() - (p * value).sum()) < 4 * error
 
 
-def test_candidates_are_distinct_and_ordered() -> None:
+def test_candidates_are_distinct_and_scored_by_the_policy() -> None:
     trie = random_trie(2, 60, 20, 8)
     logits = torch.randn(trie.num_nodes, 20, generator=torch.Generator().manual_seed(0))
     for group in draw(trie, logits, range(50), 16):
         assert len(set(group.item_class.tolist())) == 16
-        assert (np.diff(group.score) <= 0).all()
         for item_class, tokens, logprobs in zip(group.item_class, group.tokens, group.logprobs, strict=True):
             assert tokens.tolist() == trie.title_tokens(int(item_class))
             assert len(logprobs) == len(tokens)
+        assert group.score == pytest.approx([logprobs.sum() for logprobs in group.logprobs])
 
 
 def test_a_sample_of_everything_has_the_probabilities_as_weights() -> None:

@@ -19,7 +19,7 @@ from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.engines import create_engine
 from rollout.groups import INCLUSION_WEIGHT, Candidates, group_table, validate_groups
-from rollout.vllm_engine import EngineError, create_llm
+from rollout.vllm_engine import EngineError, check_lengths, create_llm
 from rollout.vllm_internals import RUNNER_NAMES, PagedModel, UnsupportedModelError
 from rollout.weights import WeightBucket, WeightsError, checksum
 
@@ -265,6 +265,7 @@ def test_sampling_depends_on_the_seed_alone(
 def test_inclusion_weights_become_a_column(engine: Any) -> None:
     prompts = ragged_prompts(4)
     groups = engine.generate(prompts, [0] * 4, [0] * 4, group_size=8, strategy="stochastic_beam")
+    assert all((np.diff(group.score) <= 0).all() for group in groups)
     table = group_table(range(4), 0, prompts, [0] * 4, groups)
     validate_groups(table)
     assert table[INCLUSION_WEIGHT].type == pa.list_(pa.float32())
@@ -348,6 +349,17 @@ def test_a_model_without_end_of_sequence_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", "eos_token_id": null}')
     with pytest.raises(EngineError, match="no end-of-sequence token; set eos_token_id"):
         create_llm(tmp_path, RolloutConfig())
+
+
+@pytest.mark.parametrize("model_config", [{"n_positions": 128}, {"text_config": {"max_position_embeddings": 128}}])
+def test_lengths_that_do_not_fit_are_known_without_an_engine(tmp_path: Path, model_config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0, **model_config}))
+    check_lengths(tmp_path, RolloutConfig(), 100, 28)
+    check_lengths(tmp_path, RolloutConfig(vllm={"max_model_len": 256}), 200, 28)
+    with pytest.raises(EngineError, match=r"longest prompt has 101 tokens.*engine's 128: lower data"):
+        check_lengths(tmp_path, RolloutConfig(), 101, 28)
+    with pytest.raises(EngineError, match="completions up to 64"):
+        check_lengths(tmp_path, RolloutConfig(strategy="unconstrained", max_completion_tokens=64), 100, 28)
 
 
 def test_internals_name_what_moved() -> None:

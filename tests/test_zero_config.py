@@ -14,6 +14,12 @@ def test_a_users_keys_are_merged_over_ours_at_any_depth():
     assert made["wall_clock_breakdown"] is True
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_gradients_cross_ranks_in_float32(stage):
+    made = zero_config(LearnerConfig(zero_stage=stage, dtype="bfloat16"), OptimizerConfig())
+    assert made["communication_data_type"] == "fp32"
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_gradients_accumulate_in_float32(stage):
     made = zero_config(LearnerConfig(zero_stage=stage, dtype="bfloat16"), OptimizerConfig())
