@@ -14,7 +14,7 @@ import ray
 
 from benchmarks.harness import Call, Row, Side, row_of_pairs, threads, with_memory, write_rows
 from benchmarks.published_way import PublishedTrainer
-from benchmarks.shapes import SHAPES, ShapeAbsentError, Workload, build, sensible
+from benchmarks.shapes import SHAPES, ShapeAbsentError, Workload, build, measurable
 from launch.actors import Actors
 from launch.placement import plan
 from launch.train import Clock
@@ -172,7 +172,7 @@ def same_candidates(ours: Call, theirs: Call) -> float:
 def main(*shapes: str) -> None:
     rows: list[Row] = []
     details = []
-    shapes, left_out = (shapes, "") if shapes else sensible(SHAPES)
+    shapes, left_out = (shapes, "") if shapes else measurable(SHAPES)
     for shape in shapes:
         try:
             measured, detail = measure(shape)

@@ -24,7 +24,7 @@ from benchmarks.harness import GIB, Call, MemoryWatch, Row, Side, row_of_pairs, 
 from benchmarks.limits import Arithmetic
 from benchmarks.peak import matrix_peak
 from benchmarks.published_way import Completions, PublishedTrainer, StepReport, advantages
-from benchmarks.shapes import SHAPES, ShapeAbsentError, build, sensible
+from benchmarks.shapes import SHAPES, ShapeAbsentError, build, measurable
 from catalog.trie import Trie
 
 CASES = {
@@ -253,7 +253,7 @@ def _kept_gib(model_path: Path, dtype: str) -> float:
 
 def main(*shapes: str) -> None:
     rows, details = [], []
-    shapes, left_out = (shapes, "") if shapes else sensible(CASES)
+    shapes, left_out = (shapes, "") if shapes else measurable(CASES)
     for shape in shapes:
         try:
             row, detail = measure(shape)

@@ -57,7 +57,7 @@ def measure(shape_name: str) -> list[dict[str, Any]]:
         step.rollout(prompts)
     learned = [step.learn(prompts, groups) for _ in range(REPEATS)]
     sync_s = [step.sync() for _ in range(REPEATS)]
-    save_profiles(shape_name, step, prompts[:1], groups[:1])
+    save_profiles(shape_name, step, prompts, groups)
 
     rollout = arithmetic.forward(work.tokens, work.attended, work.logit_rows)
     tokens, attended, rows = packed_work(step, prompts, groups)
@@ -102,9 +102,10 @@ def packed_work(step: InProcess, prompts: list[list[int]], groups: list[Candidat
 
 
 def save_profiles(shape: str, step: InProcess, prompts: list[list[int]], groups: list[Candidates]) -> None:
-    """Where the time of a rollout and of a learner step goes (on few groups), as text beside the results."""
+    """Where the time of a rollout, and of a learner step on its first group, goes: as text beside the results."""
     RESULTS.mkdir(exist_ok=True)
-    for stage, call in (("rollout", lambda: step.rollout(prompts)), ("learn", lambda: step.learn(prompts, groups))):
+    calls = {"rollout": lambda: step.rollout(prompts), "learn": lambda: step.learn(prompts[:1], groups[:1])}
+    for stage, call in calls.items():
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             call()
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)

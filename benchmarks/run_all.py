@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import REPOSITORY, machine, machine_name
-from benchmarks.shapes import ON_GPU, sensible
+from benchmarks.shapes import ON_GPU, measurable
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SECTIONS = {
@@ -32,7 +32,7 @@ SECTIONS = {
 }
 """Module of benchmarks: the longest that it may take, in seconds."""
 SHAPES: dict[str, tuple[str, ...]] = (
-    {} if ON_GPU else {"rollout": ("tiny-64", "industrial-8"), "learner": sensible(["135m-fp32", "135m-bf16"])[0]}
+    {} if ON_GPU else {"rollout": ("tiny-64", "industrial-8"), "learner": measurable(["135m-fp32", "135m-bf16"])[0]}
 )
 """What fits into 40 minutes on 2 cores; each module measures more when it is run alone."""
 

@@ -43,8 +43,8 @@ ON_TWO_GPUS = ("cluster.device=gpu", "cluster.gpus=2", "rollout.kv_cache_gib=20"
 BFLOAT16_HERE = ON_GPU or has_bfloat16()
 
 
-def sensible(shapes: Iterable[str]) -> tuple[tuple[str, ...], str]:
-    """Those of some shapes that this machine can measure in reasonable time, and what is to be said of the others."""
+def measurable(shapes: Iterable[str]) -> tuple[tuple[str, ...], str]:
+    """Those of some shapes that this machine can measure in reasonable time, and a remark on the others."""
     kept = tuple(shape for shape in shapes if BFLOAT16_HERE or not shape.endswith("bf16"))
     left_out = [shape for shape in shapes if shape not in kept]
     remark = (

@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 MAX_RUN = 96
 # Queries up to which neighbouring subtrees are one run: more queries see more that is not theirs, fewer more padding.
-MAX_WASTE = 1.6
-# How much more than what its runs need a batch of runs may compute.
+WORTH_A_CALL = 8192
+# Pairs of query and key that may be computed in vain where that saves a call of the attention kernel.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 
@@ -162,17 +162,18 @@ def _split_chain(start: int, stop: int, ancestors: tuple[tuple[int, int], ...]) 
 
 
 def similar_runs(runs: list[Run]) -> list[list[Run]]:
-    """Runs that may be padded to each other's size: together they compute at most MAX_WASTE times what they need."""
+    """Runs that are padded to each other's size: each adds at most WORTH_A_CALL pairs that it does not need."""
     batches: list[list[Run]] = []
-    needed = queries = 0
+    padded = queries = 0
     for run in sorted(runs, key=lambda run: run.size):
         keys, own = run.size  # no run before has more keys
-        if batches and (len(batches[-1]) + 1) * keys * max(queries, own) <= MAX_WASTE * (needed + keys * own):
+        together = (len(batches[-1]) + 1) * keys * max(queries, own) if batches else 0
+        if batches and together <= padded + keys * own + WORTH_A_CALL:
             batches[-1].append(run)
-            needed, queries = needed + keys * own, max(queries, own)
+            padded, queries = together, max(queries, own)
         else:
             batches.append([run])
-            needed, queries = keys * own, own
+            padded, queries = keys * own, own
     return batches
 
 

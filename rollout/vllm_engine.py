@@ -92,7 +92,7 @@ def check_model(model_path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise EngineError(f"{path} does not exist; the model must be a Hugging Face directory")
     model_config: dict[str, Any] = json.loads(path.read_text())
-    sources = [model_config, model_config.get("text_config", {})]
+    sources = [model_config, model_config.get("text_config") or {}]
     for name in ("generation_config.json", "tokenizer_config.json"):
         other = path.with_name(name)
         sources.append(json.loads(other.read_text()) if other.is_file() else {})
@@ -108,9 +108,9 @@ def max_model_len(model_config: dict[str, Any], config: RolloutConfig) -> int:
     """Most tokens of a prompt with its completion."""
     if "max_model_len" in config.vllm:
         return int(config.vllm["max_model_len"])
-    sources = (model_config, model_config.get("text_config", {}))
-    names = ("max_position_embeddings", "n_positions")
-    return min([source[name] for name in names for source in sources if name in source] + [DEFAULT_MAX_MODEL_LEN])
+    sources = (model_config, model_config.get("text_config") or {})
+    positions = [source.get(name) for source in sources for name in ("max_position_embeddings", "n_positions")]
+    return min([DEFAULT_MAX_MODEL_LEN, *filter(None, positions)])
 
 
 def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: int, title_tokens: int) -> None:

@@ -20,6 +20,11 @@ def title_length(group: Group) -> list[float]:
     return [len(title) / 100 for title in group.candidate_titles]
 
 
+def tensors_in_bfloat16(group: Group) -> torch.Tensor:
+    """As a reward model gives them."""
+    return torch.tensor(group.scores, dtype=torch.bfloat16)
+
+
 def tensors(group: Group) -> torch.Tensor:
     """Nor here."""
     return torch.tensor(group.scores, requires_grad=True) + 0

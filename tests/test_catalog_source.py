@@ -55,6 +55,12 @@ def test_items_become_rows_of_the_item_table(folder: Path) -> None:
     assert data.splits["train"].timestamp.tolist() == [100, 200]
 
 
+def test_other_columns_are_not_read(folder: Path) -> None:
+    broken = pa.array([b"\xff\xfe"] * 2).view(pa.string())
+    write(folder / "train.parquet", EXAMPLES | {"description": broken})
+    assert lists(read(folder), "train") == [[0], [1, 0]]
+
+
 def test_histories_keep_their_last_items(folder: Path) -> None:
     assert lists(read(folder, max_history=1), "test") == [[0], [0]]
 
@@ -162,6 +168,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no items": (lambda f: (f / "items.parquet").unlink(), ["items.parquet: missing", "holds test.parquet"]),
     "no split": (lambda f: (f / "valid.parquet").unlink(), ["valid.parquet: missing"]),
     "no Parquet": (lambda f: (f / "train.parquet").write_text("hello"), ["train.parquet", "not a readable Parquet"]),
+    "a folder of parts": (
+        lambda f: ((f / "train.parquet").unlink(), (f / "train.parquet").mkdir()),
+        ["train.parquet: a folder", "one file"],
+    ),
+    "no column at all": (
+        lambda f: write(f / "train.parquet", {"other": [1, 2]}),
+        ["train.parquet", "'user_id' is missing", "the file has other"],
+    ),
     "no column": (
         lambda f: write(f / "train.parquet", without(EXAMPLES, "target")),
         ["train.parquet", "'target' is missing", "user_id, history, timestamp"],

@@ -60,6 +60,7 @@ def test_functions_and_classes_score_alike() -> None:
 
 def test_tensors_are_taken_off_the_graph() -> None:
     assert score_samples("tensors")[0] == pytest.approx(sample_groups()[0].scores)
+    assert score_samples("tensors_in_bfloat16")[0] == pytest.approx(sample_groups()[0].scores, rel=1e-2)
 
 
 @pytest.mark.parametrize("shuffled", [[2, 0, 3, 1], [3, 2, 1, 0]])
@@ -144,6 +145,12 @@ def test_a_file_that_does_not_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package\n")
     with pytest.raises(RewardError, match=r"running .*broken.py failed: ModuleNotFoundError.*no_such_package"):
         resolve(f"{tmp_path}/broken.py:f")
+
+
+def test_a_file_that_ends_the_program_is_named(tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(RewardError, match=r"running .*leaves.py failed: SystemExit"):
+        resolve(f"{tmp_path}/leaves.py:f")
 
 
 def test_check_shows_every_group_and_its_rewards() -> None:

@@ -181,6 +181,13 @@ class CycleCatalog(SampleCatalog):
         return Cycle()
 
 
+def test_sasrec_that_diverges_is_not_kept(tmp_path: Path) -> None:
+    file = tmp_path / "sasrec.safetensors"
+    with pytest.raises(RewardError, match="the loss is nan after epoch"):
+        train_sasrec(CycleCatalog(), file, SASRecTraining(epochs=3, lr=float("inf")), hidden=16, max_history=4)
+    assert not file.exists()
+
+
 def test_sasrec_learns_a_cycle_stops_early_and_is_read_back(tmp_path: Path) -> None:
     told: list[str] = []
     training = SASRecTraining(epochs=20, patience=2, batch=32, lr=2e-2)
