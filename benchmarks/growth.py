@@ -106,7 +106,7 @@ def sweep(names: Sequence[str]) -> dict[str, list[Point]]:
     works.sort(key=lambda entry: _trie(entry[2]))
     points: dict[str, list[Point]] = {name: [] for name in names}
     for trie, entries in groupby(works, key=lambda entry: _trie(entry[2])):
-        with Side("benchmarks.growth:Stepper", *trie) as stepper:
+        with Side("benchmarks.growth:Stepper", *trie, as_worker=True) as stepper:
             for name, size, work in entries:
                 fields = stepper.call("measure", work.prompt_tokens, work.group_size, work.groups).result
                 points[name].append(Point(size, **fields))

@@ -1,7 +1,7 @@
 """How every ratio is measured: both sides alternate in one run, medians and spread, peak memory in fresh processes.
 
 >>> row = compare("end-to-end", "tiny-64", ours=lambda: step(), theirs=lambda: published_step(), repeats=3)
->>> row = with_memory(row, peak_memory("benchmarks.x:ours", shape), peak_memory("benchmarks.x:theirs", shape))
+>>> row = with_memory(row, in_fresh_process("benchmarks.x:ours"), in_fresh_process("benchmarks.x:theirs"))
 >>> write_rows([row], "Whole steps")                 # prints the table; JSON to $OUT if it is set
 
 A Side keeps an object in a process of its own, for comparisons whose time and memory are measured in the same run.
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from rollout.host_memory import host_environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -199,13 +201,16 @@ class Side:
 
     >>> with Side("benchmarks.end_to_end:Ours", "tiny-64") as ours:      # an object, made there by that class
     ...     call = ours.call("step", [1, 2, 3])                           # one of its methods, JSON in and out
+
+    as_worker: start it as the project starts its actors, with their memory allocator.
     """
 
-    def __init__(self, factory: str, *arguments: Any) -> None:
+    def __init__(self, factory: str, *arguments: Any, as_worker: bool = False) -> None:
         command = [sys.executable, "-m", "benchmarks.harness", factory, json.dumps(arguments)]
         self.factory = factory
+        environment = {**os.environ, **host_environment()} if as_worker and not NVIDIA_SMI else None
         self._process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._answer("start")
 
@@ -237,9 +242,9 @@ class _Function:
         return self._function(*arguments)
 
 
-def peak_memory(function: str, *arguments: Any) -> Call:
-    """Call "package.module:function"(*arguments) once in a fresh process; both survive JSON."""
-    with Side("benchmarks.harness:_Function", function) as side:
+def in_fresh_process(function: str, *arguments: Any, as_worker: bool = False) -> Call:
+    """Call "package.module:function"(*arguments) once in a Side; both survive JSON."""
+    with Side("benchmarks.harness:_Function", function, as_worker=as_worker) as side:
         return side.call("call", *arguments)
 
 

@@ -98,7 +98,7 @@ class Packed:
         from learner.policy import Policy
         from learner.reference import Reference
         from learner.update import PolicyUpdate
-        from rollout.host_memory import return_freed_memory, tune_host_memory
+        from rollout.host_memory import return_freed_memory
 
         torch.set_num_threads(threads())
         self._base_gib = MemoryWatch().measure()
@@ -106,8 +106,6 @@ class Packed:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         device = join_process_group(0, 1, "127.0.0.1", port, 600.0)
-        if device.type == "cpu":
-            tune_host_memory()
         constant = OptimizerConfig(schedule="constant", warmup_ratio=0.0)
         config = LearnerConfig(dtype=dtype, optimizer=constant)  # type: ignore[arg-type]
         policy, frozen = (
@@ -185,13 +183,13 @@ def measure(shape: str) -> tuple[Row, dict[str, Any]]:
             groups = synthetic_groups(49152)
         else:
             model_path = build(SHAPES[workload_name]).model_path
-            with Side("benchmarks.learner:Rollout") as rollout:
+            with Side("benchmarks.learner:Rollout", as_worker=True) as rollout:
                 groups = rollout.call("groups", workload_name).result
         groups_file = Path(folder) / "groups.json"
         groups_file.write_text(json.dumps(groups))
         arguments = (str(model_path), str(groups_file), dtype)
         with (
-            Side("benchmarks.learner:Packed", *arguments) as ours,
+            Side("benchmarks.learner:Packed", *arguments, as_worker=True) as ours,
             Side("benchmarks.learner:Padded", *arguments) as theirs,
         ):
             calls = [(ours.call("step"), theirs.call("step"))]

@@ -13,7 +13,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
-from benchmarks.harness import REPOSITORY, machine_name, timed, write_section
+from benchmarks.harness import REPOSITORY, in_fresh_process, machine_name, timed, write_section
 from benchmarks.in_process import InProcess, counted_forwards
 from benchmarks.peak import matrix_peak, memory_bandwidth
 from benchmarks.shapes import SHAPES, ShapeAbsentError, build
@@ -129,10 +129,11 @@ def _median(metrics: list[dict[str, float]], name: str) -> float:
 
 def main(shape: str = "industrial-135m-fp32") -> None:
     try:
-        entries = measure(shape)
+        build(SHAPES[shape])
     except ShapeAbsentError as absent:
         print(f"{shape}: skipped, {absent}")
         return
+    entries = in_fresh_process("benchmarks.limits:measure", shape, as_worker=True).result
     write_section(f"Limits, {shape}", markdown(entries), {"limits": entries})
 
 

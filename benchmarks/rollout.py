@@ -128,7 +128,7 @@ class OneToken:
 
 def against(case: str, opponent: str, shape: str, folder: Path, ours: Side, repeats: int) -> Row:
     """Ours and theirs in turn, both warmed up; the first pair is not counted where there are several."""
-    with Side(f"benchmarks.rollout:{opponent}", shape, str(folder)) as theirs:
+    with Side(f"benchmarks.rollout:{opponent}", shape, str(folder), as_worker=opponent == "TokenByToken") as theirs:
         theirs.call("warm_up")
         calls = [(ours.call("run"), theirs.call("run")) for _ in range(repeats + (repeats > 1))]
     assert calls[0][0].result == calls[0][1].result, f"{shape}: candidates differ from {case}"
@@ -194,7 +194,7 @@ def by_catalogue(folder: Path) -> list[dict[str, float]]:
     """Time per forward token for every size of the catalogue, the title's length alike."""
     points = []
     for titles in CATALOGUES:
-        with Side("benchmarks.rollout:OnCatalogue", titles, str(folder)) as side:
+        with Side("benchmarks.rollout:OnCatalogue", titles, str(folder), as_worker=True) as side:
             points.append(side.call("measure").result)
     return points
 
@@ -226,7 +226,7 @@ class OnCatalogue:
 def measure(shape: str, folder: Path) -> tuple[list[Row], dict[str, Any], list[dict[str, float]]]:
     """Rows, fed tokens and, for the tiny shape, groups per second by G."""
     repeats = SHAPES[shape](folder).repeats
-    with Side("benchmarks.rollout:Ours", shape, str(folder)) as ours:
+    with Side("benchmarks.rollout:Ours", shape, str(folder), as_worker=True) as ours:
         ours.call("warm_up")
         rows = [against("hugging-face", "HuggingFace", shape, folder, ours, repeats)]
         fed, sizes = ours.call("fed").result, []

@@ -193,7 +193,7 @@ POSITIVE = (
     "rollout.tensor_parallel",
     "learner.ranks",
     "learner.micro_batch_tokens",
-    "learner.logit_chunk_tokens",
+    "learner.logit_mib",
     "learner.updates_per_batch",
     "learner.optimizer.learning_rate",
     "learner.sft.batch_size",

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayError
 
 from catalog.catalog import Catalog
 from launch.config import Config
-from learner.rank import PEER_LOST, LearnerRank
+from learner.rank import PEER_LOST, LearnerRank, rank_environment
 from rollout.streams import PublishedWeights
 
 BLAME_S = 5.0
@@ -50,7 +50,9 @@ class LearnerGang:
         """Create the ranks; does not wait for them."""
         config = self._config
         self._ranks = [
-            LearnerRank.options(**options).remote(  # type: ignore[attr-defined]
+            LearnerRank.options(  # type: ignore[attr-defined]
+                runtime_env={"env_vars": rank_environment(on_gpu=bool(options.get("num_gpus")))}, **options
+            ).remote(
                 rank,
                 len(self._rank_options),
                 str(self._model_path.resolve()),

@@ -48,7 +48,9 @@ class RolloutFleet:
         self.config, self.catalog = config, catalog
         self.workers: list[ActorHandle] = [
             RolloutWorker.options(  # type: ignore[attr-defined]
-                max_restarts=RESTARTS, runtime_env={"env_vars": worker_environment(config)}, **options
+                max_restarts=RESTARTS,
+                runtime_env={"env_vars": worker_environment(config, on_gpu=bool(options.get("num_gpus")))},
+                **options,
             ).remote(rank, str(model_path.resolve()), str(catalog.path.resolve()), config)
             for rank, options in enumerate(worker_options)
         ]

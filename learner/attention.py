@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from learner.products import widened
+from learner.products import attended_dtype
 from learner.tree_mask import RunBatch, TreeMask
 
 IMPLEMENTATION = "tree"
@@ -46,13 +46,10 @@ def tree_attention(
             module, query, key, value, blocks, scaling=scaling, softcap=softcap, dropout=dropout
         )
         return output, None
-    wide = widened(query), widened(key), widened(value)
-    batches = tree.run_batches(sliding_window, query.shape[1] // key.shape[1], wide[0].dtype)
+    batches = tree.run_batches(sliding_window, query.shape[1] // key.shape[1], attended_dtype(query))
     if dropout or softcap is not None:
-        output = _plain_attention(*wide, batches, scaling, dropout, softcap)
-    else:
-        output = _RunAttention.apply(*wide, batches, scaling)
-    return output.to(query.dtype), None
+        return _plain_attention(query, key, value, batches, scaling, dropout, softcap), None
+    return _RunAttention.apply(query, key, value, batches, scaling), None
 
 
 class _RunAttention(torch.autograd.Function):
@@ -79,7 +76,7 @@ class _RunAttention(torch.autograd.Function):
                 attn_mask=batch.mask,
                 scale=scaling,
             )
-            output.index_copy_(0, batch.token, _rows(part, batch, query.shape[1]))
+            output.index_copy_(0, batch.token, _rows(part, batch, query.shape[1]).to(output.dtype))
             normalisers.append(normaliser)
         ctx.save_for_backward(query, key, value, output)
         ctx.batches, ctx.normalisers, ctx.scaling = batches, normalisers, scaling
@@ -90,7 +87,7 @@ class _RunAttention(torch.autograd.Function):
         query, key, value, output = ctx.saved_tensors
         queries, keys, values = (rows[0].transpose(0, 1) for rows in (query, key, value))
         incoming, to_query = gradients[0][0], torch.empty_like(output)
-        to_key, to_value = (key.new_zeros(len(keys), keys[0].numel()) for _ in range(2))
+        to_key, to_value = (key.new_zeros(len(keys), keys[0].numel(), dtype=attended_dtype(key)) for _ in range(2))
         for batch, normaliser in zip(ctx.batches, ctx.normalisers, strict=True):
             of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _queries(incoming, batch, key.shape[1]),
@@ -104,17 +101,17 @@ class _RunAttention(torch.autograd.Function):
                 attn_mask=batch.mask,
                 scale=ctx.scaling,
             )
-            to_query.index_copy_(0, batch.token, _rows(of_query, batch, query.shape[1]))
+            to_query.index_copy_(0, batch.token, _rows(of_query, batch, query.shape[1]).to(to_query.dtype))
             place = batch.key[:, None].expand(-1, to_key.shape[1])
             to_key.scatter_add_(0, place, of_key.transpose(1, 2).reshape(place.shape))
             to_value.scatter_add_(0, place, of_value.transpose(1, 2).reshape(place.shape))
         by_head = (to_query, to_key.view(keys.shape), to_value.view(values.shape))
-        return *(rows.transpose(0, 1)[None] for rows in by_head), None, None
+        return *(rows.transpose(0, 1)[None].to(query.dtype) for rows in by_head), None, None
 
 
 def _queries(rows: torch.Tensor, batch: RunBatch, key_heads: int) -> torch.Tensor:
     """[B, H_kv, sharing * Q, D] of rows [N, H, D], 0 where there is no query: heads of one key head are neighbours."""
-    taken = rows.index_select(0, batch.query).index_fill(0, batch.padding, 0.0)
+    taken = rows.index_select(0, batch.query).to(batch.mask.dtype).index_fill(0, batch.padding, 0.0)
     return taken.unflatten(1, (key_heads, -1)).unflatten(0, (len(batch.mask), -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
@@ -126,7 +123,7 @@ def _rows(part: torch.Tensor, batch: RunBatch, heads: int) -> torch.Tensor:
 
 def _keys(rows: torch.Tensor, batch: RunBatch) -> torch.Tensor:
     """[B, H_kv, K, D] of keys (or values) [N, H_kv, D]."""
-    return rows.index_select(0, batch.key).unflatten(0, (len(batch.mask), -1)).transpose(1, 2)
+    return rows.index_select(0, batch.key).to(batch.mask.dtype).unflatten(0, (len(batch.mask), -1)).transpose(1, 2)
 
 
 def _plain_attention(
@@ -146,9 +143,9 @@ def _plain_attention(
         scores = scores * (scaling or query.shape[-1] ** -0.5)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        weights = (scores + batch.mask).softmax(-1, torch.float32).to(value.dtype)
+        weights = (scores + batch.mask).softmax(-1, torch.float32).to(batch.mask.dtype)
         part = nn.functional.dropout(weights, dropout) @ _keys(values, batch)
-        output = output.index_copy(0, batch.token, _rows(part, batch, query.shape[1]))
+        output = output.index_copy(0, batch.token, _rows(part, batch, query.shape[1]).to(output.dtype))
     return output[None]
 
 

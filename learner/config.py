@@ -93,8 +93,9 @@ class LearnerConfig:
     # tree: prompt once, then the trie of candidates. padded: one row per candidate, the oracle.
     micro_batch_tokens: int = 4096
     # Packed tokens of one forward pass.
-    logit_chunk_tokens: int = 1024
-    # Rows of the vocabulary projection that exist at once.
+    logit_mib: float = 256
+    # Memory of the vocabulary projections that exist at once, in MiB; where one forward pass has more, the backward
+    # pass computes them anew.
     ranks: int = 1
     # Data-parallel learner ranks (Ray actors).
     threads: int = 0

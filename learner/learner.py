@@ -150,7 +150,7 @@ class Learner:
         if trainable and config.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train(trainable)
-        return Policy(lm, packing=config.packing, logit_chunk_tokens=config.logit_chunk_tokens, trie=trie)
+        return Policy(lm, packing=config.packing, logit_mib=config.logit_mib, trie=trie)
 
     def _signature(self) -> dict[str, Any]:
         return {

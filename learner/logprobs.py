@@ -1,5 +1,6 @@
-"""Log-probabilities over the vocabulary, without ever holding the logits of more than a chunk of tokens."""
+"""Log-probabilities over the vocabulary, without ever holding more logits than a budget allows."""
 
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -8,8 +9,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from learner.products import linear, widened
 
-_AT_ONCE = 1 << 19
-# Logits whose normaliser is computed at once.
+_ON_CPU, _ON_CUDA = 1 << 19, 1 << 25
+# Float32 logits that exist at once.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """Largest difference between a model's own logits and LogprobHead's, relative to the largest."""
 
@@ -17,15 +18,18 @@ HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2
 class LogprobHead(nn.Module):
     """The vocabulary projection, the log-softmax and the choice of targets in one.
 
-    >>> head = LogprobHead(lm.get_output_embeddings(), lm.config, chunk_tokens=1024)
+    >>> head = LogprobHead(lm.get_output_embeddings(), lm.config, chunk_mib=256)
     >>> logp = head(hidden, edge_row, edge_target)
     """
 
-    def __init__(self, projection: nn.Module, config: PretrainedConfig, chunk_tokens: int) -> None:
+    def __init__(self, projection: nn.Module, config: PretrainedConfig, chunk_mib: float) -> None:
         super().__init__()
         self._projection = (projection,)  # in a tuple, because its weights belong to the language model
         self.scale, self.softcap = logit_transform(config)
-        self.chunk_tokens = chunk_tokens
+        weight, _ = self.weights()
+        row_bytes = len(weight) * widened(weight[:0]).element_size()
+        self.chunk_rows = max(1, int(chunk_mib * 2**20 / row_bytes))
+        """Rows that are projected onto the vocabulary at once."""
 
     def forward(self, hidden: torch.Tensor, edge_row: torch.Tensor, edge_target: torch.Tensor) -> torch.Tensor:
         """float32 [E]: the log-probability of edge_target after the token of hidden[edge_row].
@@ -77,7 +81,11 @@ def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
 
 
 class _VocabularyLogprobs(torch.autograd.Function):
-    """One chunk of logits exists at a time. A lone chunk is kept for the backward pass, several are computed anew."""
+    """One chunk of projections exists at a time; a lone one is kept for the backward pass, several are computed anew.
+
+    Float32 logits exist only piece by piece, so that a bfloat16 model never holds them whole and the CPU works in its
+    cache; the gradient of the projections takes their place.
+    """
 
     @staticmethod
     def forward(
@@ -91,36 +99,41 @@ class _VocabularyLogprobs(torch.autograd.Function):
     ) -> torch.Tensor:
         normalizer = hidden.new_empty(len(hidden), dtype=torch.float32)
         logp = hidden.new_empty(len(edge_row), dtype=torch.float32)
-        chunks = _chunks(len(hidden), edge_row, head.chunk_tokens)
         wide, wide_bias = widened(weight), None if bias is None else widened(bias)
-        for rows, edges in chunks:
-            logits = head.transform(linear(hidden[rows].to(wide.dtype), wide, wide_bias))
-            normalizer[rows] = _logsumexp(logits)
-            logp[edges] = logits[edge_row[edges] - rows.start, edge_target[edges]] - normalizer[edge_row[edges]]
+        chunks = _chunks(edge_row, len(hidden), head.chunk_rows, len(weight))
+        for rows, pieces in chunks:
+            projected = linear(hidden[rows].to(wide.dtype), wide, wide_bias)
+            for piece, edges in pieces:
+                logits = head.transform(projected[piece.start - rows.start : piece.stop - rows.start])
+                normalizer[piece] = _logsumexp(logits)
+                logp[edges] = logits[edge_row[edges] - piece.start, edge_target[edges]]
         ctx.save_for_backward(hidden, normalizer, edge_row, edge_target)
         ctx.head, ctx.weights = head, (weight, bias)  # not saved tensors: ZeRO-3 swaps a parameter's storage
-        ctx.logits = logits if len(chunks) == 1 and any(ctx.needs_input_grad) else None
-        return logp
+        ctx.projected = projected if len(chunks) == 1 and any(ctx.needs_input_grad) else None
+        return logp - normalizer[edge_row]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = gradients
         hidden, normalizer, edge_row, edge_target = ctx.saved_tensors
-        weight, bias = ctx.weights
+        head, (weight, bias) = ctx.head, ctx.weights
         per_row = torch.zeros_like(normalizer).index_add_(0, edge_row, gradient)
         wide, wide_bias = widened(weight), None if bias is None else widened(bias)
         to_hidden = torch.empty_like(hidden)
         to_weight = torch.empty_like(wide) if ctx.needs_input_grad[1] else None
         to_bias = torch.zeros_like(wide_bias) if wide_bias is not None and ctx.needs_input_grad[2] else None
-        for rows, edges in _chunks(len(hidden), edge_row, ctx.head.chunk_tokens):
+        for rows, pieces in _chunks(edge_row, len(hidden), head.chunk_rows, len(weight)):
             states = hidden[rows].to(wide.dtype)
-            logits, ctx.logits = ctx.logits, None
-            if logits is None:
-                logits = ctx.head.transform(linear(states, wide, wide_bias))
-            slope = ctx.head.transform_slope(logits)
-            to_logits = logits.sub_(normalizer[rows, None]).exp_().mul_(-per_row[rows, None])
-            to_logits[edge_row[edges] - rows.start, edge_target[edges]] += gradient[edges]
-            projected = to_logits.mul_(slope).to(wide.dtype)
+            projected, ctx.projected = ctx.projected, None
+            if projected is None:
+                projected = linear(states, wide, wide_bias)
+            for piece, edges in pieces:
+                part = projected[piece.start - rows.start : piece.stop - rows.start]
+                logits = head.transform(part)
+                slope = head.transform_slope(logits)
+                to_logits = logits.sub_(normalizer[piece, None]).exp_().mul_(-per_row[piece, None])
+                to_logits[edge_row[edges] - piece.start, edge_target[edges]] += gradient[edges]
+                part.copy_(to_logits.mul_(slope))
             to_hidden[rows] = linear(projected, wide.T).to(hidden.dtype)
             if to_weight is not None:
                 torch.addmm(to_weight, projected.T, states, beta=float(rows.start > 0), out=to_weight)
@@ -130,21 +143,26 @@ class _VocabularyLogprobs(torch.autograd.Function):
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """[rows] of finite logits, a few rows at a time: the fused functions would copy all logits.
-
-    On the CPU, torch's log-softmax is one pass over memory where its logsumexp is several.
-    """
-    parts = logits.split(max(1, _AT_ONCE // logits.shape[1]))
-    if logits.is_cuda:
-        return torch.cat([part.logsumexp(-1) for part in parts])
-    return torch.cat([part[:, 0] - part.log_softmax(-1)[:, 0] for part in parts])
+    """[rows] of finite logits. On the CPU, torch's log-softmax is one pass over memory, its logsumexp several."""
+    return logits.logsumexp(-1) if logits.is_cuda else logits[:, 0] - logits.log_softmax(-1)[:, 0]
 
 
-def _chunks(rows: int, edge_row: torch.Tensor, size: int) -> list[tuple[slice, slice]]:
-    """Slices of rows and, edges being ordered by row, of their edges."""
-    starts = torch.arange(0, rows + size, size, device=edge_row.device)
-    bounds = torch.searchsorted(edge_row, starts).tolist()
+Pieces = list[tuple[slice, slice]]
+"""Slices of rows and, edges being ordered by row, of their edges."""
+
+
+def _chunks(edge_row: torch.Tensor, rows: int, chunk_rows: int, vocabulary: int) -> list[tuple[slice, Pieces]]:
+    """Rows that are projected at once, and the pieces of each whose float32 logits exist at once."""
+    piece_rows = max(1, (_ON_CUDA if edge_row.is_cuda else _ON_CPU) // vocabulary)
+    chunks = _slices(0, rows, chunk_rows)
+    pieces = [_slices(chunk.start, chunk.stop, piece_rows) for chunk in chunks]
+    stops = torch.tensor([piece.stop for of_chunk in pieces for piece in of_chunk], device=edge_row.device)
+    edges = pairwise([0, *torch.searchsorted(edge_row, stops).tolist()])
     return [
-        (slice(start, min(start + size, rows)), slice(*edges))
-        for start, *edges in zip(range(0, rows, size), bounds[:-1], bounds[1:], strict=False)
+        (chunk, [(piece, slice(*next(edges))) for piece in of_chunk])
+        for chunk, of_chunk in zip(chunks, pieces, strict=True)
     ]
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -36,13 +36,13 @@ class Policy(nn.Module):
         lm: PreTrainedModel,
         *,
         packing: Literal["tree", "padded"] = "tree",
-        logit_chunk_tokens: int = 1024,
+        logit_mib: float = 256,
         trie: Trie | None = None,
     ) -> None:
         super().__init__()
         use_best_products(lm)
         self.lm = lm
-        self.head = LogprobHead(lm.get_output_embeddings(), lm.config, logit_chunk_tokens)
+        self.head = LogprobHead(lm.get_output_embeddings(), lm.config, logit_mib)
         self.trie_space = None if trie is None else TrieSpace(trie)
         if packing == "tree" and (refusal := packing_refusal(lm)) is not None:
             warnings.warn(f"{type(lm).__name__} is trained on padded batches: {refusal}", stacklevel=2)

@@ -13,7 +13,7 @@ import ray
 
 from learner.config import LearnerConfig
 from rollout.config import LogprobSpace
-from rollout.host_memory import return_freed_memory, tune_host_memory
+from rollout.host_memory import host_environment, return_freed_memory
 from rollout.weights import WeightBucket
 
 P = ParamSpec("P")
@@ -62,16 +62,22 @@ def _named_stream(method: Callable[P, Iterator[R]]) -> Callable[P, Iterator[R]]:
     return call
 
 
-# Ranks, rollout workers and rewards share cores, so waiting threads must soon sleep, but not at once: waking them for
-# each of a small model's many short loops would cost a third of its step.
-ACTOR_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+def rank_environment(on_gpu: bool) -> dict[str, str]:
+    """What a rank's process must start with.
+
+    Ranks, rollout workers and rewards share cores, so waiting threads must soon sleep, but not at once: waking them
+    for each of a small model's many short loops would cost a third of its step.
+    """
+    spinning = {"GOMP_SPINCOUNT": "10000"}
+    return spinning if on_gpu else spinning | host_environment()
 
 
-@ray.remote(runtime_env={"env_vars": ACTOR_ENVIRONMENT})
+@ray.remote
 class LearnerRank:
     """The policy, its optimizer and its reference on one device, in lockstep with the other ranks.
 
-    >>> ranks = [LearnerRank.options(...).remote(rank, world_size, model_path, ...) for rank in range(world_size)]
+    >>> actor = LearnerRank.options(runtime_env={"env_vars": rank_environment(on_gpu)}, ...)
+    >>> ranks = [actor.remote(rank, world_size, model_path, ...) for rank in range(world_size)]
     >>> host, port = ray.get(ranks[0].address.remote())
     >>> ray.get([rank.join.remote(host, port) for rank in ranks])
     >>> streams = [rank.sft.options(num_returns="streaming").remote(folder) for rank in ranks]
@@ -120,8 +126,6 @@ class LearnerRank:
         torch.set_num_threads(self._config.threads or max(1, len(os.sched_getaffinity(0)) // self._config.ranks))
         os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
         device = join_process_group(self._rank, self._world_size, master_host, master_port, self._config.timeout_s)
-        if device.type == "cpu":
-            tune_host_memory()
         self._learner = Learner(
             self._model_path,
             Catalog.load(self._catalog_path),

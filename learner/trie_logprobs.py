@@ -95,10 +95,10 @@ def trie_logprobs(head: LogprobHead, hidden: torch.Tensor, choices: Choices) -> 
     """float32 [C, T]: log-softmax over the allowed tokens, 0 where only one is allowed and where masked.
 
     hidden: [K, D], the hidden states of the batch's `rows`. Raises nothing; a chunk holds as many numbers as the
-    logits of `head.chunk_tokens` tokens would.
+    logits of `head.chunk_rows` tokens would.
     """
     weight, bias = head.weights()
-    size = max(1, head.chunk_tokens * weight.shape[0] // weight.shape[1])
+    size = max(1, head.chunk_rows * weight.shape[0] // weight.shape[1])
     logits = [
         checkpoint(_project, hidden, weight, bias, rows, tokens, use_reentrant=False)
         for rows, tokens in zip(choices.row.split(size), choices.token.split(size), strict=True)

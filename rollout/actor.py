@@ -16,6 +16,7 @@ from rollout.config import RolloutConfig, Strategy
 from rollout.engine import RolloutEngine
 from rollout.engines import create_engine
 from rollout.groups import group_table, validate_groups
+from rollout.host_memory import host_environment
 
 TIMINGS = ("calls", "groups", "candidate_tokens", "generate_s", "loads", "load_weights_s")
 """What a worker counts: engine calls, the groups and tokens that these gave, weight loads, and seconds of both."""
@@ -51,10 +52,11 @@ class ChecksumMismatch(RuntimeError):
         )
 
 
-def worker_environment(config: RolloutConfig) -> dict[str, str]:
+def worker_environment(config: RolloutConfig, on_gpu: bool) -> dict[str, str]:
     """What a worker's process must start with: Ray would give an actor that reserves no cores a single thread."""
     cores = len(os.sched_getaffinity(0))
-    return {"OMP_NUM_THREADS": str(config.threads or max(1, cores // config.workers))}
+    threads = {"OMP_NUM_THREADS": str(config.threads or max(1, cores // config.workers))}
+    return threads if on_gpu else threads | host_environment()
 
 
 @ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]

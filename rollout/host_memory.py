@@ -2,39 +2,38 @@
 
 import ctypes
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 _COMPILED_PRODUCTS = "64"
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 2**30
+_ALLOCATOR = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:30"
+_ALL_ARENAS = 4096
 
 
-def tune_host_memory() -> None:
-    """Settings for shapes that never repeat; call it before the first tensor is computed."""
-    _keep_freed_memory()
-    _forget_compiled_products()
+def host_environment() -> dict[str, str]:
+    """What such a process must start with; the user's own settings stay.
 
+    The allocator is jemalloc, which Ray brings along. Every layer allocates and frees megabytes, and no two steps have
+    the same shapes: the C library's aligned allocation cannot even reuse a block of equal size, gives large ones back
+    to the system in every thread but the first, and the first touch of a page costs more than computing its contents.
+    jemalloc here keeps what is freed, large blocks too, and splits a free block for a request of any size; by its
+    default of 64 times at most, a process of ever new shapes would grow without end.
 
-def _keep_freed_memory() -> None:
-    """Let the C library keep what tensors free, instead of returning it to the system and faulting it in anew.
-
-    Every layer allocates and frees megabytes; without this their first touch costs more than computing them in a
-    rollout, and a third of a learner's step.
+    oneDNN keeps the code of few products: by default it is 1,024, one for every shape, and hundreds of megabytes after
+    some dozen steps.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)
-        libc.mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
-
-
-def _forget_compiled_products() -> None:
-    """Let oneDNN keep the code of few products: by default it is 1,024, one for every shape, and hundreds of megabytes
-    after some dozen steps. The user's own setting stays.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _COMPILED_PRODUCTS)
+    settings = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": _COMPILED_PRODUCTS}
+    ray = find_spec("ray")
+    library = Path(ray.origin or "").parent / "core/libjemalloc.so" if ray else Path()
+    if library.is_file() and "LD_PRELOAD" not in os.environ:
+        settings |= {"LD_PRELOAD": str(library), "MALLOC_CONF": _ALLOCATOR}
+    return {name: value for name, value in settings.items() if name not in os.environ}
 
 
 def return_freed_memory() -> None:
-    """Give the system what the C library has kept so far: after loading, when no tensor will need that much again."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    """Give the system what the allocator has kept so far: after loading, when no tensor will need that much again."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "mallctl"):
+        process.mallctl(f"arena.{_ALL_ARENAS}.purge".encode(), None, None, None, ctypes.c_size_t(0))
+    elif hasattr(process, "malloc_trim"):
+        process.malloc_trim(0)

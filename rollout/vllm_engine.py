@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rollout.config import RolloutConfig, Strategy
-from rollout.host_memory import return_freed_memory, tune_host_memory
+from rollout.host_memory import return_freed_memory
 from rollout.vllm_kernels import OP_PRIORITY, register_norms
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ def create_llm(
 
     if not on_gpu:
         register_norms()
-        tune_host_memory()
     arguments: dict[str, Any] = {
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel,

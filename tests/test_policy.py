@@ -104,6 +104,11 @@ def gradient(lm: PreTrainedModel, logp: torch.Tensor) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in lm.parameters()])
 
 
+def logit_mib(rows: int) -> float:
+    """Memory of so many float32 rows of logits."""
+    return rows * VOCABULARY * 4 / 2**20
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -115,7 +120,7 @@ def test_logprobs_and_gradients_equal_hugging_face(name: str, packing: str, chun
     lm = language_model(name)
     expected = hugging_face(lm)
     expected_gradient = gradient(lm, expected)
-    policy = Policy(lm, packing=packing, logit_chunk_tokens=chunk)  # type: ignore[arg-type]
+    policy = Policy(lm, packing=packing, logit_mib=logit_mib(chunk))  # type: ignore[arg-type]
     logp = policy(policy.pack(*groups()))
     torch.testing.assert_close(logp, expected, atol=2e-5, rtol=1e-5)
     assert relative_error(gradient(lm, logp), expected_gradient) < 1e-5
@@ -168,7 +173,7 @@ def test_trie_logprobs_are_renormalised_over_the_allowed_tokens(name: str, packi
     expected = (allowed.log_softmax(-1)[batch.edge_row, batch.edge_target])[batch.edge] * batch.mask
     expected_gradient = gradient(lm, expected)
     for chunk in (1, 1024):
-        policy = Policy(lm, packing=packing, logit_chunk_tokens=chunk, trie=trie)  # type: ignore[arg-type]
+        policy = Policy(lm, packing=packing, logit_mib=logit_mib(chunk), trie=trie)  # type: ignore[arg-type]
         logp = policy(policy.pack(prompts, candidates))
         torch.testing.assert_close(logp, expected, atol=2e-5, rtol=1e-5)
         assert relative_error(gradient(lm, logp), expected_gradient) < 1e-5
@@ -183,7 +188,7 @@ def test_a_candidate_outside_the_trie_is_refused_with_the_place() -> None:
 
 def test_logits_never_exceed_the_budget_in_either_pass() -> None:
     lm = language_model("qwen2")
-    policy = Policy(lm, logit_chunk_tokens=5)
+    policy = Policy(lm, logit_mib=logit_mib(16))
     seen: list[int] = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -199,7 +204,7 @@ def test_logits_never_exceed_the_budget_in_either_pass() -> None:
     with Watch():
         gradient(lm, logp)
     assert forward > 0
-    assert max(seen) <= 5
+    assert max(seen) <= 16
     gc.collect()
     held = [
         value

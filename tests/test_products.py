@@ -1,5 +1,6 @@
 """Matrix products that torch would do more slowly: equal results, bounded memory."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner import products
+from rollout.host_memory import host_environment
 from tests.conftest import REPOSITORY
 
 
@@ -74,9 +76,8 @@ _MANY_SHAPES = """
 import sys
 import psutil, torch
 from learner import products
-from rollout.host_memory import tune_host_memory
+from rollout.host_memory import host_environment
 
-tune_host_memory()
 products.prefers_onednn = lambda: True
 if sys.argv[1] == "as they are":
     products.rounded_rows = lambda rows: rows
@@ -97,7 +98,12 @@ def test_memory_does_not_grow_with_the_shapes_that_were_multiplied() -> None:
     grown = {}
     for rows in ("as they are", "rounded"):
         run = subprocess.run(
-            [sys.executable, "-c", _MANY_SHAPES, rows], capture_output=True, text=True, check=True, cwd=REPOSITORY
+            [sys.executable, "-c", _MANY_SHAPES, rows],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=REPOSITORY,
+            env={**os.environ, **host_environment()},
         )
         grown[rows] = float(run.stdout)
     assert grown["rounded"] < 100 < grown["as they are"], grown

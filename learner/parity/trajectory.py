@@ -38,9 +38,9 @@ class Replay:
         self._golden, self._engine = golden, engine
         self._terms = SETTINGS[config["reward_type"]]
         ours = learner_config(config)
-        self.policy = Policy(golden.load_model().train(), logit_chunk_tokens=ours.logit_chunk_tokens)
+        self.policy = Policy(golden.load_model().train(), logit_mib=ours.logit_mib)
         self.zero = ZeroEngine(self.policy, ours, ours.optimizer)
-        self.reference = Policy(golden.load_model(), logit_chunk_tokens=ours.logit_chunk_tokens)
+        self.reference = Policy(golden.load_model(), logit_mib=ours.logit_mib)
         frozen = Reference(self.reference, self.zero.device, offload=False)
         self._update = PolicyUpdate(self.zero, self.policy, frozen, ours, config["max_steps"], staleness=0)
 
