@@ -1,4 +1,4 @@
-"""Memory of the processes that compute on a CPU."""
+"""What the processes that compute on a CPU start with: jemalloc, and few compiled products."""
 
 import ctypes
 import os
