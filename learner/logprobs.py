@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from learner.products import linear, widened
+from learner.products import linear, padded_rows, weight_gradient, widened
 
 _ON_CPU, _ON_CUDA = 1 << 19, 1 << 25
 # Float32 logits that exist at once.
@@ -97,6 +97,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
         edge_target: torch.Tensor,
         head: LogprobHead,
     ) -> torch.Tensor:
+        ctx.rows, hidden = len(hidden), padded_rows(hidden)  # here, because padding projections would copy them
         normalizer = hidden.new_empty(len(hidden), dtype=torch.float32)
         logp = hidden.new_empty(len(edge_row), dtype=torch.float32)
         wide, wide_bias = widened(weight), None if bias is None else widened(bias)
@@ -120,7 +121,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
         per_row = torch.zeros_like(normalizer).index_add_(0, edge_row, gradient)
         wide, wide_bias = widened(weight), None if bias is None else widened(bias)
         to_hidden = torch.empty_like(hidden)
-        to_weight = torch.empty_like(wide) if ctx.needs_input_grad[1] else None
+        to_weight = None
         to_bias = torch.zeros_like(wide_bias) if wide_bias is not None and ctx.needs_input_grad[2] else None
         for rows, pieces in _chunks(edge_row, len(hidden), head.chunk_rows, len(weight)):
             states = hidden[rows].to(wide.dtype)
@@ -135,11 +136,11 @@ class _VocabularyLogprobs(torch.autograd.Function):
                 to_logits[edge_row[edges] - piece.start, edge_target[edges]] += gradient[edges]
                 part.copy_(to_logits.mul_(slope))
             to_hidden[rows] = linear(projected, wide.T).to(hidden.dtype)
-            if to_weight is not None:
-                torch.addmm(to_weight, projected.T, states, beta=float(rows.start > 0), out=to_weight)
+            if ctx.needs_input_grad[1]:
+                to_weight = weight_gradient(projected, states, to_weight)
             if to_bias is not None:
                 to_bias += projected.sum(0)
-        return to_hidden, to_weight, to_bias, None, None, None
+        return to_hidden[: ctx.rows], to_weight, to_bias, None, None, None
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:

@@ -55,13 +55,30 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """[..., in] x [out, in] -> [..., out], without a gradient; both in the precision of the product."""
-    if input.device.type == "cpu" and input.dtype == torch.float32 and prefers_onednn():
+    if _by_onednn(input):
         rows = input.flatten(0, -2)
-        missing = rounded_rows(len(rows)) - len(rows)
-        padded = nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-        product = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], None)
+        product = torch.ops.mkldnn._linear_pointwise(padded_rows(rows), weight, bias, "none", [], None)
         return product[: len(rows)].unflatten(0, input.shape[:-1])
     return nn.functional.linear(input, weight, bias)
+
+
+def weight_gradient(gradient: torch.Tensor, input: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+    """[rows, out] x [rows, in] -> [out, in], added to `total` in place where there is one; without a gradient."""
+    if _by_onednn(input):
+        operands = padded_rows(gradient).T, padded_rows(input).T
+        product = torch.ops.mkldnn._linear_pointwise(*operands, None, "none", [], None)
+        return product if total is None else total.add_(product)
+    return gradient.T @ input if total is None else torch.addmm(total, gradient.T, input, out=total)
+
+
+def _by_onednn(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and prefers_onednn()
+
+
+def padded_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[rows, ...] with rows of zeros up to the number that oneDNN is to see; as they are where it sees none."""
+    missing = rounded_rows(len(rows)) - len(rows) if _by_onednn(rows) else 0
+    return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def rounded_rows(rows: int) -> int:
@@ -77,7 +94,7 @@ class CpuLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]"""
         same = input.dtype == self.weight.dtype and input.device.type == "cpu"
-        if same and (must_widen(input) or (input.dtype == torch.float32 and prefers_onednn())):
+        if same and (must_widen(input) or _by_onednn(input)):
             return _Product.apply(input, self.weight, self.bias)
         return super().forward(input)
 
@@ -105,5 +122,5 @@ class _Product(torch.autograd.Function):
         (input,) = ctx.saved_tensors
         to_input = linear(gradient, widened(ctx.weight).T).to(input.dtype) if ctx.needs_input_grad[0] else None
         rows = gradient.flatten(0, -2)
-        to_weight = rows.T @ widened(input.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        to_weight = weight_gradient(rows, widened(input.flatten(0, -2))) if ctx.needs_input_grad[1] else None
         return to_input, to_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
