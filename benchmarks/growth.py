@@ -1,8 +1,9 @@
 """Time of a training step against the size of everything: one plot each, beside the line of its arithmetic.
 
 A step here is rollout, reference, learn and sync on a random model of fixed size and random titles, so that every size
-can be varied alone. The arithmetic is what must be computed: tokens that the rollout feeds and tokens that the learner
-feeds forward and back. The line goes through the first point; nothing may grow faster than it.
+can be varied alone. The arithmetic is what must be computed: the floating-point operations of the tokens that the
+rollout feeds and of those that the learner feeds forward and back, attention and vocabulary included. The line goes
+through the first point; nothing may grow faster than it.
 """
 
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 
 from benchmarks.harness import REPOSITORY, Side, timed, write_section
 from benchmarks.in_process import InProcess, counted_forwards
+from benchmarks.limits import Arithmetic, packed_work
 from benchmarks.shapes import SHAPES, build
 from catalog.trie import Trie
 
@@ -54,8 +56,8 @@ class Point:
     rollout_s: float
     learn_s: float
     sync_s: float
-    fed_tokens: float
-    """Tokens through the model: rollout, reference, policy forward, and the backward pass counted twice."""
+    gflop: float
+    """Arithmetic of rollout, reference, policy forward, and the backward pass counted twice."""
 
 
 class Stepper:
@@ -69,13 +71,16 @@ class Stepper:
             path = Path(folder) / "trie.arrow"
             random_trie(self.rng, titles, title_tokens, self.vocabulary, base.catalog.eos_token).save(path)
             self.step = InProcess(base.config, base.model_path, base.catalog, path)
+        self.arithmetic = Arithmetic(base.model_path)
 
     def measure(self, prompt_tokens: int, group_size: int, groups: int) -> dict[str, float]:
         """Fields of a Point but its size."""
         prompts = self.rng.integers(0, self.vocabulary, (groups, prompt_tokens)).astype(np.int32).tolist()
         with counted_forwards() as counted:
             candidates = self.step.rollout(prompts, group_size)
-        packed = self.step.learn(prompts, candidates)["packed_tokens"]
+        rollout = self.arithmetic.forward(counted.tokens, counted.attended, counted.logit_rows)
+        forward = self.arithmetic.forward(*packed_work(self.step, prompts, candidates))
+        self.step.learn(prompts, candidates)
         rollout_s = _fastest(lambda: self.step.rollout(prompts, group_size))
         learn_s = _fastest(lambda: self.step.learn(prompts, candidates))
         sync_s = _fastest(self.step.sync)
@@ -84,7 +89,7 @@ class Stepper:
             "rollout_s": rollout_s,
             "learn_s": learn_s,
             "sync_s": sync_s,
-            "fed_tokens": counted.tokens + 4 * packed,
+            "gflop": (rollout + 4 * forward) / 1e9,
         }
 
 
@@ -118,8 +123,8 @@ def _trie(work: Workload) -> tuple[int, int]:
 
 
 def growth_beyond_arithmetic(points: Sequence[Point]) -> float:
-    """How many times more the time grew over the whole range than the fed tokens did."""
-    return (points[-1].seconds / points[0].seconds) / (points[-1].fed_tokens / points[0].fed_tokens)
+    """How many times more the time grew over the whole range than the arithmetic did."""
+    return (points[-1].seconds / points[0].seconds) / (points[-1].gflop / points[0].gflop)
 
 
 def plot(name: str, points: Sequence[Point]) -> Path:
@@ -134,7 +139,7 @@ def plot(name: str, points: Sequence[Point]) -> Path:
     axes.plot(sizes, [point.seconds for point in points], "o-", label="step")
     for stage in ("rollout_s", "learn_s", "sync_s"):
         axes.plot(sizes, [getattr(point, stage) for point in points], ".:", label=stage.removesuffix("_s"))
-    arithmetic = [points[0].seconds * point.fed_tokens / points[0].fed_tokens for point in points]
+    arithmetic = [points[0].seconds * point.gflop / points[0].gflop for point in points]
     axes.plot(sizes, arithmetic, "k--", label="arithmetic")
     axes.set(xscale="log", yscale="log", xlabel=SWEEPS[name][0], ylabel="seconds")
     axes.legend()
@@ -151,7 +156,7 @@ def markdown(results: dict[str, list[Point]]) -> str:
         first, last, beyond = points[0], points[-1], growth_beyond_arithmetic(points)
         lines.append(
             f"| {SWEEPS[name][0]} | {first.size} | {last.size} | {last.seconds / first.seconds:.2f}x "
-            f"| {last.fed_tokens / first.fed_tokens:.2f}x | {beyond:.2f}{' (!)' if beyond > SLACK else ''} |"
+            f"| {last.gflop / first.gflop:.2f}x | {beyond:.2f}{' (!)' if beyond > SLACK else ''} |"
         )
     return "\n".join(lines)
 
