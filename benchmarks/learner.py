@@ -107,7 +107,8 @@ class Packed:
             port = probe.getsockname()[1]
         device = join_process_group(0, 1, "127.0.0.1", port, 600.0)
         constant = OptimizerConfig(schedule="constant", warmup_ratio=0.0)
-        config = LearnerConfig(dtype=dtype, optimizer=constant)  # type: ignore[arg-type]
+        # a group at a time, as the padded side
+        config = LearnerConfig(dtype=dtype, optimizer=constant, micro_batch_tokens=1024)  # type: ignore[arg-type]
         policy, frozen = (
             Policy(AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[dtype])) for _ in range(2)
         )
