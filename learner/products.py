@@ -76,7 +76,7 @@ def _by_onednn(tensor: torch.Tensor) -> bool:
 
 
 def padded_rows(rows: torch.Tensor) -> torch.Tensor:
-    """[rows, ...] with rows of zeros up to the number that oneDNN is to see; as they are where it sees none."""
+    """[rows, columns] with rows of zeros up to the number that oneDNN is to see; as they are where it sees none."""
     missing = rounded_rows(len(rows)) - len(rows) if _by_onednn(rows) else 0
     return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 

@@ -76,7 +76,6 @@ _MANY_SHAPES = """
 import sys
 import psutil, torch
 from learner import products
-from rollout.host_memory import host_environment
 
 products.prefers_onednn = lambda: True
 if sys.argv[1] == "as they are":

@@ -12,9 +12,8 @@ LARGEST_DROP = 1 / 3
 
 @pytest.mark.slow
 def test_a_step_computes_several_times_less_than_the_published_way() -> None:
-    counted = in_fresh_process(
-        "benchmarks.counted_work:count"
-    ).result  # an engine of its own needs a process of its own
+    # an engine of its own needs a process of its own
+    counted = in_fresh_process("benchmarks.counted_work:count").result
     for stage, expected in RATIOS.items():
         ours, theirs = counted["ours"][stage], counted["theirs"][stage]
         assert theirs / ours > expected * (1 - LARGEST_DROP), (
