@@ -49,6 +49,7 @@ class Ours:
         with clock("rollout"):
             tables = rollouts.land(rollouts.launch("train", np.asarray(example_ids), seed=0))
             scoring = [rewards.submit(table, "train") for table in tables]
+            rollouts.sleep()
         with clock("reward"):
             scored = list(rewards.results(scoring))
         with clock("learn"):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,23 @@ class RolloutFleet:
                 stream.start()  # its first start was refused: the worker had died and lost its weights
         for _, table in collect(flight.streams, self.config.timeout_s, flight.weights):
             yield table
+
+    def sleep(self) -> None:
+        """Have the workers let go of weights and KV cache until the next `publish`, where rollout.sleep asks for it.
+
+        A worker that has died meanwhile is found by that `publish`.
+        """
+        if not self.config.sleep:
+            return
+        resting: list[ray.ObjectRef] = [worker.sleep.remote() for worker in self.workers]
+        for rank, ref in enumerate(resting):
+            try:
+                with suppress(RayActorError):
+                    ray.get(ref, timeout=self.config.timeout_s)
+            except GetTimeoutError as error:
+                raise RolloutTimeout(
+                    f"rollout worker {rank} did not let go of its memory in {self.config.timeout_s:g} s"
+                ) from error
 
     def abandon(self) -> None:
         """Forget flights that nobody will land: their workers start anew, which also empties their queues."""

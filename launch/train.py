@@ -39,6 +39,8 @@ def train(
                 launched += 1
             with clock("rollout"):
                 scoring = [rewards.submit(table, "train") for table in rollouts.land(flights.popleft())]
+                if config.staleness == 0:
+                    rollouts.sleep()
             with clock("reward"):
                 groups = list(rewards.results(scoring))
             with clock("learn"):

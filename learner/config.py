@@ -112,6 +112,8 @@ class LearnerConfig:
     # Adapters instead of full weights.
     sft: SftConfig = field(default_factory=SftConfig)
     # The warm-up before RL.
+    sleep: bool = False
+    # Give back what a step has freed, for devices that rollout workers use, too.
     timeout_s: float = 1800.0
     # Longest wait for one step of a rank.
     deepspeed: dict[str, Any] = field(default_factory=dict)

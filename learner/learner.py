@@ -21,6 +21,7 @@ from learner.reference import Reference
 from learner.sft import SupervisedWarmup
 from learner.update import PolicyUpdate
 from rollout.config import LogprobSpace
+from rollout.host_memory import WORTH_RETURNING, return_freed_memory
 from rollout.weights import WeightBucket
 
 
@@ -71,6 +72,13 @@ class Learner:
     def step(self, tables: Sequence[pa.Table]) -> dict[str, float]:
         """One RL step on all groups of the tables, which have a `reward` column; see PolicyUpdate.step."""
         return self._update.step(Experience.from_tables(tables))
+
+    def return_freed_memory(self) -> None:
+        """Give the system, or the GPU, what freed tensors have left; a small model on a CPU keeps it."""
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif sum(parameter.nbytes for parameter in self.policy.parameters()) >= WORTH_RETURNING:
+            return_freed_memory()
 
     def export_weights(self) -> Iterator[WeightBucket]:
         """All weights in buckets on rank 0, nothing on the others."""

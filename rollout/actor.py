@@ -31,10 +31,10 @@ class StaleWeights(RuntimeError):
         self.rank, self.held, self.asked = rank, held, asked
 
     def __str__(self) -> str:
-        held = "no version yet (only the weights it started with)" if self.held is None else f"version {self.held}"
+        held = "no version" if self.held is None else f"version {self.held}"
         return (
             f"rollout worker {self.rank} holds {held}, the rollout asks for version {self.asked}; "
-            "call load_weights with that version first (a restarted worker has lost its weights)"
+            "call load_weights with that version first (a worker that was restarted or sleeps has no weights)"
         )
 
 
@@ -176,6 +176,11 @@ class RolloutWorker:
         self._timings["loads"] += 1
         self._timings["load_weights_s"] += seconds
         return {"checksum": loaded, "seconds": seconds}
+
+    def sleep(self) -> None:
+        """Let go of weights and KV cache. Rollouts are refused until load_weights, which wakes the worker."""
+        self._version = None
+        self._engine.sleep()
 
     @ray.method(concurrency_group="health")
     def health(self) -> dict[str, Any]:

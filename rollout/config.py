@@ -48,5 +48,8 @@ class RolloutConfig:
     # Finished tables that may wait per worker before it pauses.
     timeout_s: float = 600.0
     # Longest wait for one table.
+    sleep: bool = False
+    # Let go of weights and KV cache while the learner works, for devices that both use. The weights that follow wake
+    # the worker. Only with train.staleness=0; with more, workers roll out while the learner works.
     vllm: dict[str, Any] = field(default_factory=dict)
     # More vLLM engine arguments, passed as they are.

@@ -39,6 +39,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Let go of weights and KV cache. load_weights wakes the engine; before, it must not be asked for anything."""
+        ...
+
     def shutdown(self) -> None:
         """Free the engine's memory and processes."""
         ...

@@ -1,13 +1,20 @@
-"""What the processes that compute on a CPU start with: jemalloc, and few compiled products."""
+"""Memory of the processes that compute on a CPU: the allocator they start with, and what they give back."""
 
 import ctypes
+import mmap
 import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
+WORTH_RETURNING = 2**28
+"""Bytes of weights from which on memory that rests is worth the time that touching it anew takes."""
+
 _COMPILED_PRODUCTS = "64"
 _ALLOCATOR = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:30"
 _ALL_ARENAS = 4096
+_MADV_DONTNEED = 4
 
 
 def host_environment() -> dict[str, str]:
@@ -31,9 +38,18 @@ def host_environment() -> dict[str, str]:
 
 
 def return_freed_memory() -> None:
-    """Give the system what the allocator has kept so far: after loading, when no tensor will need that much again."""
+    """Give the system what the allocator has kept so far: when no tensor will soon need that much again."""
     process = ctypes.CDLL(None)
     if hasattr(process, "mallctl"):
         process.mallctl(f"arena.{_ALL_ARENAS}.purge".encode(), None, None, None, ctypes.c_size_t(0))
     elif hasattr(process, "malloc_trim"):
         process.malloc_trim(0)
+
+
+def discard_contents(tensor: torch.Tensor) -> None:
+    """Give the system the whole pages of a CPU tensor; it stays where it is, but what it holds is lost."""
+    storage = tensor.untyped_storage()
+    first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (storage.data_ptr() + storage.nbytes() - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_DONTNEED)

@@ -69,6 +69,10 @@ class RequestsEngine:
         self._llm.reset_prefix_cache()
         return combine(loaded)
 
+    def sleep(self) -> None:
+        """See RolloutEngine.sleep."""
+        self._llm.collective_rpc("fall_asleep")
+
     def shutdown(self) -> None:
         """See RolloutEngine.shutdown."""
         self._llm.llm_engine.engine_core.shutdown()

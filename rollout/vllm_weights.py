@@ -7,29 +7,26 @@ from typing import Any
 
 import torch
 
-from rollout.host_memory import return_freed_memory
+from rollout.host_memory import WORTH_RETURNING, return_freed_memory
 from rollout.vllm_internals import UnsupportedModelError
+from rollout.vllm_sleep import SleepWorker
 from rollout.weights import WeightBucket, WeightsError, combine, tensor_checksum
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 """Largest difference between a packed matrix product and the plain one, relative to the largest output."""
 
-WORTH_RETURNING = 2**28
-"""Bytes of weights from which on what packing needed is more than the next rollout would fault in again."""
 
-
-class WeightsWorker:
+class WeightsWorker(SleepWorker):
     """Methods that vLLM adds to its worker class: loading weights and saying what was loaded.
 
     >>> llm = create_llm(model_path, config, worker_extension="rollout.vllm_weights.WeightsWorker")
     >>> loaded = combine(llm.collective_rpc("load_bucket_weights", args=(buckets,)))
     """
 
-    model_runner: Any
     model_config: Any
 
     def load_bucket_weights(self, buckets: Sequence[WeightBucket]) -> int:
-        """Replace all weights; this rank's share of the checksum of what it then holds.
+        """Replace all weights, waking a worker that sleeps; this rank's share of the checksum of what it then holds.
 
         vLLM fuses matrices, shards them and, on CPU, packs them into a form that cannot be read back. So the checksum
         is taken of what each layer holds after vLLM's own loaders have run, immediately before a matrix is packed, and
@@ -38,6 +35,7 @@ class WeightsWorker:
         model = self.model_runner.model
         tensors = [named for bucket in buckets for named in bucket.tensors()]
         _check_dtype(tensors, self.model_config.dtype)
+        self.wake("weights")
         held: dict[str, int] = {}
         with torch.no_grad(), _watch_packing(model, held):
             _reload(model, self.model_config, tensors)
@@ -46,9 +44,10 @@ class WeightsWorker:
                 if parameter.numel() and not _is_tied_copy(model, module):
                     held.update(_held_checksums(model, module_name, module, name, parameter))
         _check_names({name for name, _ in tensors}, set(held))
-        packed_bytes = sum(tensor.nbytes for _, tensor in tensors)
-        if self.model_runner.device.type == "cpu" and packed_bytes >= WORTH_RETURNING:
+        self.weight_bytes = sum(tensor.nbytes for _, tensor in tensors)
+        if self.model_runner.device.type == "cpu" and self.weight_bytes >= WORTH_RETURNING:
             return_freed_memory()  # what packing needed
+        self.wake("kv_cache")
         return combine(held.values())
 
 

@@ -52,5 +52,8 @@ class FakeEngine:
     def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
         return checksum(named for bucket in buckets for named in bucket.tensors())
 
+    def sleep(self) -> None:
+        pass
+
     def shutdown(self) -> None:
         pass

@@ -121,10 +121,15 @@ def test_another_policy_version_is_refused(worker: ActorHandle) -> None:
 
 
 def test_nothing_is_rolled_out_before_weights_are_known(blank: ActorHandle) -> None:
-    with pytest.raises(StaleWeights, match="worker 1 holds no version yet"):
+    with pytest.raises(StaleWeights, match="worker 1 holds no version,"):
         tables_of([stream_rollout(blank, 1, "train", IDS, 0, 0, CONFIG)])
     weights = published(0)
     assert ray.get(weights.load(blank))["checksum"] == weights.checksum
+    assert len(tables_of([stream_rollout(blank, 1, "train", IDS, 0, 0, CONFIG)])) == 4
+    ray.get(blank.sleep.remote(), timeout=TIMEOUT_S)
+    with pytest.raises(StaleWeights, match="worker 1 holds no version,"):
+        tables_of([stream_rollout(blank, 1, "train", IDS, 0, 0, CONFIG)])
+    give(blank, weights)
     assert len(tables_of([stream_rollout(blank, 1, "train", IDS, 0, 0, CONFIG)])) == 4
 
 

@@ -319,6 +319,30 @@ def test_missing_and_mistyped_weights_are_errors(engine: Any, model: Any) -> Non
         engine.load_weights([WeightBucket.pack(named)])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is vLLM's sleep mode")
+def test_an_engine_that_sleeps_holds_nothing_and_wakes_with_the_next_weights(
+    engine: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(worker: Any) -> list[int]:
+        """Packed matrices, and whole pages of each layer's cache and of the embedding that are not zero."""
+        runner = worker.model_runner
+        packed = [module for module in runner.model.modules() if hasattr(module, "cpu_linear")]
+        tensors = [*runner.kv_caches, runner.model.model.embed_tokens.weight]
+        pages = [tensor.detach().flatten()[2048:-2048].unfold(0, 1024, 1024) for tensor in tensors]
+        return [len(packed), *(int(page.any(1).sum()) for page in pages)]
+
+    monkeypatch.setattr("rollout.vllm_sleep.WORTH_RETURNING", 0)
+    prompts = ragged_prompts(64)[:6]
+    weights = [WeightBucket.pack(named_weights(model))]
+    before = generate(engine, prompts, 8)
+    assert all(engine._llm.collective_rpc(held)[0])
+    engine.sleep()
+    assert not any(engine._llm.collective_rpc(held)[0])
+    assert engine.load_weights(weights) == checksum(named_weights(model))
+    for old, again in zip(before, generate(engine, prompts, 8), strict=True):
+        np.testing.assert_array_equal(old.score, again.score)
+
+
 def test_bfloat16_differs_only_within_its_rounding(tiny_model_dir: Path, trie_path: Path, trie: Trie) -> None:
     config = RolloutConfig(kv_cache_gib=0.05, dtype="bfloat16", max_batched_tokens=1024)
     engine = create_engine(tiny_model_dir, trie_path, config)
