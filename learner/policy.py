@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from catalog.trie import Trie
 from learner.attention import IMPLEMENTATION, packing_refusal
+from learner.lean_layers import use_lean_layers
 from learner.logprobs import LogprobHead, check_head
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
 from learner.products import use_best_products
@@ -41,6 +42,8 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         use_best_products(lm)
+        if not lm.is_gradient_checkpointing:  # then a layer keeps nothing but its input
+            use_lean_layers(lm)
         self.lm = lm
         self.head = LogprobHead(lm.get_output_embeddings(), lm.config, logit_mib)
         self.trie_space = None if trie is None else TrieSpace(trie)

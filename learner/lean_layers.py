@@ -1,0 +1,137 @@
+"""Layers that keep less for the backward pass: what is cheap to compute from what is kept anyway is computed again.
+
+For each token Hugging Face's norms keep their input, the normalised input and, as the input of the next product, their
+output; its gated MLPs keep both projections, the activation and the product. Here a norm keeps its input, a number and
+its output, a gated MLP its two projections: in a Llama that is 3/5 of the memory.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def use_lean_layers(model: nn.Module) -> None:
+    """Make every RMS norm and gated MLP of a model lean, in place; parameters, their names and results stay.
+
+    A layer that computes anything else than the lean one, to the last bit, stays as it is.
+    """
+    for module in list(model.modules()):
+        for lean in (LeanNorm, LeanGatedMlp):
+            if lean.fits(module) and not isinstance(module, lean):
+                _replace(module, lean)
+
+
+@torch.no_grad()
+def _replace(module: nn.Module, lean: type[nn.Module]) -> None:
+    """Give a module the lean class where both compute the same of a probe."""
+    parameter = next(module.parameters())
+    width = parameter.shape[-1]
+    probe = (
+        torch.linspace(-2, 2, 4 * width, device=parameter.device).sin().mul(3).view(1, 4, width).to(parameter.dtype)
+    )
+    plain = type(module)
+    expected = module(probe)
+    module.__class__ = _lean_class(lean, plain)  # type: ignore[arg-type]
+    if not torch.equal(module(probe), expected):
+        module.__class__ = plain
+
+
+@cache
+def _lean_class(lean: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Lean{plain.__name__}", (lean, plain), {})
+
+
+class LeanNorm(nn.Module):
+    """An RMS norm, weight * input / rms(input)."""
+
+    weight: nn.Parameter
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return (
+            type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None and not list(module.children())
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]"""
+        return _RmsNorm.apply(hidden_states, self.weight, _epsilon(self))
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        scale = input.float().pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(input, scale)
+        ctx.weight = weight  # not a saved tensor: ZeRO-3 swaps a parameter's storage
+        return weight * (input.float() * scale).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, scale = ctx.saved_tensors
+        normalised = input.float() * scale
+        to_weight = None
+        if ctx.needs_input_grad[1]:
+            to_weight = (gradients[0] * normalised.to(input.dtype)).flatten(0, -2).sum(0)
+        to_normalised = (gradients[0] * ctx.weight).float()
+        along = (to_normalised * normalised).mean(-1, keepdim=True)
+        to_input = to_normalised.sub_(normalised.mul_(along)).mul_(scale).to(input.dtype)
+        return to_input, to_weight, None
+
+
+class LeanGatedMlp(nn.Module):
+    """down(activation(gate(x)) * up(x))"""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
+        return all(isinstance(getattr(module, part, None), nn.Module) for part in parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]"""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = _Gated.apply(gate, up, self.act_fn)
+        address = product.data_ptr()
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
+            return tensor.shape if tensor.data_ptr() == address else tensor
+
+        def recall(kept: torch.Tensor | torch.Size) -> torch.Tensor:
+            if isinstance(kept, torch.Tensor):
+                return kept
+            with torch.no_grad():
+                return (self.act_fn(gate) * up).view(kept)
+
+        with saved_tensors_hooks(keep, recall):
+            return self.down_proj(product)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            active = ctx.activation(gate)
+        (to_gate,) = torch.autograd.grad(active, gate, gradients[0] * up)
+        return to_gate, gradients[0] * active.detach(), None
