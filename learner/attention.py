@@ -5,16 +5,21 @@ attention call. On CUDA it is one flex attention call whose block mask skips wha
 not by index.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from learner.products import attended_dtype
 from learner.tree_mask import RunBatch, TreeMask
 
 IMPLEMENTATION = "tree"
+FLEX_VARIANTS = 64
+# Compilations of flex attention, for windows, gradients and lengths; beyond them torch would compute all scores.
 
 
 def tree_attention(
@@ -39,17 +44,45 @@ def tree_attention(
         reason = f"needs {asked}" if asked else "does not hand keyword arguments on to its attention"
         raise NotImplementedError(f"{type(module).__name__} {reason}: train it with learner.packing=padded")
     if query.is_cuda:
-        from transformers.integrations.flex_attention import flex_attention_forward
-
-        blocks = tree.block_mask(sliding_window)
-        output, _ = flex_attention_forward(
-            module, query, key, value, blocks, scaling=scaling, softcap=softcap, dropout=dropout
-        )
-        return output, None
+        if dropout:
+            raise NotImplementedError("flex attention has no dropout: train with learner.packing=padded")
+        return flex_tree_attention(query, key, value, tree.block_mask(sliding_window), scaling, softcap), None
     batches = tree.run_batches(sliding_window, query.shape[1] // key.shape[1], attended_dtype(query))
     if dropout or softcap is not None:
         return _plain_attention(query, key, value, batches, scaling, dropout, softcap), None
     return _RunAttention.apply(query, key, value, batches, scaling), None
+
+
+def flex_tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: BlockMask,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D], N a multiple of tree_mask.BLOCK."""
+
+    def capped(score: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
+        return score if softcap is None else torch.tanh(score / softcap) * softcap
+
+    output = _compiled_flex_attention()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=blocks,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """Hugging Face's own call copies keys for every query head where the number of heads is no power of two."""
+    torch._dynamo.config.recompile_limit = max(FLEX_VARIANTS, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention)
 
 
 class _RunAttention(torch.autograd.Function):

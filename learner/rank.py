@@ -13,7 +13,7 @@ import ray
 
 from learner.config import LearnerConfig
 from rollout.config import LogprobSpace
-from rollout.host_memory import host_environment, return_freed_memory
+from rollout.host_memory import host_environment
 from rollout.weights import WeightBucket
 
 P = ParamSpec("P")
@@ -26,8 +26,9 @@ SIGNS_OF_A_LOST_PEER = (
     "Connection closed",
     "Broken pipe",
     "Timed out",
-    "NCCL",
     "ncclRemoteError",
+    "NCCL communicator was aborted",
+    "collective operation timeout",
     "Rank0Failed",
 )
 
@@ -69,7 +70,10 @@ def rank_environment(on_gpu: bool) -> dict[str, str]:
     for each of a small model's many short loops would cost a third of its step.
     """
     spinning = {"GOMP_SPINCOUNT": "10000"}
-    return spinning if on_gpu else spinning | host_environment()
+    if not on_gpu:
+        return spinning | host_environment()
+    growing = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # no two steps have the same shapes
+    return spinning | {name: value for name, value in growing.items() if name not in os.environ}
 
 
 @ray.remote
@@ -135,8 +139,7 @@ class LearnerRank:
             self._staleness,
             device,
         )
-        if device.type == "cpu":
-            return_freed_memory()
+        self._learner.return_freed_memory()
 
     @_named_stream
     def sft(self, folder: str) -> Iterator[dict[str, float]]:
@@ -146,7 +149,10 @@ class LearnerRank:
     @_named
     def step(self, *tables: pa.Table) -> dict[str, float]:
         """One RL step on the groups of all tables (every rank gets all of them); metrics are equal on all ranks."""
-        return self._learner.step(tables)
+        metrics = self._learner.step(tables)
+        if self._config.sleep:
+            self._learner.return_freed_memory()
+        return metrics
 
     @_named_stream
     def export_weights(self) -> Iterator[WeightBucket]:

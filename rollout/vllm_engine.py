@@ -66,7 +66,7 @@ def create_llm(
         "worker_extension_cls": worker_extension or "",
         # else vLLM would ask Ray for devices beside those that this process was given
         **({"distributed_executor_backend": "mp"} if config.tensor_parallel > 1 else {}),
-        **({} if on_gpu else {"block_size": CPU_BLOCK_SIZE, "ir_op_priority": OP_PRIORITY}),
+        **(_gpu_arguments(config) if on_gpu else {"block_size": CPU_BLOCK_SIZE, "ir_op_priority": OP_PRIORITY}),
         **overrides,
         **config.vllm,
     }
@@ -83,6 +83,13 @@ def create_llm(
     if not on_gpu:
         return_freed_memory()
     return llm
+
+
+def _gpu_arguments(config: RolloutConfig) -> dict[str, Any]:
+    return {
+        "enable_sleep_mode": config.sleep,
+        "gpu_memory_utilization": 0.05,  # only has to be free: kv_cache_memory_bytes decides what is taken
+    }
 
 
 def check_model(model_path: str | Path) -> dict[str, Any]:
@@ -132,7 +139,10 @@ def _set_environment(on_gpu: bool, first_runner: bool) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    if not on_gpu:
+    if on_gpu:
+        defaults["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # nobody samples with it, and it wants a CUDA compiler
+        defaults["TRITON_F32_DEFAULT"] = "ieee"  # float32 attention would multiply in TF32
+    else:
         defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

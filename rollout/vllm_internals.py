@@ -123,7 +123,8 @@ class PagedModel:
             batch_descriptor=descriptor,
             slot_mapping=slots,
         ):
-            return runner.model(input_ids=token, positions=position)[:num_tokens]
+            hidden = runner.model(input_ids=token, positions=position)[:num_tokens]
+        return hidden if mode == CUDAGraphMode.NONE else hidden.clone()  # the next replay writes over it
 
     def _attention_metadata(
         self, batch: TokenBatch, position: torch.Tensor, slot: torch.Tensor
@@ -173,6 +174,8 @@ class PagedModel:
 
     def copy_blocks(self, source: np.ndarray, destination: np.ndarray) -> None:
         """Copy whole blocks of the KV cache, in every layer; they are its first dimension."""
+        if not len(source):
+            return
         read, written = self._to_device(source.astype(np.int64)), self._to_device(destination.astype(np.int64))
         for cache in {cache.data_ptr(): cache for cache in self._runner.kv_caches}.values():  # layers may share one
             cache.index_copy_(0, written, cache.index_select(0, read))

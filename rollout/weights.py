@@ -11,7 +11,8 @@ import torch
 from rollout.arrays import as_tensor
 
 CHECKSUM_BITS = 63
-_CHUNK_ELEMENTS = 1 << 16
+_ON_CPU, _ON_CUDA = 1 << 16, 1 << 26
+# Elements that are summed at once.
 _BITS_OF_ITEM_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -97,7 +98,7 @@ def tensor_checksum(
     bits = bits.reshape(len(bits), -1) if bits.dim() else bits.reshape(1, 1)
     row = _odd_weights(len(bits) + row_offset, 1)[row_offset:].to(bits.device)
     column = _odd_weights(bits.shape[1] + column_offset, 2)[column_offset:].to(bits.device)
-    step = max(1, _CHUNK_ELEMENTS // max(1, bits.shape[1]))
+    step = max(1, (_ON_CUDA if bits.is_cuda else _ON_CPU) // max(1, bits.shape[1]))
     sums = [(bits[i : i + step] * column).sum(1) for i in range(0, len(bits), step)]
     return int((torch.cat(sums) * row).sum()) * _key(name) % (1 << CHECKSUM_BITS)
 

@@ -25,7 +25,13 @@ class WorkerEngine:
 
     def __init__(self, model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> None:
         self._config = config
-        self._llm = create_llm(model_path, config, worker_extension=WORKER_EXTENSION, first_runner=True)
+        self._llm = create_llm(
+            model_path,
+            config,
+            worker_extension=WORKER_EXTENSION,
+            first_runner=True,
+            compilation_config={"cudagraph_mode": "PIECEWISE"},  # whole graphs would be captured and never replayed
+        )
         trie = Trie.load(Path(trie_path))
         model_config = self._llm.llm_engine.model_config
         self._vocab_size, self._max_model_len = model_config.get_vocab_size(), model_config.max_model_len
@@ -87,6 +93,10 @@ class WorkerEngine:
         loaded = self._llm.collective_rpc("load_bucket_weights", args=(list(buckets),))
         self._llm.reset_prefix_cache()
         return combine(loaded)
+
+    def sleep(self) -> None:
+        """See RolloutEngine.sleep."""
+        self._llm.collective_rpc("fall_asleep")
 
     def shutdown(self) -> None:
         """See RolloutEngine.shutdown."""

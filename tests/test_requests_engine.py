@@ -399,7 +399,10 @@ def test_both_model_runners_equal_the_plain_search(
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    import vllm.envs
+
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", second_runner)
+    vllm.envs.disable_envs_cache()  # an engine of this process has frozen what it found
     engine = engine_of(tiny_model_dir, trie_path)
     assert engine._llm.llm_engine.vllm_config.use_v2_model_runner == (second_runner == "1")
     found = generate(engine, prompts, 8)

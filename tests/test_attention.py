@@ -1,0 +1,54 @@
+"""The two attention kernels for packed trees against each other."""
+
+import pytest
+import torch
+from torch import nn
+
+from learner.attention import flex_tree_attention, tree_attention
+from learner.packing import pack_groups
+from learner.tree_mask import BLOCK, TreeMask
+from tests.test_packing import large_groups, split
+
+SHAPES = pytest.mark.parametrize(
+    ("heads", "key_heads", "softcap", "window"), [(14, 2, None, None), (14, 2, 2.0, 40), (4, 4, None, 40)]
+)
+
+
+def attend(
+    heads: int, key_heads: int, softcap: float | None, window: int | None, device: str
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Outputs [1, N, H, D] of flex attention on a device and of runs on the CPU, and their common inputs there."""
+    batch = pack_groups(*split(large_groups(2)), bucket=BLOCK)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, count, batch.tokens.shape[1], 32, generator=generator) for count in (heads, key_heads)]
+    inputs = [tensor.requires_grad_(device != "cpu") for tensor in (*inputs, inputs[1].flip(2))]
+    tree = TreeMask(batch.subtree_end, batch.positions[0])
+    expected, _ = tree_attention(nn.Module(), *inputs, None, softcap=softcap, sliding_window=window, tree=tree)
+    there = TreeMask(batch.subtree_end.to(device), batch.positions[0].to(device)).block_mask(window)
+    found = flex_tree_attention(*(tensor.to(device) for tensor in inputs), there, None, softcap).cpu()
+    fed = slice(0, batch.fed_tokens)  # what padding sees is nobody's concern
+    return found[:, fed], expected[:, fed], inputs
+
+
+@SHAPES
+def test_flex_attention_equals_that_of_runs(
+    heads: int, key_heads: int, softcap: float | None, window: int | None
+) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        found, expected, _ = attend(heads, key_heads, softcap, window, "cpu")
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+@SHAPES
+def test_flex_attention_on_cuda_and_its_gradients_equal_those_of_runs(
+    heads: int, key_heads: int, softcap: float | None, window: int | None
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    found, expected, inputs = attend(heads, key_heads, softcap, window, "cuda")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((output * weights).sum(), inputs) for output in (found, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
