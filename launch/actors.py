@@ -62,7 +62,7 @@ class Actors:
         try:
             check_devices(config, placement, ray.cluster_resources())
             group = reserve(placement, config.cluster.start_timeout_s)
-            options = [actor_options(placement, group, index) for index in range(len(placement.bundles))]
+            options = [actor_options(placement, group, index) for index in range(len(placement.actors))]
             workers = len(placement.rollout)
             self.learner = LearnerGang(config, catalog, model_path, options[workers:], total_steps)
             self.rollouts = RolloutFleet(config.rollout, catalog, model_path, options[:workers])

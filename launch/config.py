@@ -59,6 +59,8 @@ class ClusterConfig:
     # GPUs that the profile is written for, over all nodes.
     gpus_per_node: int = 8
     # GPUs of one node; a rollout worker's devices stay on one node.
+    colocate: bool = False
+    # Rollout worker i and learner rank i share a GPU and work in turn; see rollout.sleep and learner.sleep.
     object_store_gib: float = 3.0
     # Shared memory for objects of a local Ray, in GiB; must hold the weights of two versions, or Ray spills to disk.
     start_timeout_s: float = 300.0
@@ -266,6 +268,14 @@ def check(config: Config) -> None:
         "rollout.tensor_parallel",
         rollout.tensor_parallel,
         f"must fit on one node (cluster.gpus_per_node={config.cluster.gpus_per_node})",
+    )
+    _require(
+        not config.cluster.colocate
+        or (rollout.workers, rollout.tensor_parallel, train.staleness) == (learner.ranks, 1, 0),
+        "cluster.colocate",
+        config.cluster.colocate,
+        "a rollout worker and a learner rank on each GPU, in turn, need as many rollout.workers as learner.ranks, "
+        "rollout.tensor_parallel=1 and train.staleness=0",
     )
 
 

@@ -20,15 +20,25 @@ class Placement:
     learner: list[dict[str, float]]
     rewards: list[dict[str, float]]
     """Of reward actors; Ray puts them where there is room."""
+    colocated: bool = False
+    """Whether worker i and rank i share a device."""
+
+    @property
+    def actors(self) -> list[dict[str, float]]:
+        """Rollout workers, then learner ranks."""
+        return [*self.rollout, *self.learner]
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """What is reserved together: rollout workers, then learner ranks."""
-        return [*self.rollout, *self.learner]
+        """What is reserved together; actor i takes bundle i modulo their number."""
+        if not self.colocated:
+            return self.actors
+        pairs = zip(self.rollout, self.learner, strict=True)
+        return [{kind: worker[kind] + rank[kind] for kind in worker} for worker, rank in pairs]
 
     def total(self, kind: str) -> float:
         """CPUs ("CPU") or GPUs ("GPU") of all actors."""
-        return sum(actor.get(kind, 0) for actor in (*self.bundles, *self.rewards))
+        return sum(actor.get(kind, 0) for actor in (*self.actors, *self.rewards))
 
     def lines(self) -> list[str]:
         """One readable line per kind of actor and its resources."""
@@ -46,16 +56,19 @@ def plan(config: Config) -> Placement:
     if config.cluster.device == "cpu":
         bundle = {"CPU": 0.0}
         return Placement("cpu", [bundle] * config.rollout.workers, [bundle] * config.learner.ranks, rewards)
+    share = 0.5 if config.cluster.colocate else 1.0
     placement = Placement(
         "gpu",
-        [{"CPU": 2.0, "GPU": float(config.rollout.tensor_parallel)}] * config.rollout.workers,
-        [{"CPU": 2.0, "GPU": 1.0}] * config.learner.ranks,
+        [{"CPU": 2.0, "GPU": share * config.rollout.tensor_parallel}] * config.rollout.workers,
+        [{"CPU": 2.0, "GPU": share}] * config.learner.ranks,
         rewards,
+        config.cluster.colocate,
     )
     if placement.total("GPU") > config.cluster.gpus:
         of_rewards = sum(actor["GPU"] for actor in rewards)
         raise ConfigError(
-            f"rollout.workers={config.rollout.workers} x rollout.tensor_parallel={config.rollout.tensor_parallel}"
+            ("colocated " if config.cluster.colocate else "")
+            + f"rollout.workers={config.rollout.workers} x rollout.tensor_parallel={config.rollout.tensor_parallel}"
             + (f", rewards (num_gpus, {of_rewards:g} in all)" if of_rewards else "")
             + f" and learner.ranks={config.learner.ranks} need {placement.total('GPU'):g} GPUs; "
             f"cluster.gpus={config.cluster.gpus} in profile {config.cluster.name}"
@@ -101,11 +114,13 @@ def reserve(placement: Placement, timeout_s: float) -> PlacementGroup | None:
 
 
 def actor_options(placement: Placement, group: PlacementGroup | None, index: int) -> dict[str, object]:
-    """Ray options of the actor that takes bundle `index`."""
-    bundle = placement.bundles[index]
-    options: dict[str, object] = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
+    """Ray options of actor `index`."""
+    actor = placement.actors[index]
+    options: dict[str, object] = {"num_cpus": actor["CPU"], "num_gpus": actor.get("GPU", 0)}
     if group is not None:
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=index % len(placement.bundles)
+        )
     return options
 
 

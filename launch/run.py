@@ -50,6 +50,7 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
         actors.learner.join()
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
+        actors.rollouts.sleep()  # the warm-up comes first
         before = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
         with progress.stage("train", steps) as stage:
             surviving(actors, progress, partial(train_to_the_end, actors, order, config, directory, stage, steps))

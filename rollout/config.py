@@ -49,7 +49,7 @@ class RolloutConfig:
     timeout_s: float = 600.0
     # Longest wait for one table.
     sleep: bool = False
-    # Let go of weights and KV cache while the learner works, for devices that both use. The weights that follow wake
-    # the worker. Only with train.staleness=0; with more, workers roll out while the learner works.
+    # Let go of weights and KV cache while the learner works, for devices that both use; the next weights wake the
+    # worker. With train.staleness above 0 only during the warm-up, since workers then roll out meanwhile.
     vllm: dict[str, Any] = field(default_factory=dict)
     # More vLLM engine arguments, passed as they are.

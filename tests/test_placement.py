@@ -3,7 +3,7 @@
 import pytest
 
 from launch.config import ConfigError, compose
-from launch.placement import check_devices, plan
+from launch.placement import actor_options, check_devices, plan
 
 
 def test_eight_gpus_are_split_between_rollouts_and_learner() -> None:
@@ -24,6 +24,18 @@ def test_gpus_of_rewards_count() -> None:
     config = compose(overrides=[reward])
     with pytest.raises(ConfigError, match=r"CLUSTER=local needs 1 GPU \(found 0\)"):
         check_devices(config, plan(config), {"CPU": 2.0})
+
+
+def test_worker_and_rank_share_a_gpu_where_they_are_colocated() -> None:
+    overrides = ["cluster.gpus=2", "rollout.workers=2", "learner.ranks=2"]
+    placement = plan(compose(cluster="1xGPU", overrides=overrides))
+    assert placement.total("GPU") == 2
+    assert placement.bundles == [{"CPU": 4.0, "GPU": 1.0}] * 2
+    assert [actor_options(placement, None, index)["num_gpus"] for index in range(4)] == [0.5] * 4
+    with pytest.raises(ConfigError, match=r"cluster\.colocate=True: .*train\.staleness=0"):
+        compose(cluster="1xGPU", overrides=["train.staleness=1"])
+    with pytest.raises(ConfigError, match=r"colocated rollout\.workers=2 .* need 2 GPUs; cluster\.gpus=1"):
+        plan(compose(cluster="1xGPU", overrides=overrides[1:]))
 
 
 def test_missing_gpus_are_named() -> None:
