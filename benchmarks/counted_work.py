@@ -48,7 +48,7 @@ def our_work(model_path: Path, trie_path: Path, prompts: list[list[int]], group_
     engine.shutdown()
     policy = Policy(AutoModelForCausalLM.from_pretrained(model_path))
     packed = policy.pack(prompts, [[tokens.tolist() for tokens in group.tokens] for group in groups])
-    return {"rollout": work.tokens, "learn": LEARNED * packed.fed_tokens, "passes": work.passes}
+    return {"rollout": work.tokens, "learn": LEARNED * packed.tokens.numel(), "passes": work.passes}
 
 
 def published_work(model_path: Path, trie: Trie, prompts: list[list[int]], group_size: int) -> dict[str, int]:

@@ -71,19 +71,17 @@ class _RmsNorm(torch.autograd.Function):
         scale = input.float().pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(input, scale)
         ctx.weight = weight  # not a saved tensor: ZeRO-3 swaps a parameter's storage
-        return weight * (input.float() * scale).to(input.dtype)
+        return (input.float() * scale).to(input.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, scale = ctx.saved_tensors
-        normalised = input.float() * scale
-        to_weight = None
-        if ctx.needs_input_grad[1]:
-            to_weight = (gradients[0] * normalised.to(input.dtype)).flatten(0, -2).sum(0)
-        to_normalised = (gradients[0] * ctx.weight).float()
-        along = (to_normalised * normalised).mean(-1, keepdim=True)
-        to_input = to_normalised.sub_(normalised.mul_(along)).mul_(scale).to(input.dtype)
-        return to_input, to_weight, None
+        normalised, weight = input.float() * scale, ctx.weight.float()
+        by_weight = gradients[0] * normalised
+        along = (by_weight @ weight).div_(len(weight))[..., None]
+        to_input = (gradients[0].float() * weight).addcmul_(normalised, along, value=-1).mul_(scale)
+        to_weight = by_weight.flatten(0, -2).sum(0).to(ctx.weight.dtype) if ctx.needs_input_grad[1] else None
+        return to_input.to(input.dtype), to_weight, None
 
 
 class LeanGatedMlp(nn.Module):
@@ -112,10 +110,16 @@ class LeanGatedMlp(nn.Module):
             if isinstance(kept, torch.Tensor):
                 return kept
             with torch.no_grad():
-                return (self.act_fn(gate) * up).view(kept)
+                return _gated(self.act_fn, gate, up).view(kept)
 
         with saved_tensors_hooks(keep, recall):
             return self.down_proj(product)
+
+
+def _gated(activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """activation(gate) * up, without a gradient."""
+    active = activation(gate)
+    return active * up if active is gate else active.mul_(up)
 
 
 class _Gated(torch.autograd.Function):
@@ -125,7 +129,7 @@ class _Gated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return activation(gate) * up
+        return _gated(activation, gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

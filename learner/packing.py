@@ -5,7 +5,7 @@ order, so that every subtree is a contiguous range and one integer per token, th
 attend to it: query q sees key k exactly when k <= q < subtree_end[k]. Leaves are never fed: they are only targets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -39,16 +39,14 @@ class PackedBatch:
     """int64 [C, T]: the pair of every candidate token; 0 where mask is False."""
     mask: torch.Tensor
     """bool [C, T]: True for the tokens of a candidate, end-of-sequence included."""
-
-    @property
-    def fed_tokens(self) -> int:
-        """Tokens that the model computes, padding included."""
-        return self.tokens.numel()
+    fed_tokens: int
+    """Tokens of the sequences that the model computes, without padding."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,14 @@ class _PrefixTree:
 
 
 def pack_groups(
-    prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]], bucket: int = 1
+    prompts: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[Sequence[int]]],
+    rounded: Callable[[int], int] = lambda tokens: tokens,
 ) -> PackedBatch:
     """Several groups in one packed row; what their prompts share is fed once, too.
 
     prompts: token ids, one prompt per group, not empty. candidates[group][rank]: token ids, end-of-sequence included,
-    not empty. `bucket` pads the row to a multiple, so that compiled attention meets few different lengths.
+    not empty. `rounded` says how long a row of so many tokens is to be, so that compiled code meets few lengths.
     Raises ValueError naming the group of an empty prompt or candidate.
     """
     sequences, first_target = _sequences(prompts, candidates)
@@ -88,7 +88,7 @@ def pack_groups(
     inner = tree.inner
     fed_before = np.concatenate([[0], np.cumsum(inner)])  # fed tokens among the nodes before each node
     fed = int(fed_before[-1])
-    padding = -fed % bucket
+    padding = rounded(fed) - fed
 
     at_target, mask = _targets(sequences, first_target)
     targets, edge = np.unique(np.take_along_axis(tree.node, at_target, 1)[mask], return_inverse=True)
@@ -105,6 +105,7 @@ def pack_groups(
         edge_target=_tensor(tree.token[targets]),
         edge=_scatter(edge, mask),
         mask=torch.from_numpy(mask),
+        fed_tokens=fed,
     )
 
 
@@ -130,6 +131,7 @@ def padded_batch(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence
         edge_target=_tensor(np.concatenate(targets)),
         edge=_scatter(np.arange(len(rows)), mask),
         mask=torch.from_numpy(mask),
+        fed_tokens=int(fed.sum()),
     )
 
 

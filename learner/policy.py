@@ -13,7 +13,7 @@ from learner.attention import IMPLEMENTATION, packing_refusal
 from learner.lean_layers import use_lean_layers
 from learner.logprobs import LogprobHead, check_head
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
-from learner.products import use_best_products
+from learner.products import compiles_every_length, rounded_rows, use_best_products
 from learner.tree_mask import TreeMask
 from learner.trie_logprobs import TrieSpace, trie_logprobs
 
@@ -61,7 +61,13 @@ class Policy(nn.Module):
         device = self.lm.device
         if self.packing == "padded":
             return padded_batch(prompts, candidates).to(device)
-        return pack_groups(prompts, candidates, CUDA_BUCKET if device.type == "cuda" else 1).to(device)
+        return pack_groups(prompts, candidates, self._rounded).to(device)
+
+    def _rounded(self, tokens: int) -> int:
+        """The length of a packed row that the device is to see."""
+        if self.lm.device.type == "cuda":
+            return -(-tokens // CUDA_BUCKET) * CUDA_BUCKET
+        return rounded_rows(tokens) if compiles_every_length(self.lm.dtype) else tokens
 
     def group_tokens(
         self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]

@@ -71,6 +71,11 @@ def weight_gradient(gradient: torch.Tensor, input: torch.Tensor, total: torch.Te
     return gradient.T @ input if total is None else torch.addmm(total, gradient.T, input, out=total)
 
 
+def compiles_every_length(dtype: torch.dtype) -> bool:
+    """Whether products on this CPU are oneDNN's, which compiles code for every number of rows."""
+    return has_bfloat16() if dtype == torch.bfloat16 else prefers_onednn()
+
+
 def _by_onednn(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and prefers_onednn()
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from learner.attention import flex_tree_attention, tree_attention
 from learner.packing import pack_groups
-from learner.tree_mask import BLOCK, TreeMask
-from tests.test_packing import large_groups, split
+from learner.tree_mask import TreeMask
+from tests.test_packing import large_groups, split, whole_blocks
 
 SHAPES = pytest.mark.parametrize(
     ("heads", "key_heads", "softcap", "window"), [(14, 2, None, None), (14, 2, 2.0, 40), (4, 4, None, 40)]
@@ -18,7 +18,7 @@ def attend(
     heads: int, key_heads: int, softcap: float | None, window: int | None, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Outputs [1, N, H, D] of flex attention on a device and of runs on the CPU, and their common inputs there."""
-    batch = pack_groups(*split(large_groups(2)), bucket=BLOCK)
+    batch = pack_groups(*split(large_groups(2)), whole_blocks)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, count, batch.tokens.shape[1], 32, generator=generator) for count in (heads, key_heads)]
     inputs = [tensor.requires_grad_(device != "cpu") for tensor in (*inputs, inputs[1].flip(2))]

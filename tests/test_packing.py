@@ -85,14 +85,19 @@ def test_the_count_of_a_group_is_what_it_costs_alone(groups: Groups) -> None:
 
 
 @given(groups_of_tokens, st.integers(1, 9))
-def test_padding_to_a_bucket_sees_only_itself(groups: Groups, bucket: int) -> None:
-    batch, exact = pack_groups(*split(groups), bucket), pack_groups(*split(groups))
+def test_padding_sees_only_itself(groups: Groups, padding: int) -> None:
+    batch, exact = pack_groups(*split(groups), lambda tokens: tokens + padding), pack_groups(*split(groups))
     size = exact.fed_tokens
-    assert batch.fed_tokens == -(-size // bucket) * bucket
+    assert batch.fed_tokens == size
+    assert batch.tokens.shape == (1, size + padding)
     padded = visible(batch)
     assert np.array_equal(padded[:size, :size], visible(exact))
     assert not padded[:size, size:].any()
-    assert np.array_equal(padded[size:], np.eye(batch.fed_tokens, dtype=bool)[size:])
+    assert np.array_equal(padded[size:], np.eye(size + padding, dtype=bool)[size:])
+
+
+def whole_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK
 
 
 def large_groups(seed: int, template_tokens: int = 80) -> Groups:
@@ -155,8 +160,8 @@ def test_runs_see_few_keys_that_are_masked() -> None:
 
 @pytest.mark.parametrize("window", [None, 7, 150])
 def test_flex_attention_computes_the_blocks_that_somebody_sees_and_masks_within(window: int | None) -> None:
-    batch = pack_groups(*split(large_groups(2, template_tokens=300)), bucket=BLOCK)
-    size = batch.fed_tokens
+    batch = pack_groups(*split(large_groups(2, template_tokens=300)), whole_blocks)
+    size = batch.tokens.shape[1]
     blocks = TreeMask(batch.subtree_end, batch.positions[0]).block_mask(window)
     distance = batch.positions[0][:, None] - batch.positions[0][None, :]
     expected = torch.from_numpy(visible(batch)) & (distance < (window or 10**9))
