@@ -96,7 +96,7 @@ def packed_work(step: InProcess, prompts: list[list[int]], groups: list[Candidat
     packed = [step.learner.policy.pack([prompt], [group]) for prompt, group in zip(prompts, candidates, strict=True)]
     return (
         sum(batch.fed_tokens for batch in packed),
-        sum(int(batch.positions.sum()) + batch.positions.numel() for batch in packed),
+        sum(int(batch.positions.sum()) + batch.fed_tokens for batch in packed),
         sum(len(batch.rows) for batch in packed),
     )
 

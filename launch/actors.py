@@ -2,7 +2,10 @@
 
 import logging
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +26,20 @@ from rewards.pool import RewardPool
 
 def connect(config: Config) -> None:
     """Start a Ray of this run's own, or join the cluster at config.cluster.address."""
+    with _own_sigterm():
+        _connect(config)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, and would end the driver with its stack instead of ending the run."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _connect(config: Config) -> None:
     if config.cluster.address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's actors would otherwise yield to every other program
         ray.init(

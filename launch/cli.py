@@ -17,7 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return _run(arguments)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers it while it starts
+            raise
         print("interrupted; everything that was started has been ended", file=sys.stderr)
         return 130
     except Exception as error:

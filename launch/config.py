@@ -270,6 +270,12 @@ def check(config: Config) -> None:
         f"must fit on one node (cluster.gpus_per_node={config.cluster.gpus_per_node})",
     )
     _require(
+        rollout.dtype == learner.dtype,
+        "rollout.dtype",
+        rollout.dtype,
+        f"workers take the learner's weights as they are, and learner.dtype={learner.dtype}: set both alike",
+    )
+    _require(
         not config.cluster.colocate
         or (rollout.workers, rollout.tensor_parallel, train.staleness) == (learner.ranks, 1, 0),
         "cluster.colocate",

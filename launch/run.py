@@ -50,6 +50,8 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
         actors.learner.join()
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
+        actors.rollouts.publish(actors.learner.export, version=0)  # weights that workers cannot take show now
+        actors.rollouts.loaded()
         actors.rollouts.sleep()  # the warm-up comes first
         before = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
         with progress.stage("train", steps) as stage:

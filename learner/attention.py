@@ -192,6 +192,8 @@ def packing_refusal(lm: PreTrainedModel) -> str | None:
         return f"its layers carry state from token to token ({', '.join(sorted(kinds))})"
     if not lm._supports_attention_backend:
         return "its attention does not go through the exchangeable attention interface"
+    if getattr(config, "v_head_dim", None) not in (None, getattr(config, "qk_head_dim", None)):
+        return "its keys and values have heads of different sizes"
     if any(name.endswith("sinks") for name, _ in lm.named_parameters()):
         return "it has attention sinks"
     return None

@@ -181,9 +181,22 @@ class Learner:
 
 
 def without_dropout(lm: PreTrainedModel) -> None:
-    """A policy is what its rollouts came from: the dropout of the model itself stays off; adapters keep theirs."""
-    for module in lm.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+    """A policy is what its rollouts came from: the dropout of the model itself stays off; adapters keep theirs.
+
+    Raises NotImplementedError for a model that is random in some other way.
+    """
+    for holder in (lm.config.get_text_config(), *lm.modules()):
+        if isinstance(holder, torch.nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
+        for name, value in vars(holder).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
+    tokens = torch.arange(8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    lm.train()
+    with torch.no_grad():
+        first, second = (lm(input_ids=tokens, use_cache=False).logits for _ in range(2))
+    if not torch.equal(first, second):
+        raise NotImplementedError(
+            f"{type(lm).__name__} computes other logits each time when it is trained, and not by a dropout that could "
+            "be turned off: its updates would be those of another policy than the one that rolled out"
+        )

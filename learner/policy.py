@@ -86,7 +86,8 @@ class Policy(nn.Module):
         if self.trie_space is not None:
             return trie_logprobs(self.head, hidden, self.trie_space.choices(batch))
         logp = self.head(hidden, batch.edge_row, batch.edge_target)
-        return logp[batch.edge].masked_fill(~batch.mask, 0.0)
+        of_token = logp.index_select(0, batch.edge.flatten()).view(batch.edge.shape)
+        return of_token.masked_fill(~batch.mask, 0.0)
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         """[K, D]: the last hidden states of the fed tokens that have a target."""

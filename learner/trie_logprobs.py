@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from catalog.trie import Trie
@@ -109,11 +110,12 @@ def trie_logprobs(head: LogprobHead, hidden: torch.Tensor, choices: Choices) -> 
     exponentials = (allowed - highest[choices.choice]).exp()
     normalizer = torch.zeros_like(highest).index_add(0, choices.choice, exponentials).log() + highest
     logp = torch.cat([allowed[choices.chosen] - normalizer, allowed.new_zeros(1)])
-    return logp[choices.index]
+    return logp.index_select(0, choices.index.flatten() % len(logp)).view(choices.index.shape)
 
 
 def _project(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    projected = (hidden[rows] * weight[tokens]).sum(-1)
-    return projected if bias is None else projected + bias[tokens]
+    """[P]. By embedding, not by indexing, whose gradient adds up in another order each time on a CPU."""
+    projected = (embedding(rows, hidden) * embedding(tokens, weight)).sum(-1)
+    return projected if bias is None else projected + embedding(tokens, bias[:, None])[:, 0]

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from catalog.catalog import Catalog
 from rewards.config import RewardTerm
+from rewards.errors import RewardError
 from rewards.group import Groups
 from rewards.interface import Reward, make_reward, score
 from rewards.layout import Layout
@@ -90,6 +91,8 @@ class RewardActor:
         for key, weight in weights.items():
             table = table.append_column(COLUMN.format(key), columns[key])
             total += np.float32(weight) * layout.flat(columns[key])
+        if not np.isfinite(total).all():
+            raise RewardError(f"the weighted sum of the rewards overflows float32; their weights are {weights}")
         return table.append_column(TOTAL, layout.column(total)), seconds
 
     def metrics(self, *tables: pa.Table) -> dict[str, float]:

@@ -13,7 +13,7 @@ from rollout.dynamic import select
 from rollout.groups import Candidates
 from rollout.stochastic import StochasticBeamSearch
 from rollout.trie_mask import TrieRequest
-from rollout.vllm_engine import EngineError, check_temperature
+from rollout.vllm_engine import check_requests, check_temperature, check_vocabulary
 from rollout.vllm_one_token import search_by_requests
 from rollout.vllm_requests import BeamRequests, Draw, create_trie_llm, sample
 from rollout.weights import WeightBucket, combine
@@ -30,6 +30,9 @@ class RequestsEngine:
         self._config = config
         self._trie = Trie.load(Path(trie_path))
         self._llm = create_trie_llm(model_path, trie_path, config)
+        model_config = self._llm.llm_engine.model_config
+        self._vocab_size, self._max_model_len = model_config.get_vocab_size(), model_config.max_model_len
+        check_vocabulary(trie_path, self._trie, self._vocab_size)
 
     def generate(
         self,
@@ -45,8 +48,9 @@ class RequestsEngine:
         check_temperature(strategy, self._config.temperature)
         constrained = strategy != "unconstrained"
         longest = self._trie.max_tokens if constrained else self._config.max_completion_tokens
-        self._check(prompts, longest)
-        tokens = [np.asarray(prompt).tolist() for prompt in prompts]
+        arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
+        check_requests(arrays, seeds, longest, self._vocab_size, self._max_model_len)
+        tokens = [array.tolist() for array in arrays]
         if strategy == "beam":
             return BeamRequests(self._llm, self._trie, tokens, size).run()
         if strategy == "stochastic_beam":
@@ -76,17 +80,6 @@ class RequestsEngine:
     def shutdown(self) -> None:
         """See RolloutEngine.shutdown."""
         self._llm.llm_engine.engine_core.shutdown()
-
-    def _check(self, prompts: Sequence[Sequence[int]], longest: int) -> None:
-        limit = self._llm.llm_engine.model_config.max_model_len
-        for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise EngineError(f"prompt {i} has no tokens")
-            if len(prompt) + longest > limit:
-                raise EngineError(
-                    f"prompt {i} has {len(prompt)} tokens and a completion up to {longest}, together more than the "
-                    f"engine's {limit}; raise rollout.vllm.max_model_len or lower data.max_prompt_tokens"
-                )
 
     def _sample(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], draws: int, longest: int, constrained: bool

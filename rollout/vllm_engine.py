@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.host_memory import return_freed_memory
 from rollout.vllm_kernels import OP_PRIORITY, register_norms
@@ -21,6 +23,36 @@ DEFAULT_MAX_MODEL_LEN = 2048
 
 class EngineError(RuntimeError):
     """A rollout engine cannot be made, or cannot serve what it was asked; the message names the key to change."""
+
+
+def check_requests(
+    prompts: Sequence[np.ndarray], seeds: Sequence[int], longest: int, vocab_size: int, max_model_len: int
+) -> None:
+    """Raises EngineError for prompts that an engine cannot take. longest: tokens of a completion."""
+    if len(seeds) != len(prompts):
+        raise EngineError(f"{len(prompts)} prompts came with {len(seeds)} seeds: every prompt needs one")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise EngineError(f"prompt {i} has no tokens")
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise EngineError(
+                f"prompt {i} has token ids from {prompt.min()} to {prompt.max()}, the model's vocabulary is "
+                f"{vocab_size}: it was tokenized for another model"
+            )
+        if len(prompt) + longest > max_model_len:
+            raise EngineError(
+                f"prompt {i} has {len(prompt)} tokens and its completions up to {longest}, the engine's limit is "
+                f"{max_model_len}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len"
+            )
+
+
+def check_vocabulary(trie_path: str | Path, trie: Trie, vocab_size: int) -> None:
+    """Raises EngineError for a trie of tokens that the model does not have."""
+    if int(trie.edge_token.max()) >= vocab_size:
+        raise EngineError(
+            f"{trie_path} has token {trie.edge_token.max()}, the model's vocabulary is {vocab_size}: build the "
+            "catalogue with the model's tokenizer"
+        )
 
 
 def check_temperature(strategy: Strategy, temperature: float) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _LOGITS_ELEMENTS = 1 << 24
 """Numbers of one piece of the logits that are put together from the answers."""
+_IMPOSSIBLE = -1e30
+"""The logit of a token without probability; finite, as logits are."""
 
 
 def search_by_requests(
@@ -57,7 +59,7 @@ def _ask(
 
 def _logits(answers: Sequence[dict[int, float]], vocabulary: int) -> torch.Tensor:
     """Logits [R, V] with these log-probabilities: what the children leave of probability 1 lies on one other token."""
-    logits = torch.full((len(answers), vocabulary), float("-inf"))
+    logits = torch.full((len(answers), vocabulary), _IMPOSSIBLE)
     for row, answer in zip(logits, answers, strict=True):
         tokens, logprobs = np.array(list(answer)), np.array(list(answer.values()))
         row[torch.from_numpy(tokens)] = torch.from_numpy(logprobs).float()

@@ -63,7 +63,8 @@ def _check_names(arrived: set[str], held: set[str]) -> None:
     if arrived != held:
         raise WeightsError(
             f"the weights that arrived are not those that the engine holds: missing {sorted(held - arrived)[:5]}, "
-            f"unknown {sorted(arrived - held)[:5]}; export every parameter once, under its Hugging Face name"
+            f"unknown {sorted(arrived - held)[:5]}; each parameter must come once, under its Hugging Face name, and "
+            "this architecture must store them under these names in vLLM, too, or it cannot be trained"
         )
 
 
@@ -84,10 +85,15 @@ def _reload(model: Any, model_config: Any, tensors: Sequence[tuple[str, torch.Te
 
 def _tied(model: Any) -> tuple[Any, Any]:
     """The output head and the embedding where they are two modules over one matrix, else (None, None)."""
-    head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
-    if head is None or embedding is None or head is embedding or not model.config.tie_word_embeddings:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, ParallelLMHead) or not getattr(model.config, "tie_word_embeddings", False):
         return None, None
-    return head, embedding
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            return head, module
+    return None, None
 
 
 def _is_tied_copy(model: torch.nn.Module, module: torch.nn.Module) -> bool:

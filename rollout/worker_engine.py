@@ -10,7 +10,7 @@ from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
 from rollout.groups import Candidates
-from rollout.vllm_engine import EngineError, check_temperature, create_llm
+from rollout.vllm_engine import check_requests, check_temperature, check_vocabulary, create_llm
 from rollout.weights import WeightBucket, combine
 
 WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
@@ -36,11 +36,7 @@ class WorkerEngine:
         model_config = self._llm.llm_engine.model_config
         self._vocab_size, self._max_model_len = model_config.get_vocab_size(), model_config.max_model_len
         self._title_tokens = trie.max_tokens
-        if int(trie.edge_token.max()) >= self._vocab_size:
-            raise EngineError(
-                f"{trie_path} has token {trie.edge_token.max()}, the model's vocabulary is {self._vocab_size}: build "
-                "the catalogue with the model's tokenizer"
-            )
+        check_vocabulary(trie_path, trie, self._vocab_size)
         self._llm.collective_rpc("start_search", args=(str(trie_path), config))
 
     def generate(
@@ -57,7 +53,8 @@ class WorkerEngine:
         size = group_size or config.group_size
         check_temperature(strategy, config.temperature)
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
-        self._check(arrays, config.max_completion_tokens if strategy == "unconstrained" else self._title_tokens)
+        longest = config.max_completion_tokens if strategy == "unconstrained" else self._title_tokens
+        check_requests(arrays, seeds, longest, self._vocab_size, self._max_model_len)
         if not arrays:
             return []
         if strategy == "beam":
@@ -72,21 +69,6 @@ class WorkerEngine:
         self, prompts: list[np.ndarray], seeds: Sequence[int], strategy: Strategy, size: int
     ) -> list[Candidates]:
         return self._llm.collective_rpc("search_groups", args=(prompts, list(seeds), strategy, size))[0]
-
-    def _check(self, prompts: Sequence[np.ndarray], longest: int) -> None:
-        for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise EngineError(f"prompt {i} has no tokens")
-            if prompt.min() < 0 or prompt.max() >= self._vocab_size:
-                raise EngineError(
-                    f"prompt {i} has token ids from {prompt.min()} to {prompt.max()}, the model's vocabulary is "
-                    f"{self._vocab_size}: it was tokenized for another model"
-                )
-            if len(prompt) + longest > self._max_model_len:
-                raise EngineError(
-                    f"prompt {i} has {len(prompt)} tokens and its completions up to {longest}, the engine's limit is "
-                    f"{self._max_model_len}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len"
-                )
 
     def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
         """See RolloutEngine.load_weights."""

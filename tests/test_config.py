@@ -81,6 +81,11 @@ def test_candidates_outside_the_trie_have_no_log_probability_over_it() -> None:
         compose(overrides=["rollout.strategy=unconstrained", "rollout.logprob_space=trie"])
 
 
+def test_workers_hold_weights_in_the_learners_precision() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.dtype=bfloat16: .*learner\.dtype=float32"):
+        compose(overrides=["rollout.dtype=bfloat16"])
+
+
 @pytest.mark.parametrize(
     "override",
     ["train.eval_beams=30", "learner.clip_high=0.3", "learner.reference_sync_every=5", "rewards=[{name: rule}]"],

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from learner_gang import assert_same_training
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, LlamaForCausalLM, OPTConfig, PhimoeConfig
 
 from learner.advantages import group_advantages
 from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
@@ -222,6 +222,23 @@ def test_an_adapter_on_the_output_head_is_refused():
     lm = LlamaForCausalLM(TINY_LLAMA)
     with pytest.raises(ValueError, match="lm_head is the output head"):
         add_adapters(lm, LoraConfig(rank=2, target_modules=["q_proj", "lm_head"]))
+
+
+def test_dropout_is_off_wherever_an_architecture_keeps_it():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    for config in (
+        OPTConfig(**sizes, ffn_dim=32, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5),
+        FalconConfig(**sizes, hidden_dropout=0.5, attention_dropout=0.5),
+        PhimoeConfig(**sizes, intermediate_size=32, num_key_value_heads=2, num_local_experts=2),
+    ):
+        without_dropout(AutoModelForCausalLM.from_config(config))  # raises for a model that stays random
+
+
+def test_a_model_that_stays_random_is_refused(monkeypatch):
+    lm = LlamaForCausalLM(TINY_LLAMA)
+    monkeypatch.setattr(lm.lm_head, "forward", lambda hidden: torch.randn(*hidden.shape[:2], TINY_LLAMA.vocab_size))
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM computes other logits each time"):
+        without_dropout(lm)
 
 
 def test_only_adapters_keep_their_dropout():

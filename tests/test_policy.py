@@ -179,6 +179,27 @@ def test_trie_logprobs_are_renormalised_over_the_allowed_tokens(name: str, packi
         assert relative_error(gradient(lm, logp), expected_gradient) < 1e-5
 
 
+def test_gradients_in_trie_space_are_the_same_each_time() -> None:
+    torch.set_num_threads(2)  # threads that add up in turns would race
+    random = np.random.default_rng(0)
+    titles = np.unique(random.integers(1, 9, (400, 6)), axis=0)
+    closed = [[*title, EOS] for title in titles.tolist()]
+    trie = Trie.from_titles(closed, eos_token=EOS, tokenizer_fingerprint="test")
+    policy = Policy(language_model("qwen2-tied-sliding"), trie=trie)
+    prompts = random.integers(0, 90, (8, 20))
+    batch = policy.pack(prompts, [[closed[i] for i in random.choice(len(closed), 16, replace=False)] for _ in prompts])
+    weights = torch.linspace(-1, 1, len(batch.mask))[:, None]
+
+    def embedding_gradient() -> torch.Tensor:
+        policy.lm.zero_grad()
+        (policy(batch) * weights).sum().backward()
+        return policy.lm.get_input_embeddings().weight.grad.clone()
+
+    first = embedding_gradient()
+    assert all(torch.equal(embedding_gradient(), first) for _ in range(10))
+    torch.set_num_threads(1)
+
+
 def test_a_candidate_outside_the_trie_is_refused_with_the_place() -> None:
     trie = Trie.from_titles([[1, 2, EOS], [1, 3, EOS]], eos_token=EOS, tokenizer_fingerprint="test")
     policy = Policy(language_model("llama"), trie=trie)

@@ -21,6 +21,7 @@ from catalog.catalog import Catalog
 from catalog.config import DataConfig, GeneratedConfig
 from catalog.trie import Trie
 from rollout.actor import RolloutWorker, group_seed
+from rollout.children import logsumexp
 from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
 from rollout.engines import create_engine
@@ -28,6 +29,7 @@ from rollout.group_beam import GroupBeam
 from rollout.groups import INCLUSION_WEIGHT, Candidates
 from rollout.streams import PublishedWeights, collect, stream_rollout
 from rollout.vllm_engine import EngineError
+from rollout.vllm_one_token import _logits
 from rollout.vllm_requests import widest_fanout_below
 from rollout.weights import WeightBucket, checksum
 
@@ -327,7 +329,18 @@ def test_new_weights_change_the_groups(engine: Any, model: Any, trie: Trie, prom
         assert again.item_class.tolist() == first.item_class.tolist()
 
 
+def test_a_forced_token_of_probability_1_leaves_finite_log_probabilities() -> None:
+    logits = _logits([{5: 0.0}, {0: -1.0, 3: -0.5}], 8)
+    normalised = logits - logsumexp(logits)[:, None]
+    np.testing.assert_allclose(normalised[0, 5], 0.0, atol=1e-6)
+    np.testing.assert_allclose(normalised[1, [0, 3]], [-1.0, -0.5], atol=1e-6)
+
+
 def test_what_cannot_be_generated_is_refused(engine: Any, prompts: list[list[int]]) -> None:
+    with pytest.raises(EngineError, match="2 prompts came with 1 seeds"):
+        engine.generate(prompts[:2], [0], [0, 0])
+    with pytest.raises(EngineError, match=r"prompt 0 has token ids from -1 to \d+, the model's vocabulary is"):
+        generate(engine, [[-1, *prompts[0]]], 4)
     with pytest.raises(EngineError, match="prompt 1 has no tokens"):
         generate(engine, [prompts[0], []], 4)
     with pytest.raises(EngineError, match=r"prompt 0 has 2040 tokens.*rollout\.vllm\.max_model_len"):

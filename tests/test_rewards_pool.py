@@ -100,6 +100,12 @@ def test_an_error_while_starting_keeps_its_traceback(start_pool: StartPool) -> N
         pool.ready(timeout_s=60)
 
 
+def test_a_weighted_sum_that_overflows_is_an_error(start_pool: StartPool) -> None:
+    pool = start_pool(RewardTerm("rule"), faulty("title_length", weight=1e39))
+    with pytest.raises(RewardError, match=r"weighted sum of the rewards overflows float32.*rule"):
+        score(pool, [some_groups(5, seed=0)])
+
+
 def test_a_killed_actor_is_restarted_and_its_groups_are_scored_again(start_pool: StartPool, tmp_path: Path) -> None:
     pool = start_pool(RewardTerm("rule"), faulty("DiesOnce", args={"mark": str(tmp_path / "died")}))
     pool.ready(timeout_s=60)

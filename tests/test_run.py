@@ -114,6 +114,22 @@ def test_a_run_goes_on_where_it_stopped_and_survives_a_dead_learner(finished_run
     assert steps[-1] == 6
 
 
+def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
+    process = start(tmp_path, "--name", "ended", "--steps", "1000")
+    deadline = time.monotonic() + 100
+    while not actor_processes(process, "RolloutWorker"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    output = finish(process)
+    assert process.returncode == 130, output
+    assert "interrupted; everything that was started has been ended" in output
+    assert "SIGTERM received" not in output
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
+
+
 def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
     process = start(tmp_path, "--name", "stopped", "--steps", "1000")
     wait_for_step(process, tmp_path / "runs" / "stopped", 1)
