@@ -23,7 +23,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(DEVICE)
 ENV := DS_ACCELERATOR=$(if $(filter gpu,$(DEVICE)),cuda,cpu)
 
-.PHONY: help setup launch sweep test lint format bench bench-rollout bench-learner bench-step bench-rewards parity \
+.PHONY: help setup launch sweep test test-gpu .test-gpu lint format bench bench-rollout bench-learner bench-step bench-rewards parity \
 	sasrec clean
 
 help:  ## list the commands
@@ -64,6 +64,11 @@ launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="
 
 test: $(READY)  ## run the tests
 	@$(ENV) $(RUN) -m pytest -q
+
+test-gpu:  ## run the tests that need a GPU
+	@$(MAKE) --no-print-directory DEVICE=gpu .test-gpu
+.test-gpu: $(READY)
+	@$(ENV) $(RUN) -m pytest -q -m gpu
 
 lint: $(READY)  ## ruff and mypy
 	@$(RUN) -m ruff check .

@@ -54,19 +54,15 @@ def measurable(shapes: Iterable[str]) -> tuple[tuple[str, ...], str]:
     return kept, remark if left_out else ""
 
 
-SMALL_CACHE = () if ON_GPU else ("rollout.kv_cache_gib=0.4",)
-"""As much as 4 groups need."""
-
-ONE_GROUP_AT_A_TIME = () if ON_GPU else ("learner.micro_batch_tokens=1024",)
-"""As in the published way's forward pass, where that saves memory and costs no time. In bfloat16 it would cost time:
-every micro-batch adds all weights' gradients to float32 sums."""
+SMALL = () if ON_GPU else ("rollout.kv_cache_gib=0.4", "learner.micro_batch_tokens=1024")
+"""The KV cache that 4 groups need; in the learner a group at a time, as in the published way's forward pass."""
 
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny-64", groups=64, real=False, overrides=("data.generated.users=400",)),
-        Shape("industrial-135m-fp32", groups=GROUPS, real=True, overrides=(*SMALL_CACHE, *ONE_GROUP_AT_A_TIME)),
-        Shape("industrial-135m-bf16", groups=GROUPS, real=True, dtype="bfloat16", overrides=SMALL_CACHE),
+        Shape("industrial-135m-fp32", groups=GROUPS, real=True, overrides=SMALL),
+        Shape("industrial-135m-bf16", groups=GROUPS, real=True, dtype="bfloat16", overrides=SMALL),
     )
 }
 
