@@ -13,7 +13,6 @@ import numpy as np
 import ray
 
 from benchmarks.harness import Call, Row, Side, row_of_pairs, threads, with_memory, write_rows
-from benchmarks.published_way import PublishedTrainer
 from benchmarks.shapes import SHAPES, ShapeAbsentError, Workload, build, measurable
 from launch.actors import Actors
 from launch.placement import plan
@@ -89,6 +88,8 @@ class Theirs:
 
     def __init__(self, shape: str) -> None:
         import torch
+
+        from benchmarks.published_way import PublishedTrainer  # ours has no use for what it imports
 
         torch.set_num_threads(threads())
         self.workload = build(SHAPES[shape])

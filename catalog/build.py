@@ -6,11 +6,11 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerBase
 
 from catalog.arrow_files import write_arrow
 from catalog.catalog import DESCRIPTION, Catalog
@@ -28,13 +28,19 @@ from catalog.tokenizer import (
     check_prompt_ends,
     check_titles_follow,
     encode_titles,
+    known_fingerprint,
     load_tokenizer,
     tokenizer_fingerprint,
 )
 from catalog.trie import Trie
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FORMAT_VERSION = 1
 """Changes whenever the files or the generator do, so that nothing older is taken for them."""
+TOKENIZERS = "tokenizers"
+"""Folder in the cache: fingerprints of tokenizers by the contents of their files."""
 BEST_POSSIBLE_KS = (1, 3, 5, 10, 20, 50)
 PROMPTS_TO_LEARN_FROM = 2000
 WHOLE_PROMPTS_CHECKED = 256
@@ -48,16 +54,16 @@ def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
     """
     _check_config(config)
     source = None if config.path is None else Source.of(Path(config.path))
-    tokenizer = load_tokenizer(tokenizer_path)
-    fingerprint = _fingerprint(config, source, tokenizer)
     cache = Path(config.cache)
+    tokenizer = known_fingerprint(tokenizer_path, cache / TOKENIZERS)
+    fingerprint = _fingerprint(config, source, tokenizer)
     path = cache / fingerprint
     if path.is_dir():
         return Catalog.load(path)
     cache.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint}-", dir=cache))
     try:
-        _write(_interactions(config, source), config, tokenizer, fingerprint, temporary)
+        _write(_interactions(config, source), config, load_tokenizer(tokenizer_path), fingerprint, temporary)
         temporary.chmod(0o755)
         _rename(temporary, path)
     finally:
@@ -85,11 +91,11 @@ def _interactions(config: DataConfig, source: Source | None) -> Interactions:
     return source.read(config.max_history) if source else generate(config.generated, config.max_history)
 
 
-def _fingerprint(config: DataConfig, source: Source | None, tokenizer: PreTrainedTokenizerBase) -> str:
+def _fingerprint(config: DataConfig, source: Source | None, tokenizer: str) -> str:
     content = {
         "format": FORMAT_VERSION,
         "data": source.fingerprint() if source else asdict(config.generated),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizer,
         "template": asdict(config.template),
         "max_history": config.max_history,
         "max_prompt_tokens": config.max_prompt_tokens,
@@ -106,7 +112,7 @@ def _rename(temporary: Path, path: Path) -> None:
 
 
 def _write(
-    data: Interactions, config: DataConfig, tokenizer: PreTrainedTokenizerBase, fingerprint: str, path: Path
+    data: Interactions, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", fingerprint: str, path: Path
 ) -> None:
     class_of_item, titles = _classes(data.titles)
     texts = titles.to_pylist()

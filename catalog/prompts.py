@@ -1,14 +1,17 @@
 """Histories as prompt tokens: a title recurs in many histories, so its tokens are computed once for each place."""
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from catalog.config import TemplateConfig
 from catalog.ragged import Ragged
 from catalog.template import prompt_texts
 from catalog.tokenizer import encode_batch, encode_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRIAL_TITLES, TRIAL_HISTORY = 64, 10
 
@@ -31,7 +34,7 @@ class PromptEncoder:
     >>> encoder.encode(histories)           # Ragged of item classes in, Ragged of tokens out
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: TemplateConfig, titles: list[str]) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: TemplateConfig, titles: list[str]) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.titles = titles

@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from catalog.errors import CatalogError
 from catalog.ragged import Ragged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 QWEN2_PIECES = (
@@ -42,6 +47,8 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    from transformers import PreTrainedTokenizerFast
+
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
@@ -51,8 +58,10 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None
     ).save_pretrained(str(out_dir))
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face directory. Raises CatalogError where it cannot serve title generation."""
+    from transformers import AutoTokenizer  # takes seconds and 250 MiB
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
@@ -67,7 +76,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Sixteen hex digits of what the tokenizer does: its vocabulary, its special tokens and how it cuts a probe text.
 
     Does not change when the tokenizer is saved and loaded again, nor with its padding and truncation settings.
@@ -81,13 +90,31 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def known_fingerprint(path: str | Path, cache: Path) -> str:
+    """tokenizer_fingerprint of a Hugging Face directory, by the contents of its files: loaded once, then read from
+    `cache`, because transformers takes seconds to import. Raises as load_tokenizer."""
+    content = [version("transformers"), version("tokenizers")]
+    for file in sorted(Path(path).glob("*")):
+        if file.suffix in (".json", ".txt", ".model"):
+            content += [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
+    known = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+    if known.is_file():
+        return known.read_text()
+    fingerprint = tokenizer_fingerprint(load_tokenizer(path))
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = known.with_name(f".{known.name}.{os.getpid()}")
+    temporary.write_text(fingerprint)
+    temporary.replace(known)
+    return fingerprint
+
+
+def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer itself puts before a text: [bos], or nothing."""
     special = tokenizer.encode("")
     return special[:1] if special and special[0] == tokenizer.bos_token_id else []
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Ragged:
+def encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Ragged:
     """Token ids of each text, without special tokens, padding or truncation."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -98,7 +125,7 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Ra
     )
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Ragged:
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> Ragged:
     """Token ids of each prompt; the beginning-of-sequence token first where the tokenizer itself adds one."""
     tokens, start = encode_batch(tokenizer, prompts), start_tokens(tokenizer)
     return (
@@ -109,7 +136,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 
 
 def encode_titles(
-    tokenizer: PreTrainedTokenizerBase, context: str, responses: Sequence[str], names: Sequence[str]
+    tokenizer: "PreTrainedTokenizerBase", context: str, responses: Sequence[str], names: Sequence[str]
 ) -> Ragged:
     """Token ids of each response as it continues `context`, end-of-sequence last.
 
@@ -138,7 +165,7 @@ def encode_titles(
 
 
 def _check_round_trip(
-    tokenizer: PreTrainedTokenizerBase, context: str, tokens: Ragged, responses: Sequence[str], names: Sequence[str]
+    tokenizer: "PreTrainedTokenizerBase", context: str, tokens: Ragged, responses: Sequence[str], names: Sequence[str]
 ) -> None:
     """Decoding tokens[i] must give context + responses[i], where a tokenizer may normalise to Unicode's NFC."""
     decode = tokenizer.backend_tokenizer.decode_batch
@@ -153,7 +180,7 @@ def _check_round_trip(
                 )
 
 
-def check_prompt_ends(tokenizer: PreTrainedTokenizerBase, context: str, prompts: Ragged) -> None:
+def check_prompt_ends(tokenizer: "PreTrainedTokenizerBase", context: str, prompts: Ragged) -> None:
     """Raise CatalogError unless all prompts end in the same tokens of `context`, on which the titles' tokens rest.
 
     The first tokens of the context may merge with the history before it; a token boundary inside it must remain.
@@ -174,7 +201,7 @@ def check_prompt_ends(tokenizer: PreTrainedTokenizerBase, context: str, prompts:
 
 
 def check_titles_follow(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     prompt_tokens: Ragged,
     responses: Sequence[str],

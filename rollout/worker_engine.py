@@ -30,7 +30,7 @@ class WorkerEngine:
             config,
             worker_extension=WORKER_EXTENSION,
             first_runner=True,
-            compilation_config={"cudagraph_mode": "PIECEWISE"},  # whole graphs would be captured and never replayed
+            whole_graphs=False,
         )
         trie = Trie.load(Path(trie_path))
         model_config = self._llm.llm_engine.model_config

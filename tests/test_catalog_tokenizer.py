@@ -1,5 +1,7 @@
 """Tokens of prompts and titles: in context, without loss, bound to the tokenizer."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from catalog.tokenizer import (
     encode_batch,
     encode_prompts,
     encode_titles,
+    known_fingerprint,
     load_tokenizer,
     tokenizer_fingerprint,
     train_byte_bpe,
@@ -145,3 +148,19 @@ def test_golden_prompts_have_their_published_length(golden_dir: Path) -> None:
     whole = encode_prompts(tokenizer, [a + b for a, b in zip(examples["prompt"], examples["completion"], strict=True)])
     for i, target in enumerate(examples["target_item_id"]):
         assert np.array_equal(whole[i], np.concatenate([prompts[i], responses[target][:-1]]))
+
+
+def test_a_known_tokenizer_is_not_loaded_again(
+    tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_tokenizer_dir, copy)
+    expected = tokenizer_fingerprint(load_tokenizer(copy))
+    assert known_fingerprint(copy, tmp_path / "cache") == expected
+    monkeypatch.setattr("catalog.tokenizer.load_tokenizer", None)
+    assert known_fingerprint(tiny_tokenizer_dir, tmp_path / "cache") == expected
+    monkeypatch.undo()
+
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<unk>", "unk_token": "<unk>"}))
+    assert known_fingerprint(copy, tmp_path / "cache") != expected
