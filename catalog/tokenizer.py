@@ -25,6 +25,8 @@ QWEN2_PIECES = (
 FINGERPRINT_PROBE = (
     'Pack of 10, 3/8" x 36\', 12.5 kg – naïve Größe\n \n### Response:\n"工业 Ltd."\n\t\t  don\'t <|endoftext|>'
 )
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+"""Files of a Hugging Face directory that say nothing about its tokenizer."""
 BATCH = 8192
 
 
@@ -93,12 +95,12 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 def known_fingerprint(path: str | Path, cache: Path) -> str:
     """tokenizer_fingerprint of a Hugging Face directory, by the contents of its files: loaded once, then read from
     `cache`, because transformers takes seconds to import. Raises as load_tokenizer."""
-    content = [version("transformers"), version("tokenizers")]
+    content = [FINGERPRINT_PROBE, version("transformers"), version("tokenizers")]
     for file in sorted(Path(path).glob("*")):
-        if file.suffix in (".json", ".txt", ".model"):
+        if file.is_file() and file.suffix not in WEIGHTS:
             content += [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
     known = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
-    if known.is_file():
+    if known.is_file() and Path(path).is_dir():
         return known.read_text()
     fingerprint = tokenizer_fingerprint(load_tokenizer(path))
     cache.mkdir(parents=True, exist_ok=True)

@@ -34,9 +34,11 @@ def connect(config: Config) -> None:
 def _own_sigterm() -> Iterator[None]:
     """Ray takes SIGTERM for itself, and would end the driver with its stack instead of ending the run."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(config: Config) -> None:

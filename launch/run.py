@@ -50,9 +50,7 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
         actors.learner.join()
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
-        actors.rollouts.publish(actors.learner.export, version=0)  # weights that workers cannot take show now
-        actors.rollouts.loaded()
-        actors.rollouts.sleep()  # the warm-up comes first
+        surviving(actors, progress, partial(try_weights, actors))
         before = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
         with progress.stage("train", steps) as stage:
             surviving(actors, progress, partial(train_to_the_end, actors, order, config, directory, stage, steps))
@@ -65,6 +63,13 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
     print_metrics(progress, summary)
     progress.line(f"{directory.path}: report.html, summary.json, metrics.jsonl, tensorboard, rollouts, checkpoints")
     return summary
+
+
+def try_weights(actors: Actors) -> None:
+    """Load the weights before training into every worker: those that a worker cannot take show now, not after SFT."""
+    actors.rollouts.publish(actors.learner.export, version=0)
+    actors.rollouts.loaded()
+    actors.rollouts.sleep()  # the warm-up comes first
 
 
 def warm_up(

@@ -113,7 +113,7 @@ class LearnerConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     # The warm-up before RL.
     sleep: bool = False
-    # Give back what a step has freed, for devices that rollout workers use, too.
+    # Give back what training has freed before workers load new weights, for devices that both use.
     timeout_s: float = 1800.0
     # Longest wait for one step of a rank.
     deepspeed: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 def use_lean_layers(model: nn.Module) -> None:
     """Make every RMS norm and gated MLP of a model lean, in place; parameters, their names and results stay.
 
-    A layer that computes anything else than the lean one, to the last bit, stays as it is.
+    A layer that holds more than the lean one knows of, or computes anything else of small, middling and large probes,
+    to the last bit, stays as it is.
     """
     for module in list(model.modules()):
         for lean in (LeanNorm, LeanGatedMlp):
@@ -27,12 +28,11 @@ def use_lean_layers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _replace(module: nn.Module, lean: type[nn.Module]) -> None:
-    """Give a module the lean class where both compute the same of a probe."""
+    """Give a module the lean class where both compute the same of probes."""
     parameter = next(module.parameters())
-    width = parameter.shape[-1]
-    probe = (
-        torch.linspace(-2, 2, 4 * width, device=parameter.device).sin().mul(3).view(1, 4, width).to(parameter.dtype)
-    )
+    shape = (4, parameter.shape[-1])
+    waves = torch.linspace(-2, 2, shape[0] * shape[1], device=parameter.device).sin().view(shape)
+    probe = torch.stack([waves * size for size in (1e-3, 1.0, 1e3)]).to(parameter.dtype)  # some layers clamp
     plain = type(module)
     expected = module(probe)
     module.__class__ = _lean_class(lean, plain)  # type: ignore[arg-type]
@@ -52,9 +52,8 @@ class LeanNorm(nn.Module):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        return (
-            type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None and not list(module.children())
-        )
+        held = [name for name, _ in module.named_parameters()]
+        return type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None and held == ["weight"]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]"""
@@ -94,8 +93,13 @@ class LeanGatedMlp(nn.Module):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
-        return all(isinstance(getattr(module, part, None), nn.Module) for part in parts)
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        parts = {name for name, _ in module.named_children()}
+        return (
+            parts == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+            and not own
+            and not list(module.get_submodule("act_fn").parameters())
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]"""

@@ -1,7 +1,7 @@
 """The learner of one rank: the policy with its optimizer and reference, warmed up, updated, exported and saved."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Learner:
         """Give the system, or the GPU, what freed tensors have left; a small model on a CPU keeps it."""
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
-        elif sum(parameter.nbytes for parameter in self.policy.parameters()) >= WORTH_RETURNING:
+        elif sum(map(self.engine.full_bytes, self.policy.parameters())) >= WORTH_RETURNING:
             return_freed_memory()
 
     def export_weights(self) -> Iterator[WeightBucket]:
@@ -185,18 +185,29 @@ def without_dropout(lm: PreTrainedModel) -> None:
 
     Raises NotImplementedError for a model that is random in some other way.
     """
-    for holder in (lm.config.get_text_config(), *lm.modules()):
+    _zero_dropout(lm.modules())
+    if _is_random(lm):
+        _zero_dropout([lm.config.get_text_config()])  # some architectures read it there in every pass
+    if _is_random(lm):
+        raise NotImplementedError(
+            f"{type(lm).__name__} computes other logits each time when it is trained, and not by a dropout that could "
+            "be turned off: its updates would be those of another policy than the one that rolled out"
+        )
+
+
+def _zero_dropout(holders: Iterable[Any]) -> None:
+    for holder in holders:
         if isinstance(holder, torch.nn.modules.dropout._DropoutNd):
             holder.p = 0.0
         for name, value in vars(holder).items():
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(holder, name, 0.0)
+
+
+@torch.no_grad()
+def _is_random(lm: PreTrainedModel) -> bool:
+    """Whether two passes in training mode differ."""
     tokens = torch.arange(8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
     lm.train()
-    with torch.no_grad():
-        first, second = (lm(input_ids=tokens, use_cache=False).logits for _ in range(2))
-    if not torch.equal(first, second):
-        raise NotImplementedError(
-            f"{type(lm).__name__} computes other logits each time when it is trained, and not by a dropout that could "
-            "be turned off: its updates would be those of another policy than the one that rolled out"
-        )
+    first, second = (lm(input_ids=tokens, use_cache=False).logits for _ in range(2))
+    return not torch.equal(first, second)

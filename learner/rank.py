@@ -27,6 +27,7 @@ SIGNS_OF_A_LOST_PEER = (
     "Broken pipe",
     "Timed out",
     "ncclRemoteError",
+    "ncclSystemError",
     "NCCL communicator was aborted",
     "collective operation timeout",
     "Rank0Failed",
@@ -149,14 +150,13 @@ class LearnerRank:
     @_named
     def step(self, *tables: pa.Table) -> dict[str, float]:
         """One RL step on the groups of all tables (every rank gets all of them); metrics are equal on all ranks."""
-        metrics = self._learner.step(tables)
-        if self._config.sleep:
-            self._learner.return_freed_memory()
-        return metrics
+        return self._learner.step(tables)
 
     @_named_stream
     def export_weights(self) -> Iterator[WeightBucket]:
         """All weights in buckets from rank 0; the other ranks yield nothing."""
+        if self._config.sleep:  # workers wake next
+            self._learner.return_freed_memory()
         yield from self._learner.export_weights()
 
     @_named

@@ -180,7 +180,8 @@ class RolloutWorker:
     def sleep(self) -> None:
         """Let go of weights and KV cache. Rollouts are refused until load_weights, which wakes the worker."""
         self._version = None
-        self._engine.sleep()
+        if self._created is not None:  # else it has just been restarted
+            self._created.sleep()
 
     @ray.method(concurrency_group="health")
     def health(self) -> dict[str, Any]:

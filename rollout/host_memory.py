@@ -47,7 +47,7 @@ def return_freed_memory() -> None:
 
 
 def discard_contents(tensor: torch.Tensor) -> None:
-    """Give the system the whole pages of a CPU tensor; it stays where it is, but what it holds is lost."""
+    """Give the system the whole pages of a CPU tensor's storage; it stays where it is, but what it holds is lost."""
     storage = tensor.untyped_storage()
     first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (storage.data_ptr() + storage.nbytes() - first) // mmap.PAGESIZE * mmap.PAGESIZE

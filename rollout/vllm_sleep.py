@@ -20,6 +20,8 @@ class SleepWorker:
         On a CPU, a model so small that touching its memory anew would cost more than it frees keeps it.
         """
         runner = self.model_runner
+        if self.asleep:
+            return
         if runner.device.type != "cpu":
             self.sleep(level=2)  # type: ignore[attr-defined]
             self.asleep = frozenset({"weights", "kv_cache"})

@@ -91,7 +91,8 @@ def _tied(model: Any) -> tuple[Any, Any]:
     if not isinstance(head, ParallelLMHead) or not getattr(model.config, "tie_word_embeddings", False):
         return None, None
     for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+        tied = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+        if tied and (module.num_embeddings, module.embedding_dim) == (head.num_embeddings, head.embedding_dim):
             return head, module
     return None, None
 

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from learner.lean_layers import LeanGatedMlp, LeanNorm, use_lean_layers
 from tests.test_policy import SHAPE
@@ -70,6 +71,31 @@ def test_less_is_kept() -> None:
     spared = tokens * (2 * shape.num_hidden_layers + 1) * shape.hidden_size
     spared += tokens * 2 * shape.num_hidden_layers * shape.intermediate_size
     assert gradients(lean)[2] <= gradients(plain)[2] - 4 * spared
+
+
+def test_a_layer_that_holds_more_or_clamps_stays_as_it_is() -> None:
+    class Clamped(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x))
+
+    class Scaled(LlamaMLP):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    class BareRMSNorm(torch.nn.Module):
+        eps = 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * x.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
+
+    config = CONFIGS["llama"]()
+    layers = torch.nn.ModuleList([Clamped(config), Scaled(config), BareRMSNorm(), LlamaMLP(config)])
+    use_lean_layers(layers)
+    assert [isinstance(layer, LeanGatedMlp | LeanNorm) for layer in layers] == [False, False, False, True]
 
 
 def test_a_norm_of_another_formula_stays_as_it_is() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ray.exceptions import RayActorError
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.config import DataConfig, GeneratedConfig
+from launch.rollout_fleet import RolloutFleet
 from rollout.actor import ChecksumMismatch, RolloutWorker, StaleWeights, group_seed
 from rollout.assign import assign
 from rollout.config import RolloutConfig
@@ -83,6 +85,23 @@ def published(version: int, value: float = 1.0) -> PublishedWeights:
     tensors = [("a", torch.full((3, 2), value)), ("b", torch.arange(4.0))]
     refs = [ray.put(WeightBucket.pack([tensor])) for tensor in tensors]
     return PublishedWeights(version, refs, checksum(tensors))
+
+
+def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights(
+    ray_session: None, small_catalog: Catalog, folder: Path
+) -> None:
+    options = RolloutWorker.options(num_cpus=0, max_restarts=1)
+    worker = options.remote(2, str(folder), str(small_catalog.path), CONFIG, None, rollout_fakes.FakeEngine)
+    fleet = RolloutFleet.__new__(RolloutFleet)
+    fleet.config, fleet.catalog, fleet.workers = replace(CONFIG, sleep=True), small_catalog, [worker]
+    fleet._weights, fleet._loads, fleet.confirmed_loads = None, {}, 0
+    os.kill(ray.get(worker.health.remote())["process"], signal.SIGKILL)
+    fleet.sleep()
+    fleet.publish(lambda version: published(version), version=1)
+    fleet.loaded()
+    tables = [ray.get(ref) for ref in fleet.land(fleet.launch("train", np.asarray(IDS), seed=0))]
+    assert sum(map(len, tables)) == len(IDS)
+    ray.kill(worker)
 
 
 def test_a_stream_is_the_groups_of_the_examples_in_order(worker: ActorHandle, small_catalog: Catalog) -> None:

@@ -53,7 +53,7 @@ def test_a_plan_of_padded_batches_counts_their_padding(examples, budget, ranks):
     assert sorted(np.concatenate([rows for micros in plan for rows in micros])) == sorted(batch)
     for rows in (rows for micros in plan for rows in micros if len(rows) > 1):
         padded = padded_batch([examples.prompts[row] for row in rows], [[examples.titles[row]] for row in rows])
-        assert padded.fed_tokens <= budget
+        assert padded.tokens.numel() <= budget
 
 
 def test_shared_histories_are_fed_once(examples):
