@@ -23,8 +23,8 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(DEVICE)
 ENV := DS_ACCELERATOR=$(if $(filter gpu,$(DEVICE)),cuda,cpu)
 
-.PHONY: help setup launch sweep test test-gpu .test-gpu lint format bench bench-rollout bench-learner bench-step bench-rewards parity \
-	sasrec clean
+.PHONY: help setup launch test test-gpu .test-gpu lint format bench bench-rollout bench-learner bench-step bench-rewards \
+	parity sasrec clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16

@@ -152,7 +152,8 @@ class Learner:
     def _load_policy(self, model_path: str, trie: Any, trainable: bool) -> Policy:
         config = self._config
         lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[config.dtype])
-        without_dropout(lm)
+        if trainable:  # the reference is in evaluation mode
+            without_dropout(lm)
         if trainable and config.lora.rank:
             add_adapters(lm, config.lora)
         if trainable and config.gradient_checkpointing:
