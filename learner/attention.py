@@ -1,8 +1,8 @@
 """Attention over a packed row: an attention implementation named "tree" that Hugging Face models call in every layer.
 
-On the CPU the row is cut into runs of queries that see few keys besides their own; runs of similar size are one fused
-attention call. On CUDA it is one flex attention call whose block mask skips what nobody sees. Windows go by position,
-not by index.
+On the CPU the row is cut into runs of queries that see few keys besides their own, and attention is computed run by
+run in matrices that stay in the cache: torch's fused kernel takes longer for so few queries. On CUDA it is one flex
+attention call whose block mask skips what nobody sees. Windows go by position, not by index.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from learner.products import attended_dtype
-from learner.tree_mask import RunBatch, TreeMask
+from learner.tree_mask import MaskedRun, TreeMask
 
 IMPLEMENTATION = "tree"
 FLEX_VARIANTS = 64
@@ -43,14 +42,12 @@ def tree_attention(
     if tree is None or asked:
         reason = f"needs {asked}" if asked else "does not hand keyword arguments on to its attention"
         raise NotImplementedError(f"{type(module).__name__} {reason}: train it with learner.packing=padded")
+    if dropout:
+        raise NotImplementedError("tree attention has no dropout: train with learner.packing=padded")
     if query.is_cuda:
-        if dropout:
-            raise NotImplementedError("flex attention has no dropout: train with learner.packing=padded")
         return flex_tree_attention(query, key, value, tree.block_mask(sliding_window), scaling, softcap), None
-    batches = tree.run_batches(sliding_window, query.shape[1] // key.shape[1], attended_dtype(query))
-    if dropout or softcap is not None:
-        return _plain_attention(query, key, value, batches, scaling, dropout, softcap), None
-    return _RunAttention.apply(query, key, value, batches, scaling), None
+    runs = tree.runs(sliding_window, query.shape[1] // key.shape[1])
+    return _RunAttention.apply(query, key, value, runs, scaling or query.shape[-1] ** -0.5, softcap), None
 
 
 def flex_tree_attention(
@@ -86,7 +83,7 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 
 
 class _RunAttention(torch.autograd.Function):
-    """Fused attention, one call per batch of runs; gradients of keys that several runs see add up in place."""
+    """Attention run by run, in float32; the backward pass computes the weights of a run again."""
 
     @staticmethod
     def forward(
@@ -94,92 +91,58 @@ class _RunAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        batches: list[RunBatch],
-        scaling: float | None,
+        runs: list[MaskedRun],
+        scaling: float,
+        softcap: float | None,
     ) -> torch.Tensor:
         """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
-        output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-        queries, keys, values = (rows[0].transpose(0, 1) for rows in (query, key, value))
-        normalisers = []
-        for batch in batches:
-            part, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _queries(queries, batch, key.shape[1]),
-                _keys(keys, batch),
-                _keys(values, batch),
-                attn_mask=batch.mask,
-                scale=scaling,
-            )
-            output.index_copy_(0, batch.token, _rows(part, batch, query.shape[1]).to(output.dtype))
-            normalisers.append(normaliser)
-        ctx.save_for_backward(query, key, value, output)
-        ctx.batches, ctx.normalisers, ctx.scaling = batches, normalisers, scaling
-        return output[None]
+        ctx.save_for_backward(query, key, value)
+        ctx.runs, ctx.scaling, ctx.softcap = runs, scaling, softcap
+        queries, keys, values = _by_key_head(query, len(key[0])) * scaling, key[0].float(), value[0].float()
+        output = query.new_empty(query.shape[2], len(keys), queries.shape[2], query.shape[3])
+        for run in runs:
+            weights, _ = _weights(queries[:, run.queries].flatten(1, 2), run.seen(keys), run.mask, softcap)
+            attended = torch.bmm(weights, run.seen(values))
+            output[run.queries] = attended.unflatten(1, (-1, queries.shape[2])).transpose(0, 1)
+        return output.flatten(1, 2)[None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, output = ctx.saved_tensors
-        queries, keys, values = (rows[0].transpose(0, 1) for rows in (query, key, value))
-        incoming, to_query = gradients[0][0], torch.empty_like(output)
-        to_key, to_value = (key.new_zeros(len(keys), keys[0].numel(), dtype=attended_dtype(key)) for _ in range(2))
-        for batch, normaliser in zip(ctx.batches, ctx.normalisers, strict=True):
-            of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _queries(incoming, batch, key.shape[1]),
-                _queries(queries, batch, key.shape[1]),
-                _keys(keys, batch),
-                _keys(values, batch),
-                _queries(output, batch, key.shape[1]),
-                normaliser,
-                0.0,
-                False,
-                attn_mask=batch.mask,
-                scale=ctx.scaling,
-            )
-            to_query.index_copy_(0, batch.token, _rows(of_query, batch, query.shape[1]).to(to_query.dtype))
-            place = batch.key[:, None].expand(-1, to_key.shape[1])
-            to_key.scatter_add_(0, place, of_key.transpose(1, 2).reshape(place.shape))
-            to_value.scatter_add_(0, place, of_value.transpose(1, 2).reshape(place.shape))
-        by_head = (to_query, to_key.view(keys.shape), to_value.view(values.shape))
-        return *(rows.transpose(0, 1)[None].to(query.dtype) for rows in by_head), None, None
+        query, key, value = ctx.saved_tensors
+        queries, keys, values = _by_key_head(query, len(key[0])) * ctx.scaling, key[0].float(), value[0].float()
+        incoming = _by_key_head(gradients[0].transpose(1, 2), len(keys))
+        to_query = torch.empty_like(queries)
+        to_key, to_value = torch.zeros_like(keys), torch.zeros_like(values)
+        for run in ctx.runs:
+            own, seen = queries[:, run.queries].flatten(1, 2), run.seen(keys)
+            weights, slope = _weights(own, seen, run.mask, ctx.softcap)
+            of_output = incoming[:, run.queries].flatten(1, 2)
+            run.add_seen(to_value, torch.bmm(weights.transpose(1, 2), of_output))
+            of_scores = torch.bmm(of_output, run.seen(values).transpose(1, 2))
+            of_scores = torch.ops.aten._softmax_backward_data(of_scores, weights, -1, weights.dtype)
+            if slope is not None:
+                of_scores.mul_(slope)
+            to_query[:, run.queries] = torch.bmm(of_scores, seen).unflatten(1, (-1, queries.shape[2]))
+            run.add_seen(to_key, torch.bmm(of_scores.transpose(1, 2), own))
+        to_query = to_query.mul_(ctx.scaling).transpose(1, 2).flatten(0, 1)
+        return *(rows[None].to(query.dtype) for rows in (to_query, to_key, to_value)), None, None, None
 
 
-def _queries(rows: torch.Tensor, batch: RunBatch, key_heads: int) -> torch.Tensor:
-    """[B, H_kv, sharing * Q, D] of rows [N, H, D], 0 where there is no query: heads of one key head are neighbours."""
-    taken = rows.index_select(0, batch.query).to(batch.mask.dtype).index_fill(0, batch.padding, 0.0)
-    return taken.unflatten(1, (key_heads, -1)).unflatten(0, (len(batch.mask), -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+def _by_key_head(rows: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """float32 [H_kv, N, sharing, D] of rows [1, H, N, D]: a token's heads of one key head are neighbours."""
+    return rows[0].float().unflatten(0, (key_heads, -1)).transpose(1, 2).contiguous()
 
 
-def _rows(part: torch.Tensor, batch: RunBatch, heads: int) -> torch.Tensor:
-    """[R, H, D], one row for each of batch.token: the way back."""
-    by_head = part.unflatten(2, (heads // part.shape[1], -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return by_head.flatten(0, 1).index_select(0, batch.real)
-
-
-def _keys(rows: torch.Tensor, batch: RunBatch) -> torch.Tensor:
-    """[B, H_kv, K, D] of keys (or values) [N, H_kv, D]."""
-    return rows.index_select(0, batch.key).to(batch.mask.dtype).unflatten(0, (len(batch.mask), -1)).transpose(1, 2)
-
-
-def _plain_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    batches: list[RunBatch],
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """As _RunAttention, for what fused attention leaves out: a softcap, dropout."""
-    queries, keys, values = (rows[0].transpose(0, 1) for rows in (query, key, value))
-    output = torch.zeros_like(queries)
-    for batch in batches:
-        scores = _queries(queries, batch, key.shape[1]) @ _keys(keys, batch).transpose(-1, -2)
-        scores = scores * (scaling or query.shape[-1] ** -0.5)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        weights = (scores + batch.mask).softmax(-1, torch.float32).to(batch.mask.dtype)
-        part = nn.functional.dropout(weights, dropout) @ _keys(values, batch)
-        output = output.index_copy(0, batch.token, _rows(part, batch, query.shape[1]).to(output.dtype))
-    return output[None]
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention weights [H, Q, K] of scaled queries [H, Q, D] and keys [H, K, D], and the softcap's derivative."""
+    if softcap is None:
+        scores, slope = torch.baddbmm(mask.expand(len(key), -1, -1), query, key.transpose(1, 2)), None
+    else:
+        bent = torch.bmm(query, key.transpose(1, 2)).div_(softcap).tanh_()
+        scores, slope = torch.addcmul(mask, bent, bent.new_tensor(softcap)), 1.0 - bent**2
+    return torch.softmax(scores, -1, out=scores), slope
 
 
 def packing_refusal(lm: PreTrainedModel) -> str | None:

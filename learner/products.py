@@ -38,16 +38,6 @@ def must_widen(tensor: torch.Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not has_bfloat16()
 
 
-def attended_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The precision in which attention over `tensor` is fastest on this CPU.
-
-    torch's fused attention multiplies small bfloat16 blocks no faster than float32 ones where there is no AMX, and
-    takes up to twice as long for the gradients.
-    """
-    narrow = tensor.dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.float32 if narrow else tensor.dtype
-
-
 def widened(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the precision in which its products run."""
     return tensor.float() if must_widen(tensor) else tensor

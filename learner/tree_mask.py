@@ -10,9 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 MAX_RUN = 96
-# Queries up to which neighbouring subtrees are one run: more queries see more that is not theirs, fewer more padding.
-WORTH_A_CALL = 8192
-# Pairs of query and key that may be computed in vain where that saves a call of the attention kernel.
+# Queries up to which neighbouring subtrees are one run: more queries see more that is not theirs, fewer more calls.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 
@@ -34,28 +32,28 @@ class Run:
             ranges[-1:] = [(ranges[-1][0], stop)] if joins else [*ranges[-1:], (start, stop)]
         return ranges
 
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        """Keys and queries."""
-        return sum(stop - start for start, stop in self.keys), self.stop - self.start
-
 
 @dataclass(frozen=True)
-class RunBatch:
-    """B runs of similar size, padded to Q queries and K keys each, for one call of an attention kernel."""
+class MaskedRun:
+    """A run of Q queries and the K keys that some of them see, as attention takes them."""
 
-    query: torch.Tensor
-    """int64 [B * Q]: the packed token of each query; any where there is none."""
-    key: torch.Tensor
-    """int64 [B * K]: the packed token of each key; any where there is none, which no query sees."""
-    real: torch.Tensor
-    """int64 [R]: which of the B * Q are queries of a run."""
-    padding: torch.Tensor
-    """int64 [B * Q - R]: the others."""
-    token: torch.Tensor
-    """int64 [R]: `query[real]`, all different, in this batch and others."""
+    queries: slice
+    """Of the packed row."""
+    keys: list[slice]
+    """Of the packed row, in order; K keys in all."""
     mask: torch.Tensor
-    """[B, 1, sharing * Q, K]: 0 where a query sees a key, else -inf; repeated for the query heads of a key head."""
+    """float32 [1, Q * sharing, K]: 0 where a query sees a key, else -inf; a query's heads are neighbours."""
+
+    def seen(self, rows: torch.Tensor) -> torch.Tensor:
+        """[H, K, D], what the run sees of rows [H, N, D]."""
+        parts = [rows[:, keys] for keys in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def add_seen(self, total: torch.Tensor, values: torch.Tensor) -> None:
+        """Add values [H, K, D] to the rows of `total` [H, N, D] that they belong to."""
+        parts = values.split([keys.stop - keys.start for keys in self.keys], 1)
+        for keys, part in zip(self.keys, parts, strict=True):
+            total[:, keys] += part
 
 
 @dataclass
@@ -68,12 +66,12 @@ class TreeMask:
     """int64 [N]"""
     _cache: dict[Any, Any] = field(init=False, default_factory=dict)
 
-    def run_batches(self, window: int | None, sharing: int, dtype: torch.dtype) -> list[RunBatch]:
-        """All queries of the row. sharing: query heads for each key head."""
-        arguments = window, sharing, dtype
+    def runs(self, window: int | None, sharing: int) -> list[MaskedRun]:
+        """All queries of the row, in order, on the CPU. sharing: query heads for each key head."""
+        arguments = window, sharing
         if arguments not in self._cache:
             runs = split_runs(self.subtree_end.tolist())
-            self._cache[arguments] = [self._batch(batch, *arguments) for batch in similar_runs(runs)]
+            self._cache[arguments] = [self._masked(run, window, sharing) for run in runs]
         return self._cache[arguments]
 
     def block_mask(self, window: int | None) -> BlockMask:
@@ -110,22 +108,12 @@ class TreeMask:
         visible = (key <= query) & (query < self.subtree_end[key])
         return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
 
-    def _batch(self, runs: list[Run], window: int | None, sharing: int, dtype: torch.dtype) -> RunBatch:
-        width, length = (max(sizes) for sizes in zip(*(run.size for run in runs), strict=True))
-        query = torch.zeros(len(runs), length, dtype=torch.int64)
-        key = torch.zeros(len(runs), width, dtype=torch.int64)
-        sees, real = torch.zeros(len(runs), length, width, dtype=torch.bool), torch.zeros_like(query, dtype=torch.bool)
-        for i, run in enumerate(runs):
-            keys, queries = run.size
-            query[i, :queries] = torch.arange(run.start, run.stop)
-            key[i, :keys] = torch.cat([torch.arange(*seen) for seen in run.keys])
-            sees[i, :queries, :keys] = self._visible(query[i, :queries, None], key[i, None, :keys], window)
-            sees[i, queries:, 0] = True  # the softmax over nothing would not be a number
-            real[i, :queries] = True
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))
-        places, padding = (which.view(-1).nonzero()[:, 0] for which in (real, ~real))
-        by_heads = mask.repeat(1, sharing, 1)[:, None]
-        return RunBatch(query.view(-1), key.view(-1), places, padding, query[real], by_heads)
+    def _masked(self, run: Run, window: int | None, sharing: int) -> MaskedRun:
+        query = torch.arange(run.start, run.stop)[:, None]
+        key = torch.cat([torch.arange(*keys) for keys in run.keys])
+        hidden = ~self._visible(query, key, window)
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat_interleave(sharing, 0)
+        return MaskedRun(slice(run.start, run.stop), [slice(*keys) for keys in run.keys], mask[None])
 
 
 def split_runs(subtree_end: list[int]) -> list[Run]:
@@ -159,22 +147,6 @@ def _split_chain(start: int, stop: int, ancestors: tuple[tuple[int, int], ...]) 
     bounds = [start + (stop - start) * part // parts for part in range(parts + 1)]
     for first, last in pairwise(bounds):
         yield Run(first, last, (*ancestors, (start, first)) if first > start else ancestors)
-
-
-def similar_runs(runs: list[Run]) -> list[list[Run]]:
-    """Runs that are padded to each other's size: each adds at most WORTH_A_CALL pairs that it does not need."""
-    batches: list[list[Run]] = []
-    padded = queries = 0
-    for run in sorted(runs, key=lambda run: run.size):
-        keys, own = run.size  # no run before has more keys
-        together = (len(batches[-1]) + 1) * keys * max(queries, own) if batches else 0
-        if batches and together <= padded + keys * own + WORTH_A_CALL:
-            batches[-1].append(run)
-            padded, queries = together, max(queries, own)
-        else:
-            batches.append([run])
-            padded, queries = keys * own, own
-    return batches
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
-from learner.tree_mask import BLOCK, RunBatch, TreeMask, split_runs
+from learner.tree_mask import BLOCK, MaskedRun, TreeMask
 
 Groups = list[tuple[list[int], list[list[int]]]]
 
@@ -112,26 +112,20 @@ def large_groups(seed: int, template_tokens: int = 80) -> Groups:
     return groups
 
 
-def shown(batches: Sequence[RunBatch], size: int, sharing: int) -> torch.Tensor:
-    """bool [N, N]: what each query sees over all batches; every query must be in exactly one of them."""
+def shown(runs: Sequence[MaskedRun], size: int, sharing: int) -> torch.Tensor:
+    """bool [N, N]: what each query sees over all runs; every query must be in exactly one of them."""
     found = torch.zeros(size, size, dtype=torch.bool)
-    covered = []
-    for batch in batches:
-        count, _, rows, width = batch.mask.shape
-        by_head = (batch.mask[:, 0] == 0).unflatten(1, (sharing, rows // sharing))
+    covered: list[int] = []
+    index = torch.arange(size)[None, :, None]
+    for run in runs:
+        queries, keys = index[0, run.queries, 0].tolist(), run.seen(index)[0, :, 0]
+        assert len(keys.unique()) == len(keys)
+        by_head = (run.mask[0] == 0).unflatten(0, (len(queries), sharing))
         assert torch.equal(by_head, by_head[:, :1].expand_as(by_head))
-        sees = by_head[:, 0].flatten(0, 1)
-        assert sees.any(1).all()
-        assert torch.equal(torch.cat([batch.real, batch.padding]).sort()[0], torch.arange(len(sees)))
-        assert torch.equal(batch.token, batch.query[batch.real])
-        keys = batch.key.view(count, width).repeat_interleave(rows // sharing, 0)
-        for row in batch.real.tolist():
-            seen = keys[row][sees[row]]
-            assert not found[batch.query[row], seen].any()
-            assert len(seen.unique()) == len(seen)
-            found[batch.query[row], seen] = True
-        covered += batch.token.tolist()
-    assert sorted(covered) == list(range(size))
+        for query, sees in zip(queries, by_head[:, 0], strict=True):
+            found[query, keys[sees]] = True
+        covered += queries
+    assert covered == list(range(size))
     return found
 
 
@@ -140,22 +134,35 @@ def test_runs_cover_the_row_once_and_show_each_query_what_it_may_see(window: int
     batch = pack_groups(*split(large_groups(0)))
     distance = batch.positions[0][:, None] - batch.positions[0][None, :]
     expected = torch.from_numpy(visible(batch)) & (distance < (window or 10**9))
-    batches = TreeMask(batch.subtree_end, batch.positions[0]).run_batches(window, 2, torch.float32)
-    assert torch.equal(shown(batches, batch.fed_tokens, 2), expected)
-    assert len(split_runs(batch.subtree_end.tolist())) > len(batches) > 1
+    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(window, 2)
+    assert torch.equal(shown(runs, batch.fed_tokens, 2), expected)
+    assert len(runs) > len(large_groups(0))
 
 
 @given(groups_of_tokens)
 def test_runs_of_any_tree_see_what_they_may(groups: Groups) -> None:
     batch = pack_groups(*split(groups))
-    batches = TreeMask(batch.subtree_end, batch.positions[0]).run_batches(None, 1, torch.float32)
-    assert np.array_equal(shown(batches, batch.fed_tokens, 1).numpy(), visible(batch))
+    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1)
+    assert np.array_equal(shown(runs, batch.fed_tokens, 1).numpy(), visible(batch))
+
+
+def test_what_runs_have_seen_is_added_where_it_came_from() -> None:
+    batch = pack_groups(*split(large_groups(0)))
+    rows = torch.randn(2, batch.fed_tokens, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = torch.zeros_like(rows)
+    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1)
+    for run in runs:
+        run.add_seen(total, run.seen(rows))
+    times = torch.zeros(batch.fed_tokens)
+    for run in runs:
+        times[torch.cat([torch.arange(keys.start, keys.stop) for keys in run.keys])] += 1
+    torch.testing.assert_close(total, rows * times[:, None])
 
 
 def test_runs_see_few_keys_that_are_masked() -> None:
     batch = pack_groups(*split(large_groups(1)))
-    batches = TreeMask(batch.subtree_end, batch.positions[0]).run_batches(None, 1, torch.float32)
-    assert sum(batch.mask.numel() for batch in batches) < 2.5 * visible(batch).sum()
+    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1)
+    assert sum(run.mask.numel() for run in runs) < 2 * visible(batch).sum()
 
 
 @pytest.mark.parametrize("window", [None, 7, 150])
