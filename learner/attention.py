@@ -98,34 +98,36 @@ class _RunAttention(torch.autograd.Function):
         """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
         ctx.save_for_backward(query, key, value)
         ctx.runs, ctx.scaling, ctx.softcap = runs, scaling, softcap
-        queries, keys, values = _by_key_head(query, len(key[0])) * scaling, key[0].float(), value[0].float()
-        output = query.new_empty(query.shape[2], len(keys), queries.shape[2], query.shape[3])
+        queries, context = _by_key_head(query, key.shape[1]) * scaling, torch.cat([key[0], value[0]]).float()
+        output = query.new_empty(query.shape[2], key.shape[1], queries.shape[2], query.shape[3])
         for run in runs:
-            weights, _ = _weights(queries[:, run.queries].flatten(1, 2), run.seen(keys), run.mask, softcap)
-            attended = torch.bmm(weights, run.seen(values))
-            output[run.queries] = attended.unflatten(1, (-1, queries.shape[2])).transpose(0, 1)
+            keys, values = run.seen(context).chunk(2)
+            weights, _ = _weights(queries[:, run.queries].flatten(1, 2), keys, run.mask, softcap)
+            output[run.queries] = torch.bmm(weights, values).unflatten(1, (-1, queries.shape[2])).transpose(0, 1)
         return output.flatten(1, 2)[None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        queries, keys, values = _by_key_head(query, len(key[0])) * ctx.scaling, key[0].float(), value[0].float()
-        incoming = _by_key_head(gradients[0].transpose(1, 2), len(keys))
-        to_query = torch.empty_like(queries)
-        to_key, to_value = torch.zeros_like(keys), torch.zeros_like(values)
+        queries, context = _by_key_head(query, key.shape[1]) * ctx.scaling, torch.cat([key[0], value[0]]).float()
+        incoming = _by_key_head(gradients[0].transpose(1, 2), key.shape[1])
+        to_query, to_context = torch.empty_like(queries), torch.zeros_like(context)
         for run in ctx.runs:
-            own, seen = queries[:, run.queries].flatten(1, 2), run.seen(keys)
-            weights, slope = _weights(own, seen, run.mask, ctx.softcap)
-            of_output = incoming[:, run.queries].flatten(1, 2)
-            run.add_seen(to_value, torch.bmm(weights.transpose(1, 2), of_output))
-            of_scores = torch.bmm(of_output, run.seen(values).transpose(1, 2))
+            seen = run.seen(context)
+            of_seen = torch.empty_like(seen)
+            (keys, values), (of_keys, of_values) = seen.chunk(2), of_seen.chunk(2)
+            own, of_output = queries[:, run.queries].flatten(1, 2), incoming[:, run.queries].flatten(1, 2)
+            weights, slope = _weights(own, keys, run.mask, ctx.softcap)
+            torch.bmm(weights.transpose(1, 2), of_output, out=of_values)
+            of_scores = torch.bmm(of_output, values.transpose(1, 2))
             of_scores = torch.ops.aten._softmax_backward_data(of_scores, weights, -1, weights.dtype)
             if slope is not None:
                 of_scores.mul_(slope)
-            to_query[:, run.queries] = torch.bmm(of_scores, seen).unflatten(1, (-1, queries.shape[2]))
-            run.add_seen(to_key, torch.bmm(of_scores.transpose(1, 2), own))
+            torch.bmm(of_scores.transpose(1, 2), own, out=of_keys)
+            run.add_seen(to_context, of_seen)
+            to_query[:, run.queries] = torch.bmm(of_scores, keys).unflatten(1, (-1, queries.shape[2]))
         to_query = to_query.mul_(ctx.scaling).transpose(1, 2).flatten(0, 1)
-        return *(rows[None].to(query.dtype) for rows in (to_query, to_key, to_value)), None, None, None
+        return *(rows[None].to(query.dtype) for rows in (to_query, *to_context.chunk(2))), None, None, None
 
 
 def _by_key_head(rows: torch.Tensor, key_heads: int) -> torch.Tensor:

@@ -55,10 +55,17 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 def weight_gradient(gradient: torch.Tensor, input: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
     """[rows, out] x [rows, in] -> [out, in], added to `total` in place where there is one; without a gradient."""
     if _by_onednn(input):
-        operands = padded_rows(gradient).T, padded_rows(input).T
-        product = torch.ops.mkldnn._linear_pointwise(*operands, None, "none", [], None)
+        product = _transposed_product(padded_rows(gradient), padded_rows(input))
         return product if total is None else total.add_(product)
     return gradient.T @ input if total is None else torch.addmm(total, gradient.T, input, out=total)
+
+
+def _transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left.T @ right, of [rows, a] and [rows, b]. oneDNN's first operand is copied where it is transposed."""
+    (rows, a), b = left.shape, right.shape[1]
+    if a * rows > b * (rows + a):  # then it is less to copy the other one and the result
+        return torch.ops.mkldnn._linear_pointwise(right.T, left.T, None, "none", [], None).T
+    return torch.ops.mkldnn._linear_pointwise(left.T, right.T, None, "none", [], None)
 
 
 def compiles_every_length(dtype: torch.dtype) -> bool:
