@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.arrow_files import write_arrow
+from catalog.atomic import atomic_folder
 from catalog.catalog import DESCRIPTION, Catalog
 from catalog.config import DataConfig
 from catalog.errors import CatalogError
@@ -60,14 +59,8 @@ def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
     path = cache / fingerprint
     if path.is_dir():
         return Catalog.load(path)
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint}-", dir=cache))
-    try:
+    with atomic_folder(path) as temporary:
         _write(_interactions(config, source), config, load_tokenizer(tokenizer_path), fingerprint, temporary)
-        temporary.chmod(0o755)
-        _rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Catalog.load(path)
 
 
@@ -101,14 +94,6 @@ def _fingerprint(config: DataConfig, source: Source | None, tokenizer: str) -> s
         "max_prompt_tokens": config.max_prompt_tokens,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    try:
-        temporary.rename(path)
-    except OSError:
-        if not path.is_dir():  # else another process finished the same catalogue first
-            raise
 
 
 def _write(

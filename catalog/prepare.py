@@ -1,8 +1,6 @@
 """From raw interactions to a data folder: time window, k-core, histories, splits by time."""
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from catalog.atomic import atomic_folder
 from catalog.columns import Columns, ItemIndex
 from catalog.errors import CatalogError
 from catalog.interactions import cut_by_time, sliding_histories
@@ -37,8 +36,7 @@ def prepare(
     one example per position but the first, with the up to max_history items before it; all examples, sorted by
     time, are cut 80/10/10. Raises CatalogError for bad files, an out_dir that exists, or when nothing is left.
     """
-    if out_dir.exists():
-        raise CatalogError(f"{out_dir}: exists; choose another folder or delete it")
+    _check_new(out_dir)
     if max_history < 1:
         raise CatalogError(f"max_history={max_history}: a prompt needs at least one item")
     catalogue = Columns.of_parquet(items, "item_id", "title")
@@ -85,6 +83,11 @@ def prepare(
     }
 
 
+def _check_new(out_dir: Path) -> None:
+    if out_dir.exists():
+        raise CatalogError(f"{out_dir}: exists; choose another folder or delete it")
+
+
 def _k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
     """Positions of the largest part of n interactions in which every user and every item occurs k times or more."""
     kept = np.arange(len(user))
@@ -116,16 +119,11 @@ def _day(day: str | None, unlimited: int) -> int:
 
 
 def _write(out_dir: Path, items: pa.Table, splits: dict[str, pa.Table]) -> None:
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
+    with atomic_folder(out_dir) as temporary:
         pq.write_table(items, temporary / "items.parquet")
         for split, table in splits.items():
             pq.write_table(table, temporary / f"{split}.parquet")
-        temporary.chmod(0o755)
-        temporary.rename(out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _check_new(out_dir)  # again: another process may have made it meanwhile
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from catalog.atomic import atomic_file
 from catalog.errors import CatalogError
 from catalog.ragged import Ragged
 
@@ -103,10 +103,8 @@ def known_fingerprint(path: str | Path, cache: Path) -> str:
     if known.is_file() and Path(path).is_dir():
         return known.read_text()
     fingerprint = tokenizer_fingerprint(load_tokenizer(path))
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = known.with_name(f".{known.name}.{os.getpid()}")
-    temporary.write_text(fingerprint)
-    temporary.replace(known)
+    with atomic_file(known) as temporary:
+        temporary.write_text(fingerprint)
     return fingerprint
 
 

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import ray
 from ray import ObjectRef
 
+from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
 from launch.config import Config
 from launch.learner_gang import LearnerGang
 from launch.placement import Placement, actor_options, check_devices, reserve
 from launch.rollout_fleet import RolloutFleet
-from launch.run_directory import write_atomically
 from launch.waiting import fetch
 from rewards.pool import RewardPool
 
@@ -106,4 +106,5 @@ class Actors:
 @ray.remote(num_cpus=0)
 def _write_parquet(path: Path, *groups: pa.Table) -> None:
     table = pa.concat_tables(groups)
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary)

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
+from catalog.atomic import atomic_folder
 from launch.config import Config, ConfigError, ModelConfig
 
 
@@ -58,12 +57,8 @@ def fresh_model(config: ModelConfig, texts: list[str], cache: Path) -> Path:
     path = cache / f"qwen2-{key}"
     if path.is_dir():
         return path
-    temporary = cache / f".{path.name}.{os.getpid()}"
-    _write_fresh(config, texts, temporary)
-    try:
-        temporary.rename(path)
-    except OSError:  # another process made the same model first
-        shutil.rmtree(temporary)
+    with atomic_folder(path) as temporary:
+        _write_fresh(config, texts, temporary)
     return path
 
 

@@ -10,9 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from catalog.atomic import atomic_file
 from launch.config import Config, to_yaml
 from launch.progress import Progress
-from launch.run_directory import RunDirectory, write_atomically
+from launch.run_directory import RunDirectory
 
 CURVES = (
     ("reward", "mean reward of the candidates"),
@@ -66,7 +67,8 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }
 <h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre>
 </body></html>
 """
-    write_atomically(run.path / "report.html", lambda path: path.write_text(page))
+    with atomic_file(run.path / "report.html") as temporary:
+        temporary.write_text(page)
 
 
 def _metric_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -1,7 +1,6 @@
 """The folder of a run: configuration, metrics, samples, checkpoints and the summary."""
 
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from catalog.atomic import atomic_file
 from launch.config import Config, ConfigError, check_resumable, load, save
 
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
@@ -68,20 +68,14 @@ class RunDirectory:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file of the run, written whole or not at all."""
-        write_atomically(self.path / name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        with atomic_file(self.path / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         return json.loads((self.path / name).read_text())
 
     def close(self) -> None:
         self._tensorboard.close()
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call write(temporary path) and rename the result to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:

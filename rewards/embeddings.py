@@ -1,12 +1,12 @@
 """Title embeddings by a sentence-transformers model, computed once per catalogue and model."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from catalog.atomic import atomic_file
 from rewards.errors import RewardError
 
 
@@ -40,13 +40,11 @@ def fingerprint_of_model(model: str) -> str:
 def cached(file: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
     """The array in `file` (.npy), memory-mapped; computed and written first where there is none.
 
-    Written under a name of its own and renamed, so that several actors may compute it at the same time.
+    Several actors may compute it at the same time.
     """
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial.npy")
-        np.save(partial, compute())
-        partial.replace(file)
+        with atomic_file(file) as partial, partial.open("wb") as stream:
+            np.save(stream, compute())
     try:
         return np.load(file, mmap_mode="r")
     except (OSError, ValueError) as error:

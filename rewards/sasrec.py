@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from catalog.atomic import atomic_file
 from rewards.errors import RewardError
 from rewards.group import titles_fingerprint
 
@@ -100,15 +101,13 @@ class Block(nn.Module):
 
 def save_sasrec(model: SASRec, file: Path, titles: Sequence[str], metrics: dict[str, float]) -> None:
     """Weights, shape, fingerprint of the titles and metrics in one safetensors file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "shape": json.dumps(asdict(model.shape)),
         "titles": titles_fingerprint(titles),
         "metrics": json.dumps(metrics),
     }
-    partial = file.with_name(file.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial, metadata)
-    partial.replace(file)
+    with atomic_file(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial, metadata)
 
 
 def load_sasrec(file: Path, titles: Sequence[str]) -> SASRec:

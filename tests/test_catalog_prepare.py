@@ -111,3 +111,21 @@ def test_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="'title' is missing"):
         prepare(*files, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_made_meanwhile_is_not_taken_for_the_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write(tmp_path, [(user, item, day) for day in range(8) for user in "abc" for item in (0, 1)])
+    write_table = pq.write_table
+
+    def write_while_another_does(table: pa.Table, file: Path) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").touch()
+        write_table(table, file)
+
+    monkeypatch.setattr(pq, "write_table", write_while_another_does)
+    with pytest.raises(CatalogError, match="out: exists"):
+        prepare(*files, tmp_path / "out", k=3)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+    assert not list(tmp_path.glob(".out*"))

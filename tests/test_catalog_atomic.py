@@ -1,0 +1,78 @@
+"""Files and folders that appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from catalog.atomic import atomic_file, atomic_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fail_half_way(path: Path) -> None:
+    path.write_text("half")
+    raise RuntimeError("half way")
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    with atomic_file(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists()
+        assert list(path.parent.glob("*.json")) == []
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert names(path.parent) == ["file.json"]
+
+
+def test_a_file_that_fails_leaves_the_old_one_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), atomic_file(path) as temporary:
+        fail_half_way(temporary)
+    assert path.read_text() == "old"
+    with pytest.raises(FileNotFoundError), atomic_file(path):
+        pass  # nothing was written
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_last_of_two_writers_of_a_file_wins(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "file") as first, atomic_file(tmp_path / "file") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "file").read_text() == "first"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder"
+    with atomic_folder(path) as temporary:
+        (temporary / "file").write_text("whole")
+        assert not path.exists()
+    assert (path / "file").read_text() == "whole"
+    assert path.stat().st_mode == path.parent.stat().st_mode
+    assert names(path.parent) == ["folder"]
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="half way"), atomic_folder(tmp_path / "folder") as temporary:
+        fail_half_way(temporary / "file")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_kept(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("ours")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "file").write_text("theirs")
+    assert (tmp_path / "folder" / "file").read_text() == "theirs"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_cannot_be_renamed_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(NotADirectoryError), atomic_folder(tmp_path / "folder"):
+        pass
+    assert names(tmp_path) == ["folder"]
