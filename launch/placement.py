@@ -9,6 +9,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.config import Config, ConfigError
+from rewards.terms import actor_resources
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,11 @@ class Placement:
 
 
 def plan(config: Config) -> Placement:
-    """The placement of a configuration. Raises ConfigError when it needs more GPUs than its profile says."""
-    rewards = [{"CPU": term.num_cpus, "GPU": term.num_gpus} for term in config.rewards for _ in range(term.replicas)]
+    """The placement of a configuration.
+
+    Raises ConfigError when it needs more GPUs than its profile says, RewardError for a reward that cannot be found.
+    """
+    rewards = actor_resources(config.rewards)
     if config.cluster.device == "cpu":
         bundle = {"CPU": 0.0}
         return Placement("cpu", [bundle] * config.rollout.workers, [bundle] * config.learner.ranks, rewards)

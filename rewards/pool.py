@@ -1,6 +1,5 @@
 """All reward terms of a run, as the driver sees them: references go in, references come out."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from ray.exceptions import GetTimeoutError
 
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError
-from rewards.registry import resolve
 from rewards.stage import Stage, Work
+from rewards.terms import stages_of
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,11 @@ class RewardPool:
     """
 
     def __init__(self, terms: Sequence[RewardTerm], catalog_path: str | Path) -> None:
-        """Raises RewardError for a term that does not exist, a bad range, or two terms of one label."""
-        _check(terms)
+        """Raises RewardError as rewards.terms.stages_of."""
+        self._terms = stages_of(terms)
         self.catalog_path = str(catalog_path)
         self.root = str(Path.cwd())
         self.weights = {term.key: term.weight for term in terms}
-        light = [term for term in terms if _is_light(term)]
-        self._light_terms = light
-        self._heavy_terms = [term for term in terms if term not in light]
         self._heavy: list[Stage] = []
         self._combining: Stage | None = None
         self._seconds: dict[str, float] = {}
@@ -61,8 +57,7 @@ class RewardPool:
 
     def start(self) -> "RewardPool":
         """Create the actors; does not wait for them."""
-        self._heavy = [Stage([term], self.catalog_path, self.root) for term in self._heavy_terms]
-        self._combining = Stage(self._light_terms, self.catalog_path, self.root)
+        *self._heavy, self._combining = [Stage(terms, self.catalog_path, self.root) for terms in self._terms]
         return self
 
     def ready(self, timeout_s: float) -> None:
@@ -135,23 +130,3 @@ class RewardPool:
         for term in stage.terms:
             self._queued[term.key] = max(self._queued.get(term.key, 0), stage.queued)
         return work
-
-
-def _is_light(term: RewardTerm) -> bool:
-    return getattr(resolve(term.name), "light", False) and not term.num_gpus
-
-
-def _check(terms: Sequence[RewardTerm]) -> None:
-    for index, term in enumerate(terms):
-        if term.key in {earlier.key for earlier in terms[:index]}:
-            raise RewardError(f"two rewards are called {term.key!r}; give one of them another `label`")
-        if not math.isfinite(term.weight):
-            raise RewardError(f"reward {term.key!r}: weight={term.weight} must be finite")
-        for name in ("num_cpus", "num_gpus"):
-            if getattr(term, name) < 0:
-                raise RewardError(f"reward {term.key!r}: {name}={getattr(term, name)} must not be negative")
-        if term.replicas < 1 or term.timeout_s <= 0:
-            raise RewardError(
-                f"reward {term.key!r}: replicas={term.replicas} must be 1 or more and timeout_s={term.timeout_s} "
-                "greater than 0"
-            )

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from rewards.actor import RewardActor
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError, name_examples
+from rewards.terms import replicas_of
 
 RETRIES = 2
 """How often one table is scored again after the actor that held it died."""
@@ -89,14 +90,14 @@ class Stage:
     def __init__(self, terms: Sequence[RewardTerm], catalog_path: str, root: str) -> None:
         self.terms = terms
         self.timeout_s = max((term.timeout_s for term in terms), default=RewardTerm().timeout_s)
+        reserved = replicas_of(terms)
         make = ray.remote(RewardActor).options(
-            num_cpus=sum(term.num_cpus for term in terms),
-            num_gpus=sum(term.num_gpus for term in terms),
+            num_cpus=reserved[0]["CPU"],
+            num_gpus=reserved[0]["GPU"],
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
-        count = max((term.replicas for term in terms), default=1)
-        self.replicas = [Replica(make.remote(terms, catalog_path, root), self) for _ in range(count)]
+        self.replicas = [Replica(make.remote(terms, catalog_path, root), self) for _ in reserved]
 
     @property
     def names(self) -> str:

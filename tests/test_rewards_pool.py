@@ -11,12 +11,15 @@ import ray
 from reward_catalog import build_sample_catalog, some_groups
 
 from catalog.catalog import Catalog
+from launch.config import ConfigError, compose
+from launch.placement import check_devices, plan
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError
 from rewards.metrics import reward_metrics
 from rewards.pool import RewardPool
 from rewards.ranking import ranking_rewards
 from rewards.rule import rule_rewards
+from rewards.terms import actor_resources
 
 FAULTY = Path(__file__).parent / "faulty_rewards.py"
 StartPool = Callable[..., RewardPool]
@@ -154,6 +157,35 @@ def test_terms_are_checked_before_any_actor_starts(catalog: Catalog) -> None:
     ):
         with pytest.raises(RewardError, match=message):
             RewardPool(terms, catalog.path)
+
+
+def test_light_terms_share_actors_and_the_plan_counts_what_those_reserve() -> None:
+    terms = [RewardTerm("rule", num_cpus=1), RewardTerm("popularity", num_cpus=1, replicas=4)]
+    assert actor_resources(terms) == [{"CPU": 2, "GPU": 0}] * 4
+    heavy = [faulty("Constant", num_cpus=3, replicas=2), RewardTerm("ranking", num_gpus=0.5)]
+    assert actor_resources([*heavy, *terms]) == [
+        *[{"CPU": 3, "GPU": 0}] * 2,
+        {"CPU": 0, "GPU": 0.5},
+        *[{"CPU": 2, "GPU": 0}] * 4,
+    ]
+    assert actor_resources(heavy)[-1] == {"CPU": 0, "GPU": 0}  # adds up
+
+    config = compose(overrides=["rewards=[{name: rule,num_cpus: 1},{name: popularity,num_cpus: 1,replicas: 4}]"])
+    placement = plan(config)
+    assert placement.total("CPU") == 8
+    with pytest.raises(ConfigError, match=r"needs 8 CPU \(found 5\)"):
+        check_devices(config, placement, {"CPU": 5.0})
+
+
+def test_actors_reserve_what_is_said(start_pool: StartPool) -> None:
+    terms = [RewardTerm("rule", num_cpus=0.25), RewardTerm("popularity", num_cpus=0.25, replicas=2)]
+    (stage,) = start_pool(*terms)._stages
+
+    def of_this_actor(_: object) -> float:
+        return ray.get_runtime_context().get_assigned_resources()["CPU"]
+
+    reserved = [ray.get(replica.actor.__ray_call__.remote(of_this_actor)) for replica in stage.replicas]
+    assert reserved == [resources["CPU"] for resources in actor_resources(terms)] == [0.5, 0.5]
 
 
 def test_a_pool_that_was_not_started_says_so(catalog: Catalog) -> None:
