@@ -31,6 +31,8 @@ class Columns:
     def of_parquet(cls, file: Path, *names: str) -> "Columns":
         """The columns `names`; others are not read. Raises CatalogError for a file that is missing or no Parquet."""
         if not file.is_file():
+            if not file.parent.is_dir():
+                raise CatalogError(f"{file}: missing; there is no folder {file.parent}")
             beside = sorted(path.name for path in file.parent.iterdir())
             raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
         try:
@@ -44,12 +46,16 @@ class Columns:
     def fault(self, column: str, row: int, message: str) -> CatalogError:
         return CatalogError(f"{self.file}: column {column!r}, row {row}: {message}")
 
-    def column(self, name: str) -> pa.Array:
-        """The column in one piece. Raises CatalogError where it is missing or has a null."""
+    def with_nulls(self, name: str) -> pa.Array:
+        """The column in one piece. Raises CatalogError where it is missing."""
         if name not in self.table.column_names:
             raise CatalogError(f"{self.file}: column {name!r} is missing; the file has {', '.join(self.names)}")
         column = self.table[name].combine_chunks()
-        column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+    def column(self, name: str) -> pa.Array:
+        """The column in one piece. Raises CatalogError where it is missing or has a null."""
+        column = self.with_nulls(name)
         if column.null_count:
             raise self.fault(name, _first(column.is_null()), "empty (null); fill it in or drop the row")
         return column
@@ -64,16 +70,18 @@ class Columns:
 
     def titles(self, name: str) -> pa.LargeStringArray:
         """A column of strings that are not blank."""
-        column = self.column(name)
-        if not _is_text(column.type):
-            raise CatalogError(f"{self.file}: column {name!r} is {column.type}, expected strings")
+        column = self._as_strings(name, self.column(name))
         blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)
         if pc.any(blank).as_py():
             row = _first(blank)
             raise self.fault(
                 name, row, f"the title {column[row].as_py()!r} is empty; give the item a title or drop it everywhere"
             )
-        return column.cast(pa.large_string())
+        return column
+
+    def titles_with_nulls(self, name: str) -> pa.LargeStringArray:
+        """A column of strings that may be blank or null."""
+        return self._as_strings(name, self.with_nulls(name))
 
     def seconds(self, name: str) -> np.ndarray:
         """int64 [n]: seconds since 1970, from integers or from Arrow timestamps."""
@@ -100,6 +108,11 @@ class Columns:
             row = int(np.searchsorted(np.cumsum(lengths), _first(values.is_null()), side="right"))
             raise self.fault(name, row, f"an empty entry (null) in {column[row].as_py()}; remove it from the list")
         return self._as_ids(name, values, "lists of integers or strings"), lengths
+
+    def _as_strings(self, name: str, column: pa.Array) -> pa.LargeStringArray:
+        if not _is_text(column.type):
+            raise CatalogError(f"{self.file}: column {name!r} is {column.type}, expected strings")
+        return column.cast(pa.large_string())
 
     def _as_ids(self, name: str, values: pa.Array, expected: str) -> pa.Array:
         if pa.types.is_integer(values.type):

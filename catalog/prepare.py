@@ -42,7 +42,8 @@ def prepare(
     catalogue = Columns.of_parquet(items, "item_id", "title")
     log = Columns.of_parquet(interactions, "user_id", "item_id", "timestamp")
     index = ItemIndex(catalogue, "item_id")
-    usable = np.append(_short_titles(catalogue, max_title_words), False)  # the last is for unknown items, row -1
+    titles = catalogue.titles_with_nulls("title")
+    usable = np.append(_short_titles(titles, max_title_words), False)  # the last is for unknown items, row -1
     row_of = index.known(log, "item_id")
     users, time = pc.dictionary_encode(log.texts("user_id")), log.seconds("timestamp")
     user = users.indices.to_numpy()
@@ -72,8 +73,8 @@ def prepare(
         if part.start == part.stop:
             raise CatalogError(f"{interactions}: only {len(rows)} examples are left, too few for a {split} split")
     used = pa.array(np.unique(row_of[kept]))
-    titles = pa.table({"item_id": index.ids.take(used), "title": catalogue.table["title"].combine_chunks().take(used)})
-    _write(out_dir, titles, {split: examples.slice(part.start, part.stop - part.start) for split, part in cut.items()})
+    left = pa.table({"item_id": index.ids.take(used), "title": titles.take(used)})
+    _write(out_dir, left, {split: examples.slice(part.start, part.stop - part.start) for split, part in cut.items()})
     return {
         "interactions": len(time),
         "interactions_kept": len(kept),
@@ -98,13 +99,8 @@ def _k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
         kept = kept[dense]
 
 
-def _short_titles(items: Columns, max_words: int) -> np.ndarray:
+def _short_titles(titles: pa.LargeStringArray, max_words: int) -> np.ndarray:
     """bool [items]: a title that is there and has at most max_words words; others are left out, not an error."""
-    if "title" not in items.table.column_names:
-        raise CatalogError(f"{items.file}: column 'title' is missing; it has {', '.join(items.table.column_names)}")
-    titles = items.table["title"].combine_chunks()
-    if not (pa.types.is_string(titles.type) or pa.types.is_large_string(titles.type)):
-        raise CatalogError(f"{items.file}: column 'title' is {titles.type}, expected strings")
     words = pc.count_substring_regex(pc.fill_null(titles, ""), r"\S+").to_numpy()
     return (words > 0) & (words <= max_words)
 

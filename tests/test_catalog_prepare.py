@@ -82,7 +82,9 @@ def test_prepared_examples_equal_the_loops(
     assert counts["train"] == int(len(rows) * 0.8)
     assert counts["train"] + counts["valid"] == int(len(rows) * 0.9)
     assert set(pq.read_table(folder / "out/items.parquet")["item_id"].to_pylist()) == left
-    assert Source.of(folder / "out").read(10).splits["train"].target is not None
+    read = Source.of(folder / "out").read(10)
+    targets = [read.item_ids[int(item)].as_py() for split in read.splits.values() for item in split.target]
+    assert targets == [row[3] for row in rows]
 
 
 def test_the_command_writes_a_folder_that_can_be_trained_on(
@@ -93,6 +95,17 @@ def test_the_command_writes_a_folder_that_can_be_trained_on(
     assert main([*map(str, files), str(tmp_path / "new/out"), "--k", "3", "--end", "1970-01-08"]) == 0
     assert "interactions kept: 42" in capsys.readouterr().out
     assert len(Source.of(tmp_path / "new/out").read(10).splits["train"]) == int(39 * 0.8)
+
+
+def test_titles_as_a_dictionary_are_the_same(tmp_path: Path) -> None:
+    """As pandas writes a categorical column."""
+    files = write(tmp_path, [(user, item, day) for day in range(8) for user in "abc" for item in (0, 1)])
+    plain = prepare(*files, tmp_path / "plain", k=3)
+    items = pq.read_table(files[1])
+    pq.write_table(items.set_column(1, "title", items["title"].dictionary_encode()), files[1])
+    assert prepare(*files, tmp_path / "encoded", k=3) == plain
+    written = [pq.read_table(tmp_path / name / "items.parquet") for name in ("plain", "encoded")]
+    assert written[0].equals(written[1])
 
 
 def test_faults_are_named(tmp_path: Path) -> None:
@@ -107,6 +120,8 @@ def test_faults_are_named(tmp_path: Path) -> None:
         prepare(*files, tmp_path)
     with pytest.raises(CatalogError, match=r"nowhere\.parquet: missing"):
         prepare(tmp_path / "nowhere.parquet", files[1], tmp_path / "out")
+    with pytest.raises(CatalogError, match=r"log\.parquet: missing; there is no folder .*nowhere"):
+        prepare(tmp_path / "nowhere" / "log.parquet", files[1], tmp_path / "out")
     pq.write_table(pa.table({"item_id": [1], "name": ["Bolt"]}), files[1])
     with pytest.raises(CatalogError, match="'title' is missing"):
         prepare(*files, tmp_path / "out")
