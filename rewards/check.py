@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from yaml import YAMLError
 
 from rewards.config import RewardTerm
+from rewards.errors import RewardError
 from rewards.group import Group, Groups
 from rewards.interface import make_reward, score
 from rewards.registry import resolve
@@ -22,15 +25,14 @@ from rewards.samples import groups_of_catalog, sample_groups
 def main(argv: Sequence[str]) -> int:
     """Check the reward that the command line names; 0 when it is fit for a run. Raises RewardError when it is not."""
     options = _parser().parse_args(argv)
-    args = OmegaConf.to_container(OmegaConf.from_dotlist(options.args))
-    assert isinstance(args, dict)
+    args = _keyword_arguments(options.args)
     if options.catalog:
         from catalog.catalog import Catalog
 
         groups = groups_of_catalog(Catalog.load(options.catalog), options.split, options.groups, options.candidates)
     else:
         groups = sample_groups()
-    check(options.spec, {str(key): value for key, value in args.items()}, groups, Console())
+    check(options.spec, args, groups, Console())
     return 0
 
 
@@ -48,6 +50,22 @@ def check(spec: str, args: dict[str, Any], groups: Groups, console: Console) -> 
         console.print(_table(group, key, values), "")
     _summary(console, key, groups, rewards)
     return rewards
+
+
+def _keyword_arguments(written: Sequence[str]) -> dict[str, Any]:
+    """From KEY=VALUE, the values in YAML. Raises RewardError naming what is something else."""
+    tree = OmegaConf.create()
+    for text in written:
+        key, equals, _ = text.partition("=")
+        if not key or not equals:
+            raise RewardError(f"--args {text!r}: write KEY=VALUE")
+        try:
+            tree.merge_with_dotlist([text])
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise RewardError(f"--args {text!r}: the value is not readable as YAML: {error}") from error
+    args = OmegaConf.to_container(tree)
+    assert isinstance(args, dict)
+    return {str(key): value for key, value in args.items()}
 
 
 def _table(group: Group, key: str, values: list[float]) -> Table:

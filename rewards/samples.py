@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from catalog.catalog import Catalog
+from rewards.errors import RewardError
 from rewards.group import NO_TITLE, Groups
 from rollout.groups import Candidates, group_table
 
@@ -76,7 +77,12 @@ def sample_groups() -> Groups:
 
 
 def groups_of_catalog(catalog: Catalog, split: str, count: int, size: int, seed: int = 0) -> Groups:
-    """`count` groups of `size` distinct random titles, the target among them in every second one."""
+    """`count` groups of `size` distinct random titles, the target among them in every second one.
+
+    Fewer where the split or the catalogue is smaller. Raises RewardError for a count or size below 1.
+    """
+    if count < 1 or size < 1:
+        raise RewardError(f"a reward is tried on 1 group of 1 candidate or more, not on {count} of {size}")
     draw = np.random.default_rng(seed)
     examples = catalog.examples(split)
     rows = draw.choice(len(examples), size=min(count, len(examples)), replace=False).tolist()

@@ -111,18 +111,19 @@ def save_sasrec(model: SASRec, file: Path, titles: Sequence[str], metrics: dict[
 
 
 def load_sasrec(file: Path, titles: Sequence[str]) -> SASRec:
-    """The model in evaluation mode. Raises RewardError for a missing or damaged file, or one of other titles."""
+    """The model in evaluation mode. Raises RewardError for a file that is missing, damaged or of other titles."""
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        model = SASRec(SASRecShape(**json.loads(metadata["shape"])))
+        shape, trained_on = json.loads(metadata["shape"]), metadata["titles"]
+        model = SASRec(SASRecShape(**shape))
         model.load_state_dict(tensors)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
-            f"{file} holds no SASRec model ({error}); make one: make sasrec DATA=... OUT={file}"
+            f"{file} holds no SASRec model ({error}); train one: make sasrec DATA=... OUT={file}"
         ) from error
-    if metadata["titles"] != titles_fingerprint(titles):
+    if trained_on != titles_fingerprint(titles):
         raise RewardError(
             f"{file} was trained on {model.shape.num_classes} other titles than the {len(titles)} of this catalogue; "
             "train one on this catalogue: make sasrec DATA=... OUT=..."

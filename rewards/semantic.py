@@ -19,7 +19,7 @@ class Semantic:
 
     The embeddings come from a sentence-transformers `model` (a folder, or a name in the local Hugging Face cache), and
     are computed once per catalogue and model; or from a Parquet file `embeddings` with the columns `title` and
-    `embedding` (a list of floats of one length for every title of the catalogue).
+    `embedding` (a list of numbers, of one length for every title of the catalogue).
     """
 
     def __init__(
@@ -62,11 +62,21 @@ def read_embeddings(file: Path, titles: list[str]) -> np.ndarray:
             f"reward 'semantic': {file} lacks {len(missing)} of {len(titles)} titles, the first is {missing[0]!r}"
         )
     lists = table["embedding"].combine_chunks()
+    if not _is_list_of_numbers(lists.type):
+        raise RewardError(
+            f"reward 'semantic': the column embedding of {file} is {lists.type}; it must hold a list of numbers for "
+            "every title, such as list<float>"
+        )
     lengths = set(lists.value_lengths().to_pylist())
     if len(lengths) != 1 or None in lengths or 0 in lengths:
         raise RewardError(f"reward 'semantic': the embeddings in {file} have the lengths {sorted(lengths, key=str)}")
     vectors = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(table), -1)
     return vectors[[row_of[title] for title in titles]]
+
+
+def _is_list_of_numbers(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return lists and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

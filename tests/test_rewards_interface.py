@@ -1,5 +1,6 @@
 """Writing a reward: what it sees, how it is found, and what is said when it returns nonsense."""
 
+import re
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import faulty_rewards
 import numpy as np
 import pytest
+from reward_catalog import build_sample_catalog
 from rich.console import Console
 
+from launch.cli import main as command
 from rewards import registry
 from rewards.check import check, main
 from rewards.errors import RewardError
@@ -168,6 +171,21 @@ def test_check_warns_of_a_reward_that_teaches_nothing(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "+0.2500" in shown
     assert "4 of 4 groups got one and the same reward throughout" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("args", [["bonus"], ["=2"], ["bonus=[1"], ["bonus=1: 2: 3"]])
+def test_arguments_of_check_that_cannot_be_read_are_named(args: list[str]) -> None:
+    with pytest.raises(RewardError, match=f"--args '{re.escape(args[0])}': "):
+        main(["rule", "--args", *args])
+
+
+@pytest.mark.parametrize("size", [["--groups", "0"], ["--groups", "-1"], ["--candidates", "0"]])
+def test_check_refuses_to_try_a_reward_on_nothing(
+    tmp_path: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], size: list[str]
+) -> None:
+    catalog = build_sample_catalog(tmp_path, tiny_tokenizer_dir)
+    assert command(["reward", "check", "rule", "--catalog", str(catalog.path), *size]) == 1
+    assert "error: a reward is tried on 1 group of 1 candidate or more" in capsys.readouterr().err
 
 
 def test_a_group_can_be_made_by_hand() -> None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rewards.collaborative import Collaborative, opinions
 from rewards.diversity import Diversity
@@ -95,6 +96,23 @@ def test_semantic_refuses_bad_embeddings(tmp_path: Path) -> None:
     ones[4] = 0
     with pytest.raises(RewardError, match="item class 4 has length 0"):
         Semantic(SampleCatalog(), embeddings=write_embeddings(tmp_path / "zero.parquet", ones))
+
+
+@pytest.mark.parametrize(
+    "column", [pa.array(["0.1, 0.2"] * 10), pa.array([0.1] * 10), pa.array([["a"]] * 10), pa.nulls(10)]
+)
+def test_embeddings_that_are_no_lists_of_numbers_are_named(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"title": TITLES, "embedding": column}), tmp_path / "e.parquet")
+    with pytest.raises(RewardError, match=r"column embedding of .*e\.parquet is .*; it must hold a list of numbers"):
+        Semantic(SampleCatalog(), embeddings=str(tmp_path / "e.parquet"))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32(), 2), pa.large_list(pa.float16()), pa.list_(pa.int8())])
+def test_embeddings_may_be_lists_of_any_kind(tmp_path: Path, kind: pa.DataType) -> None:
+    vectors = pa.array([np.array([1, c], np.float16) for c in range(10)], pa.large_list(pa.float16())).to_pylist()
+    pq.write_table(pa.table({"title": TITLES, "embedding": pa.array(vectors, kind)}), tmp_path / "e.parquet")
+    found = Semantic(SampleCatalog(), embeddings=str(tmp_path / "e.parquet")).vectors
+    np.testing.assert_allclose(found[:, 1] / found[:, 0], np.arange(10), rtol=1e-6)
 
 
 def test_semantic_with_a_sentence_transformer(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
@@ -215,3 +233,21 @@ def test_a_sasrec_of_another_catalogue_is_refused(tmp_path: Path) -> None:
         Collaborative(SampleCatalog(), model=str(file))
     with pytest.raises(RewardError, match="output 'rank' is none of scores, ranks, probabilities"):
         Collaborative(SampleCatalog(), model=str(file), output="rank")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"shape": "no JSON", "titles": ""},
+        {"shape": "[1]", "titles": ""},
+        {"shape": '{"num_classes": 2, "colour": "red"}', "titles": ""},
+        {"shape": '{"num_classes": "two"}', "titles": ""},
+        {"shape": '{"num_classes": 2}'},
+        {},
+    ],
+)
+def test_a_file_that_describes_no_sasrec_is_named(tmp_path: Path, metadata: dict[str, str]) -> None:
+    file = tmp_path / "sasrec.safetensors"
+    save_file(SASRec(SASRecShape(num_classes=2)).state_dict(), file, metadata)
+    with pytest.raises(RewardError, match=r"sasrec.safetensors holds no SASRec model .*; train one: make sasrec"):
+        load_sasrec(file, ["a", "b"])
