@@ -57,11 +57,16 @@ def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
     tokenizer = known_fingerprint(tokenizer_path, cache / TOKENIZERS)
     fingerprint = _fingerprint(config, source, tokenizer)
     path = cache / fingerprint
-    if path.is_dir():
-        return Catalog.load(path)
-    with atomic_folder(path) as temporary:
-        _write(_interactions(config, source), config, load_tokenizer(tokenizer_path), fingerprint, temporary)
-    return Catalog.load(path)
+    if not path.is_dir():
+        with atomic_folder(path) as temporary:
+            _write(_interactions(config, source), config, load_tokenizer(tokenizer_path), fingerprint, temporary)
+    catalog = Catalog.load(path)
+    if catalog.trie.tokenizer_fingerprint != tokenizer:
+        raise CatalogError(
+            f"{path}: its titles were tokenised by {catalog.trie.tokenizer_fingerprint}, but the tokenizer of "
+            f"{tokenizer_path} is {tokenizer}; delete {path} and {cache / TOKENIZERS} and build it again"
+        )
+    return catalog
 
 
 def catalog_texts(config: DataConfig) -> list[str]:

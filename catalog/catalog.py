@@ -55,12 +55,8 @@ class Examples:
     def user_id(self, i: int) -> str:
         return self._users[i].as_py()
 
-    def history_items(self, i: int) -> np.ndarray:
-        """int32 [H]: the items that the prompt shows, oldest first."""
-        return self._history[i]
-
     def history_classes(self, i: int) -> np.ndarray:
-        """int32 [H]: their item classes."""
+        """int32 [H]: item classes of the titles that the prompt shows, oldest first."""
         return self._class_of_item[self._history[i]]
 
 

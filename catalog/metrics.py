@@ -11,12 +11,12 @@ RESAMPLES_AT_ONCE = 256
 
 
 def hr_at_k(ranks: np.ndarray, k: int) -> float:
-    """Hit rate: the share of targets among the first k. ranks int [n], 0 is the best, -1 a miss."""
+    """Hit rate: the share of targets among the first k. ranks int [n], 0 is the best, MISS a miss."""
     return float(_hits(ranks, k).mean())
 
 
 def ndcg_at_k(ranks: np.ndarray, k: int) -> float:
-    """Mean of 1 / log2(rank + 2) over n examples, 0 for a target not among the first k. ranks int [n], -1 a miss.
+    """Mean of 1 / log2(rank + 2) over n examples, 0 for a target not among the first k. ranks int [n], MISS a miss.
 
     With one relevant title per example the ideal DCG is 1, so DCG is NDCG.
     """
@@ -30,7 +30,7 @@ def ndcg_per_example(ranks: np.ndarray, k: int) -> np.ndarray:
 
 
 def ranking_metrics(hit_rank: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """{"hr@1": ..., "ndcg@1": ..., ...} for each k of `ks`. hit_rank int [n], -1 a miss.
+    """{"hr@1": ..., "ndcg@1": ..., ...} for each k of `ks`. hit_rank int [n], MISS a miss.
 
     Raises ValueError for no examples or a k below 1.
     """
@@ -69,4 +69,4 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, users: Sequence[Hashable], se
 
 def _hits(ranks: np.ndarray, k: int) -> np.ndarray:
     ranks = np.asarray(ranks)
-    return (ranks >= 0) & (ranks < k)
+    return (ranks != MISS) & (ranks < k)

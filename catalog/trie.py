@@ -12,7 +12,7 @@ from catalog.ragged import Ragged
 
 
 class TrieError(ValueError):
-    """Titles that make no trie, a damaged trie file, or a trie of another tokenizer."""
+    """Titles that make no trie, or a damaged trie file."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,6 @@ class Trie:
         """Tokens of an item class, end-of-sequence last."""
         edge = self._class_edge[item_class]
         return [*self.path(int(np.searchsorted(self.first_edge, edge, side="right")) - 1), self.eos_token]
-
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """Raise TrieError unless the trie was built with the tokenizer of this fingerprint."""
-        if fingerprint != self.tokenizer_fingerprint:
-            raise TrieError(
-                f"the trie was built with tokenizer {self.tokenizer_fingerprint}, the model has {fingerprint}; "
-                "rebuild the catalogue with the model's tokenizer"
-            )
 
     def save(self, path: Path) -> None:
         """One uncompressed Arrow row of four lists, so that `load` maps it without copying."""

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -50,7 +51,6 @@ def test_examples_of_a_folder_are_as_written(tmp_path: Path, tiny_tokenizer_dir:
     assert [catalog.item_ids_of_class(c) for c in range(3)] == [[7, 9], [8], [5]]
     examples = catalog.examples("valid")
     assert (len(examples), examples.user_id(1), examples.timestamp.tolist()) == (2, "bob", [1, 2])
-    assert examples.history_items(1).tolist() == [2, 1]
     assert examples.history_classes(1).tolist() == [0, 1]
     assert examples.target_item.tolist() == [2, 3]
     assert examples.target_class.tolist() == [0, 2]
@@ -197,6 +197,14 @@ def test_damaged_files_are_named(tmp_path: Path, tiny_tokenizer_dir: Path, name:
     (catalog.path / name).write_bytes(content[: len(content) // 3])
     with pytest.raises((CatalogError, TrieError), match=f"{name if name != 'catalog.json' else catalog.path.name}"):
         Catalog.load(catalog.path).examples("train")
+
+
+def test_a_trie_of_another_tokenizer_is_refused(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    train_byte_bpe(["Acme Bolt"] * 9, 280, tmp_path / "other")
+    own, other = (build_catalog(config(tmp_path), str(path)) for path in (tiny_tokenizer_dir, tmp_path / "other"))
+    shutil.copy(other.path / "trie.arrow", own.path / "trie.arrow")
+    with pytest.raises(CatalogError, match=rf"{own.path.name}: its titles were tokenised by .*; delete .* again"):
+        build_catalog(config(tmp_path), str(tiny_tokenizer_dir))
 
 
 def test_an_unknown_split_is_named(built: Catalog) -> None:

@@ -120,12 +120,6 @@ def test_bad_titles_are_named(titles: list, message: str) -> None:
         Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="t")
 
 
-def test_another_tokenizer_is_refused() -> None:
-    trie_of([(1,)]).check_tokenizer("t")
-    with pytest.raises(TrieError, match="the model has other"):
-        trie_of([(1,)]).check_tokenizer("other")
-
-
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "trie.arrow"
     with pytest.raises(TrieError, match=r"trie\.arrow"):
