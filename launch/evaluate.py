@@ -5,10 +5,14 @@ import pyarrow as pa
 import ray
 
 from catalog.catalog import Catalog
+from catalog.metrics import MISS
 from launch.config import Config
 from launch.progress import Stage
 from launch.rollout_fleet import RolloutFleet
 from launch.waiting import fetch
+from rewards.group import NO_TITLE
+from rewards.layout import Layout
+from rewards.rule import hits
 
 
 def eval_examples(config: Config, catalog: Catalog) -> np.ndarray:
@@ -19,7 +23,7 @@ def eval_examples(config: Config, catalog: Catalog) -> np.ndarray:
 
 
 def evaluate(fleet: RolloutFleet, config: Config, example_ids: np.ndarray, stage: Stage) -> tuple[np.ndarray, int]:
-    """(int64 [n]: rank of each example's target in the beams or -1; number of candidates that are no title)."""
+    """(int64 [n]: rank of each example's target in the beams or MISS; number of candidates that are no title)."""
     flight = fleet.launch("test", example_ids, config.train.seed, group_size=config.train.eval_beams, strategy="beam")
     rank_of: dict[int, int] = {}
     invalid = 0
@@ -32,19 +36,17 @@ def evaluate(fleet: RolloutFleet, config: Config, example_ids: np.ndarray, stage
 
 
 def hit_ranks(groups: pa.Table) -> np.ndarray:
-    """int64 [n]: the first rank at which each group holds its target, -1 where it does not."""
-    classes = groups["candidate_class"].combine_chunks()
-    sizes = classes.value_lengths().to_numpy()
-    start = np.cumsum(sizes) - sizes
-    hit = np.flatnonzero(classes.flatten().to_numpy() == np.repeat(groups["target_class"].to_numpy(), sizes))
-    group = np.repeat(np.arange(len(sizes)), sizes)[hit]
-    ranks = np.full(len(sizes), -1, np.int64)
-    ranks[group[::-1]] = (hit - start[group])[::-1]  # reversed, so that the first hit of a group is written last
+    """int64 [n]: the first rank at which each group holds its target, MISS where it does not."""
+    layout = Layout.of(groups)
+    hit = hits(groups, layout)
+    found, first = np.unique(layout.group[hit], return_index=True)
+    ranks = np.full(layout.num_groups, MISS)
+    ranks[found] = layout.rank[hit][first]
     return ranks
 
 
 @ray.remote(num_cpus=0)
 def _hit_ranks(groups: pa.Table) -> tuple[np.ndarray, np.ndarray, int]:
     """The only numbers of an evaluation that reach the driver: (example ids, hit ranks, invalid candidates)."""
-    invalid = int((groups["candidate_class"].combine_chunks().flatten().to_numpy() < 0).sum())
+    invalid = int((Layout.of(groups).flat(groups["candidate_class"]) == NO_TITLE).sum())
     return groups["example_id"].to_numpy(), hit_ranks(groups), invalid

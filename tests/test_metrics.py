@@ -3,11 +3,13 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.metrics import hr_at_k, ndcg_at_k, ndcg_per_example, paired_bootstrap, ranking_metrics
+from catalog.metrics import MISS, hr_at_k, ndcg_at_k, ndcg_per_example, paired_bootstrap, ranking_metrics
+from launch.evaluate import hit_ranks
 
 
 @given(st.lists(st.integers(-1, 60), min_size=1, max_size=50), st.integers(1, 50))
@@ -16,6 +18,17 @@ def test_metrics_equal_their_definition(ranks: list[int], k: int) -> None:
     metrics = ranking_metrics(np.array(ranks), [k])
     assert metrics[f"hr@{k}"] == pytest.approx(len(found) / len(ranks))
     assert metrics[f"ndcg@{k}"] == pytest.approx(sum(1 / math.log2(rank + 2) for rank in found) / len(ranks))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(-1, 5), max_size=8)), max_size=8))
+def test_a_hit_rank_is_the_first_place_of_the_target(groups: list[tuple[int, list[int]]]) -> None:
+    targets, classes = [target for target, _ in groups], [candidates for _, candidates in groups]
+    table = pa.table(
+        {"target_class": pa.array(targets, pa.int32()), "candidate_class": pa.array(classes, pa.list_(pa.int32()))}
+    )
+    expected = [candidates.index(target) if target in candidates else MISS for target, candidates in groups]
+    assert hit_ranks(table).tolist() == expected
+    assert hit_ranks(pa.concat_tables([table, table])).tolist() == expected * 2
 
 
 def test_first_place_is_worth_one_and_a_miss_nothing() -> None:
