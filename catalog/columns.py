@@ -92,7 +92,12 @@ class Columns:
             raise CatalogError(
                 f"{self.file}: column {name!r} is {column.type}, expected integers (seconds since 1970) or timestamps"
             )
-        return column.cast(pa.int64()).to_numpy()
+        try:
+            return column.cast(pa.int64()).to_numpy()
+        except pa.ArrowInvalid as error:
+            raise CatalogError(
+                f"{self.file}: column {name!r} holds times above 2^63 - 1 ({error}); write seconds since 1970"
+            ) from error
 
     def id_lists(self, name: str) -> tuple[pa.Array, np.ndarray]:
         """A column of lists of ids: (all ids one behind the other, length of each list); no list is empty."""

@@ -19,6 +19,9 @@ FORMATS = """a data folder holds one of
   items.parquet (item_id, title) and sequences.parquet (user_id, item_ids)
   info.txt (title, tab, item id) and train.csv, valid.csv, test.csv (user_id, history_item_id, item_id, timestamp)"""
 
+ITEM_DIGITS = 18
+"""Of the numbers in an info file, so that they fit 64 bits."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -136,8 +139,11 @@ def _info_lines(file: Path) -> tuple[list[str], list[int]]:
     titles, item_ids = [], []
     for number, line in enumerate(lines, start=1):
         title, tab, item_id = line.rpartition("\t")
-        if not tab or not item_id.strip().isdecimal():
-            raise CatalogError(f"{file}: line {number}: expected a title, a tab and the item's number, got {line!r}")
+        if not tab or not item_id.strip().isdecimal() or len(item_id.strip()) > ITEM_DIGITS:
+            raise CatalogError(
+                f"{file}: line {number}: expected a title, a tab and the item's number (up to {ITEM_DIGITS} digits), "
+                f"got {line!r}"
+            )
         titles.append(title)
         item_ids.append(int(item_id))
     return titles, item_ids
@@ -155,7 +161,10 @@ def _csv_columns(file: Path) -> Columns:
         )
     except (OSError, pa.ArrowException) as error:
         raise CatalogError(f"{file}: not a readable CSV file ({error})") from error
-    columns = Columns(file, table.select([name for name in names if name in table.column_names]))
+    twice = [name for name in names if table.column_names.count(name) > 1]
+    if twice:
+        raise CatalogError(f"{file}: column {twice[0]!r} occurs twice; keep one of them")
+    columns = Columns(file, table.select([name for name in names if name in table.column_names]), table.column_names)
     lists = columns.column("history_item_id")
     wrong = pc.invert(pc.match_substring_regex(lists, r"^\[\s*(\d+(\s*,\s*\d+)*)?\s*\]$"))
     if pc.any(wrong).as_py():
@@ -171,7 +180,7 @@ def _csv_columns(file: Path) -> Columns:
         raise CatalogError(
             f"{file}: column 'history_item_id' holds ids that are no 64-bit integers ({error})"
         ) from error
-    return Columns(file, columns.table.set_column(place, "history_item_id", numbers))
+    return Columns(file, columns.table.set_column(place, "history_item_id", numbers), columns.names)
 
 
 def _check_same_titles(columns: Columns, titles: pa.LargeStringArray, info: str) -> None:

@@ -128,11 +128,9 @@ def encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> Ragged:
     """Token ids of each prompt; the beginning-of-sequence token first where the tokenizer itself adds one."""
     tokens, start = encode_batch(tokenizer, prompts), start_tokens(tokenizer)
-    return (
-        Ragged(np.insert(tokens.flat, tokens.start[:-1], start[0]), tokens.start + np.arange(len(tokens) + 1))
-        if (start)
-        else tokens
-    )
+    if not start:
+        return tokens
+    return Ragged(np.insert(tokens.flat, tokens.start[:-1], start[0]), tokens.start + np.arange(len(tokens) + 1))
 
 
 def encode_titles(

@@ -72,6 +72,7 @@ def test_histories_keep_their_last_items(folder: Path) -> None:
         ({}, {"user_id": [7, 8]}),
         ({}, {"timestamp": pa.array([100, 200], pa.timestamp("s")).cast(pa.timestamp("ns"))}),
         ({}, {"history": pa.array(EXAMPLES["history"], pa.large_list(pa.int16()))}),
+        ({"title": pa.array(ITEMS["title"], pa.string_view())}, {"user_id": pa.array(["a", "b"], pa.string_view())}),
         ({"title": pa.array(ITEMS["title"]).dictionary_encode()}, {"target": pa.array([20, 30], pa.uint32())}),
     ],
 )
@@ -143,6 +144,7 @@ def test_a_byte_order_mark_belongs_to_no_title(tmp_path: Path) -> None:
         ({"item_title": "Screw"}, ["train.csv", "'item_title'", "row 0", "'Screw'", "info.txt"]),
         ({"history_item_id": "[99999999999999999999]"}, ["train.csv", "'history_item_id'", "64-bit"]),
         ({"item_id": "nine"}, ["train.csv", "'item_id'", "strings"]),
+        ({"timestamp": "18446744073709551615"}, ["train.csv", "'timestamp'"]),
     ],
 )
 def test_faults_of_csv_files_are_named(tmp_path: Path, changes: dict, words: list[str]) -> None:
@@ -156,6 +158,27 @@ def test_a_line_of_the_info_file_without_a_number_is_named(tmp_path: Path) -> No
     write_csv(tmp_path)
     (tmp_path / "info.txt").write_text("Bolt\t0\nNut 1\n")
     with pytest.raises(CatalogError, match=r"info\.txt: line 2: .*'Nut 1'"):
+        read(tmp_path)
+
+
+def test_a_number_of_the_info_file_that_fits_no_integer_is_named(tmp_path: Path) -> None:
+    write_csv(tmp_path)
+    (tmp_path / "info.txt").write_text("Bolt\t0\nNut\t99999999999999999999\n")
+    with pytest.raises(CatalogError, match=r"info\.txt: line 2: .*up to 18 digits.*99999999999999999999"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("item_title", "timestamp", "column 'timestamp' occurs twice"),
+        ("timestamp", "time", "column 'timestamp' is missing; the file has user_id, .*, item_title, time$"),
+    ],
+)
+def test_a_wrong_header_of_a_csv_file_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write_csv(tmp_path)
+    (tmp_path / "train.csv").write_text((tmp_path / "train.csv").read_text().replace(old, new, 1))
+    with pytest.raises(CatalogError, match=rf"train\.csv: {message}"):
         read(tmp_path)
 
 
@@ -190,6 +213,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
             f / "train.parquet",
         ),
         ["train.parquet", "not a readable Parquet"],
+    ),
+    "times beyond 64 bits": (
+        lambda f: write(f / "train.parquet", EXAMPLES | {"timestamp": pa.array([2**63, 1], pa.uint64())}),
+        ["train.parquet", "'timestamp'", "2^63"],
     ),
     "ids beyond 64 bits": (
         lambda f: write(f / "items.parquet", ITEMS | {"item_id": pa.array([2**63, 20, 30], pa.uint64())}),
