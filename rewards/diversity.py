@@ -31,7 +31,8 @@ class Diversity:
         for above in range(1, int(layout.sizes.max(initial=0))):
             below = np.flatnonzero(layout.rank >= above)
             below = below[valid[below] & valid[below - above]]
-            similar = jaccard(self.words, classes[below], classes[below - above])
+            same = classes[below] == classes[below - above]  # also of titles without words
+            similar = np.where(same, 1.0, jaccard(self.words, classes[below], classes[below - above]))
             nearest[below] = np.maximum(nearest[below], similar)
         return layout.column(np.where(valid, 1.0 - nearest, 0.0))
 

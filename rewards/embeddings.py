@@ -47,5 +47,5 @@ def cached(file: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
             np.save(stream, compute())
     try:
         return np.load(file, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise RewardError(f"{file} is damaged ({error}); delete it and it is computed again") from error

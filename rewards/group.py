@@ -112,7 +112,7 @@ class Groups(Sequence[Group]):
     def __getitem__(self, row: int | slice) -> "Group | Groups":
         if isinstance(row, slice):
             rows = range(len(self))[row]
-            return Groups(self.table.take(list(rows)), self.catalog, self.split)
+            return Groups(self.table.take(pa.array(rows, pa.int64())), self.catalog, self.split)
         return self._group(range(len(self))[row])
 
     def __iter__(self) -> Iterator[Group]:

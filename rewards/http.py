@@ -136,7 +136,7 @@ def _from_json(response: httpx.Response, where: str) -> list[list[float]]:
 def _from_arrow(response: httpx.Response, where: str) -> list[list[float]]:
     try:
         return pa.ipc.open_stream(response.content).read_all()["rewards"].to_pylist()
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise RewardError(
             f"{where} answered no Arrow stream with a column `rewards` ({error}), but {_beginning(response)}"
         ) from error

@@ -19,7 +19,7 @@ import pyarrow as pa
 from rewards.errors import RewardError, name_examples
 from rewards.group import Group, Groups, TitleCatalog
 
-Returned: TypeAlias = Sequence[Sequence[float] | np.ndarray] | np.ndarray | pa.ListArray
+Returned: TypeAlias = Sequence[Sequence[float] | np.ndarray] | np.ndarray | pa.Array | pa.ChunkedArray
 
 
 class Reward(Protocol):
@@ -97,9 +97,9 @@ def score(name: str, reward: Reward, groups: Groups) -> pa.ListArray:
 
 def _flat_values(name: str, returned: Any, groups: Groups) -> np.ndarray:
     """[N]: what a reward returned for all candidates of a table."""
-    if isinstance(returned, pa.ListArray) and not returned.null_count and not returned.values.null_count:
-        if np.array_equal(returned.value_lengths().to_numpy(), groups.layout.sizes):
-            return groups.layout.flat(returned)
+    if isinstance(returned, pa.ListArray) and _is_one_number_each(returned, groups):
+        return groups.layout.flat(returned)
+    if isinstance(returned, pa.Array | pa.ChunkedArray):
         returned = returned.to_pylist()
     try:
         rows = list(returned)
@@ -113,6 +113,13 @@ def _flat_values(name: str, returned: Any, groups: Groups) -> np.ndarray:
             f"({name_examples(groups.example_ids.tolist())})"
         )
     return np.concatenate([np.zeros(0), *(_row(name, row, groups, index) for index, row in enumerate(rows))])
+
+
+def _is_one_number_each(lists: pa.ListArray, groups: Groups) -> bool:
+    if lists.null_count or lists.values.null_count:
+        return False
+    numbers = pa.types.is_floating(lists.type.value_type) or pa.types.is_integer(lists.type.value_type)
+    return numbers and np.array_equal(lists.value_lengths().to_numpy(), groups.layout.sizes)
 
 
 def _row(name: str, row: Any, groups: Groups, index: int) -> np.ndarray:

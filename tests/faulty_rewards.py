@@ -7,6 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from rewards.group import Group, Groups
@@ -103,6 +104,28 @@ class OneGroupShort(Constant):
 class Flat(Constant):
     def __call__(self, groups: Groups) -> Returned:
         return np.ones(groups.layout.num_candidates)
+
+
+class AsArrow(Constant):
+    """Nothing goes wrong here either."""
+
+    def __call__(self, groups: Groups) -> Returned:
+        return pa.array(super().__call__(groups), pa.list_(pa.float64()))
+
+
+class AsLargeArrow(Constant):
+    def __call__(self, groups: Groups) -> Returned:
+        return pa.array(super().__call__(groups), pa.large_list(pa.float32()))
+
+
+class ChunkedScores(Constant):
+    def __call__(self, groups: Groups) -> Returned:
+        return groups.table["score"]
+
+
+class ArrowWords(Constant):
+    def __call__(self, groups: Groups) -> Returned:
+        return pa.array([group.candidate_titles for group in groups])
 
 
 class CannotStart:

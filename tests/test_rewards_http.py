@@ -69,6 +69,15 @@ def title_lengths_arrow(body: bytes) -> tuple[int, bytes]:
     return 200, sink.getvalue().to_pybytes()
 
 
+def cut_short() -> bytes:
+    """An answer whose last values are missing."""
+    sink = pa.BufferOutputStream()
+    table = pa.table({"rewards": [[1.0] * 6] * 4})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()[:-20]
+
+
 def always(status: int, content: bytes) -> Answer:
     return lambda body: (status, content)
 
@@ -152,6 +161,7 @@ def test_a_service_that_is_too_slow_is_named(service: Service) -> None:
         ("json", b'{"rewards": [[1,1,1,1,1,NaN]' + 3 * b", [1,1,1,1,1,1]" + b"]}", "nan .*must be a finite float32"),
         ("json", b'{"rewards": [null, null, null, null]}', "returned None for group 0"),
         ("arrow", b"junk", "answered no Arrow stream with a column `rewards`"),
+        ("arrow", cut_short(), "answered no Arrow stream with a column `rewards`"),
     ],
 )
 def test_garbage_is_shown(service: Service, format: str, content: bytes, message: str) -> None:

@@ -51,6 +51,7 @@ def test_groups_are_a_sequence() -> None:
     assert [group.example_id for group in groups] == [0, 1, 2, 3]
     assert groups[-1] == groups[3]
     assert list(groups[1:3]) == [groups[1], groups[2]]
+    assert list(groups[2:2]) == []
     with pytest.raises(IndexError):
         groups[4]
 
@@ -59,6 +60,11 @@ def test_functions_and_classes_score_alike() -> None:
     by_function = score_samples("title_length")
     assert by_function == [pytest.approx([len(t) / 100 for t in group.candidate_titles]) for group in sample_groups()]
     assert score_samples("Constant", value=0.5) == [[0.5] * 6] * 4
+
+
+def test_arrow_lists_of_any_width_are_taken() -> None:
+    assert score_samples("AsArrow") == score_samples("AsLargeArrow") == [[1.0] * 6] * 4
+    assert score_samples("ChunkedScores") == [pytest.approx(group.scores) for group in sample_groups()]
 
 
 def test_tensors_are_taken_off_the_graph() -> None:
@@ -88,6 +94,7 @@ def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
         ("words", r"reward 'words' returned 6 values \(\['Steel .*expected one float for each"),
         ("exits", r"reward 'exits' raised on group 0"),
         ("OneGroupShort", r"reward 'OneGroupShort' returned 3 lists for 4 groups \(groups 0, 1, 2, 3\)"),
+        ("ArrowWords", r"reward 'ArrowWords' returned 6 values \(\['Steel .* for group 0"),
         ("Flat", r"reward 'Flat' returned 24 lists for 4 groups"),
         ("CannotStart", r"(?s)reward 'CannotStart' could not be made with args {}:.*FileNotFoundError: weights.bin"),
         ("NotCallable", "class NotCallable needs a method __call__"),

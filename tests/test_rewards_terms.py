@@ -14,7 +14,7 @@ from rewards.collaborative import Collaborative, opinions
 from rewards.diversity import Diversity
 from rewards.embeddings import cached, fingerprint_of_model
 from rewards.errors import RewardError
-from rewards.group import titles_fingerprint
+from rewards.group import Groups, titles_fingerprint
 from rewards.interface import Reward, score
 from rewards.popularity import Popularity, inverse_propensity
 from rewards.samples import CANDIDATES, EXAMPLES, TITLES, SampleCatalog, SampleExamples, sample_groups
@@ -56,6 +56,18 @@ def test_diversity_punishes_what_was_already_offered() -> None:
     assert first[3] == 1.0
     assert last[1] == 0.0  # no title
     assert last[5] < 0.5 < last[4] == 1.0
+
+
+def test_a_title_without_words_that_was_already_offered_gets_nothing() -> None:
+    class Stars(SampleCatalog):
+        def title(self, item_class: int) -> str:
+            return "*" * (1 + item_class)
+
+    groups = sample_groups()
+    classes = pa.array([[0, 1, 0, -1, -1, 1]] * len(groups), pa.list_(pa.int32()))
+    table = groups.table.set_column(groups.table.column_names.index("candidate_class"), "candidate_class", classes)
+    values = score("tested", Diversity(Stars()), Groups(table, Stars(), "train")).to_pylist()
+    assert values[0] == [1, 1, 0, 0, 0, 0]
 
 
 def brute_force_diversity(candidates: tuple[int, ...]) -> list[float]:
@@ -153,8 +165,9 @@ def test_the_fingerprint_of_a_model_is_that_of_its_files(tmp_path: Path) -> None
     assert fingerprint_of_model(str(tmp_path)) != before != fingerprint_of_model("a/name")
 
 
-def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
-    (tmp_path / "e.npy").write_bytes(b"junk")
+@pytest.mark.parametrize("content", [b"junk", b""])
+def test_a_damaged_cache_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "e.npy").write_bytes(content)
     with pytest.raises(RewardError, match=r"e.npy is damaged .* delete it"):
         cached(tmp_path / "e.npy", lambda: np.ones(1))
 
