@@ -1,6 +1,7 @@
 """All rollout workers of a run, as the loop sees them."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,10 +14,21 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from catalog.catalog import Catalog
-from rollout.actor import RolloutWorker, worker_environment
+from rollout.actor import EngineFactory, RolloutWorker, worker_environment
 from rollout.assign import assign
 from rollout.config import RolloutConfig, Strategy
-from rollout.streams import PublishedWeights, RolloutStream, RolloutTimeout, bring_back, collect, stream_rollout
+from rollout.engines import create_engine
+from rollout.streams import (
+    MAX_DEATHS,
+    PublishedWeights,
+    RolloutStream,
+    RolloutTimeout,
+    WorkerLost,
+    bring_back,
+    collect,
+    first_line,
+    stream_rollout,
+)
 
 RESTARTS = -1
 """Of a worker over a whole run: without limit, since rollout.streams gives up on one that dies again and again."""
@@ -44,7 +56,12 @@ class RolloutFleet:
     """
 
     def __init__(
-        self, config: RolloutConfig, catalog: Catalog, model_path: Path, worker_options: Sequence[dict[str, object]]
+        self,
+        config: RolloutConfig,
+        catalog: Catalog,
+        model_path: Path,
+        worker_options: Sequence[dict[str, object]],
+        engine_factory: EngineFactory = create_engine,
     ) -> None:
         self.config, self.catalog = config, catalog
         self.workers: list[ActorHandle] = [
@@ -52,7 +69,9 @@ class RolloutFleet:
                 max_restarts=RESTARTS,
                 runtime_env={"env_vars": worker_environment(config, on_gpu=bool(options.get("num_gpus")))},
                 **options,
-            ).remote(rank, str(model_path.resolve()), str(catalog.path.resolve()), config)
+            ).remote(
+                rank, str(model_path.resolve()), str(catalog.path.resolve()), config, engine_factory=engine_factory
+            )
             for rank, options in enumerate(worker_options)
         ]
         self._starting: dict[ray.ObjectRef, int] = {
@@ -62,17 +81,31 @@ class RolloutFleet:
         """Loads whose worker answered with the exporter's checksum; any other answer has raised ChecksumMismatch."""
         self._weights: PublishedWeights | None = None
         self._loads: dict[tuple[int, int], ray.ObjectRef] = {}
+        self._latest: list[RolloutStream | None] = [None] * len(self.workers)
+        """Of each worker, the stream that was started last."""
 
     def ready(self, timeout_s: float) -> None:
-        """Wait until every engine is up. Raises RolloutTimeout naming the workers that are not, or what one raised."""
-        waiting: list[ray.ObjectRef] = list(self._starting)
+        """Wait until every engine is up; a worker that dies meanwhile starts again.
+
+        Raises RolloutTimeout or WorkerLost naming the workers that do not come up, or what an engine raised.
+        """
+        waiting, deaths = dict(self._starting), Counter[int]()
         deadline = time.monotonic() + timeout_s
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            ray.get(done)
+            done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not done:
-                ranks = sorted(self._starting[ref] for ref in waiting)
-                raise RolloutTimeout(f"rollout workers {ranks} not ready after {timeout_s:g} s")
+                raise RolloutTimeout(f"rollout workers {sorted(waiting.values())} not ready after {timeout_s:g} s")
+            rank = waiting.pop(done[0])
+            try:
+                ray.get(done[0])
+            except RayActorError as death:
+                deaths[rank] += 1
+                if deaths[rank] == MAX_DEATHS:
+                    raise WorkerLost(
+                        f"rollout worker {rank} died {MAX_DEATHS} times while its engine started "
+                        f"({first_line(death)}); Ray's logs of its processes (session_latest/logs/worker-*) say why"
+                    ) from death
+                waiting[self.workers[rank].ready.remote()] = rank
 
     def publish(self, export: Callable[[int], PublishedWeights], version: int) -> None:
         """Have every worker load what `export(version)` returns, after the rollouts that it was already given.
@@ -87,8 +120,9 @@ class RolloutFleet:
     def loaded(self) -> None:
         """Wait until every worker holds the published weights and has confirmed their checksum."""
         assert self._weights is not None
-        for rank in range(len(self.workers)):
-            self._confirm(rank, self._weights)
+        for rank, worker in enumerate(self.workers):
+            if not self._confirmed(rank, self._weights):
+                bring_back(worker, self._weights, self.config.timeout_s, f"rollout worker {rank}")
 
     def launch(
         self,
@@ -115,17 +149,20 @@ class RolloutFleet:
                 self.config,
                 group_size=group_size,
                 strategy=strategy,
+                weights=self._weights,
+                after=self._latest[rank],
             )
             for rank, (worker, share) in enumerate(zip(self.workers, shares, strict=True))
         ]
+        self._latest = list(streams)
         return Flight(streams, self._weights)
 
     def land(self, flight: Flight) -> Iterator[ray.ObjectRef]:
         """Table references of a flight as they finish."""
         for stream in flight.streams:
-            if self._confirm(stream.rank, flight.weights):
-                stream.start()  # its first start was refused: the worker had died and lost its weights
-        for _, table in collect(flight.streams, self.config.timeout_s, flight.weights):
+            if not self._confirmed(stream.rank, flight.weights):
+                stream.restart(self.config.timeout_s)
+        for _, table in collect(flight.streams, self.config.timeout_s):
             yield table
 
     def sleep(self) -> None:
@@ -150,20 +187,20 @@ class RolloutFleet:
         for worker in self.workers:
             ray.kill(worker, no_restart=False)
         self._loads = {}
+        self._latest = [None] * len(self.workers)
 
-    def _confirm(self, rank: int, weights: PublishedWeights) -> bool:
-        """Wait for a load; True when it had to be repeated because the worker died. Raises ChecksumMismatch."""
+    def _confirmed(self, rank: int, weights: PublishedWeights) -> bool:
+        """Wait for a load; False where the worker has died before or in it. Raises ChecksumMismatch."""
         load = self._loads.pop((rank, weights.version), None)
         if load is None:
-            return False
+            return True
         try:
             report: dict[str, Any] = ray.get(load, timeout=self.config.timeout_s)
-            self.confirmed_loads += report["checksum"] == weights.checksum
         except GetTimeoutError as error:
             raise RolloutTimeout(
                 f"rollout worker {rank} did not load version {weights.version} in {self.config.timeout_s:g} s"
             ) from error
         except RayActorError:
-            bring_back(self.workers[rank], weights, self.config.timeout_s, f"rollout worker {rank}")
-            return True
-        return False
+            return False
+        self.confirmed_loads += report["checksum"] == weights.checksum
+        return True

@@ -15,7 +15,8 @@ from rollout.config import RolloutConfig, Strategy
 
 HEALTH_TIMEOUT_S = 5.0
 RESTART_POLL_S = 0.25
-DEATHS_PER_TABLE = 3
+MAX_DEATHS = 3
+"""Of a worker at one table, or while its engine starts."""
 T = TypeVar("T")
 
 
@@ -53,6 +54,10 @@ class RolloutStream:
     config: RolloutConfig
     group_size: int | None = None
     strategy: Strategy | None = None
+    weights: PublishedWeights | None = None
+    """Of its policy version; without them a worker that dies cannot go on."""
+    behind: "RolloutStream | None" = None
+    """The next stream that was started on the same worker."""
     tables: Any = None
     received: int = 0
     waited_s: float = 0.0
@@ -71,9 +76,31 @@ class RolloutStream:
     def num_tables(self) -> int:
         return -(-len(self.example_ids) // self.config.groups_per_table)
 
+    def restart(self, timeout_s: float) -> None:
+        """Wait for a dead worker's restart, give it its weights, and start again where the stream stopped.
+
+        What was queued behind is started again, too: the new process may already be at it, and would wait for room in
+        a queue that nobody reads before this stream has ended. Errors as `bring_back`.
+        """
+        behind = list(self._queued_behind())
+        for stream in behind:
+            stream.tables = None
+        bring_back(self.worker, self.weights, timeout_s, str(self))
+        self.start()
+        for stream in behind:
+            if stream.weights is not None:
+                stream.weights.load(stream.worker)  # where this fails, the rollout is refused and tried again
+            stream.start()
+
+    def _queued_behind(self) -> "Iterator[RolloutStream]":
+        stream = self.behind
+        while stream is not None:
+            yield stream
+            stream = stream.behind
+
     def close(self) -> None:
         """The worker says that it is done. Raises WorkerLost when tables are missing all the same."""
-        self.tables = None
+        self.tables = self.weights = self.behind = None
         if self.received != self.num_tables:
             raise WorkerLost(f"{self}: the stream ended after {self.received} tables")
 
@@ -95,27 +122,29 @@ def stream_rollout(
     config: RolloutConfig,
     group_size: int | None = None,
     strategy: Strategy | None = None,
+    weights: PublishedWeights | None = None,
+    after: RolloutStream | None = None,
 ) -> RolloutStream:
     """Start a rollout on one worker; `collect` hands out its tables.
 
-    The worker pauses while config.queue_tables of its tables wait, and then takes no new weights: collect every stream
-    to its end before the next load_weights.
+    The worker pauses while config.queue_tables of its tables wait, and does nothing else meanwhile: collect streams in
+    the order of their start. weights: of policy_version. after: the stream before it on this worker, if any.
     """
     stream = RolloutStream(
-        worker, rank, split, example_ids, policy_version, seed, config, group_size=group_size, strategy=strategy
+        worker, rank, split, example_ids, policy_version, seed, config, group_size, strategy, weights
     )
+    if after is not None:
+        after.behind = stream
     stream.start()
     return stream
 
 
-def collect(
-    streams: Sequence[RolloutStream], timeout_s: float, weights: PublishedWeights | None = None
-) -> Iterator[tuple[int, ray.ObjectRef]]:
+def collect(streams: Sequence[RolloutStream], timeout_s: float) -> Iterator[tuple[int, ray.ObjectRef]]:
     """Yield (worker rank, reference of a table) as tables finish, every table once, without fetching any.
 
-    A worker that dies and restarts (max_restarts), now or while it was idle, is given `weights` again and repeats
-    exactly the tables that were missing. Raises RolloutTimeout when a stream made the driver wait timeout_s for one
-    table, WorkerLost when a worker stays dead or keeps dying at one table, and whatever a worker raised.
+    A worker that dies and restarts (max_restarts), now or while it was idle, is given its stream's weights again and
+    repeats exactly the tables that were missing. Raises RolloutTimeout when a stream made the driver wait timeout_s
+    for one table, WorkerLost when a worker stays dead or keeps dying at one table, and whatever a worker raised.
     """
     live = [stream for stream in streams if len(stream.example_ids)]
     try:
@@ -123,18 +152,18 @@ def collect(
             stream = _next_ready(live, timeout_s)
             try:
                 ref = next(stream.tables)
-                _raise_if_failed(ref, stream)
+                raise_if_failed(ref, stream.tables)
             except StopIteration:
                 live.remove(stream)
                 stream.close()
                 continue
             except RayActorError as death:
-                _revive(stream, weights, timeout_s, death)
+                _revive(stream, timeout_s, death)
                 continue
             except StaleWeights as stale:
-                if weights is None or stale.held is not None:
+                if stream.weights is None or stale.held is not None:
                     raise
-                _revive(stream, weights, timeout_s, stale)  # it had died before it was asked
+                _revive(stream, timeout_s, stale)  # it had died before it was asked
                 continue
             stream.received += 1
             stream.waited_s, stream.deaths = 0.0, 0
@@ -163,22 +192,24 @@ def _next_ready(live: Sequence[RolloutStream], timeout_s: float) -> RolloutStrea
     )
 
 
-def _raise_if_failed(ref: ray.ObjectRef, stream: RolloutStream) -> None:
-    """Raise the worker's error if `ref` is one. Errors lie in the driver's own memory, so no table is ever fetched."""
-    if ref == stream.tables.completed() or not get_local_object_locations([ref])[ref]["node_ids"]:
+def raise_if_failed(ref: ray.ObjectRef, stream: Any) -> None:
+    """Raise the error that `ref`, from an ObjectRefGenerator, may stand for.
+
+    Errors lie in the driver's own memory, so that no result is ever fetched.
+    """
+    if ref == stream.completed() or not get_local_object_locations([ref])[ref]["node_ids"]:
         ray.get(ref)
 
 
-def _revive(stream: RolloutStream, weights: PublishedWeights | None, timeout_s: float, death: Exception) -> None:
-    """Wait for a dead worker's restart, give it its weights, and start its stream again where it stopped."""
+def _revive(stream: RolloutStream, timeout_s: float, death: Exception) -> None:
+    """Restart a stream whose worker has died; raises WorkerLost where that happens too often, or for good."""
     stream.deaths += 1
-    if stream.deaths >= DEATHS_PER_TABLE:
-        raise WorkerLost(f"{stream}: died {stream.deaths} times at this table; last: {_first_line(death)}") from death
+    if stream.deaths >= MAX_DEATHS:
+        raise WorkerLost(f"{stream}: died {stream.deaths} times at this table; last: {first_line(death)}") from death
     try:
-        bring_back(stream.worker, weights, timeout_s, str(stream))
+        stream.restart(timeout_s)
     except RayActorError as error:
-        raise WorkerLost(f"{stream}: died and was not restarted ({_first_line(error)})") from death
-    stream.start()
+        raise WorkerLost(f"{stream}: died and was not restarted ({first_line(error)})") from death
 
 
 def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s: float, name: str) -> None:
@@ -212,10 +243,10 @@ def _health(stream: RolloutStream) -> str:
     except GetTimeoutError:
         return f"it does not answer within {HEALTH_TIMEOUT_S:.0f} s either"
     except RayActorError as error:
-        return f"it is dead: {_first_line(error)}"
+        return f"it is dead: {first_line(error)}"
     held = "no loaded version" if health["version"] is None else f"version {health['version']}"
     return f"it holds {held} and has been {health['doing']} for {health['seconds']:.1f} s"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]

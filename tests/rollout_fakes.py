@@ -16,13 +16,23 @@ from rollout.weights import WeightBucket, checksum
 class FakeEngine:
     """Candidates drawn from the seed alone; a file next to the model makes it slow, or die once.
 
-    `<model>/die_at` holds the number of the call at which the process ends; it is removed first, so that the restarted
-    worker lives. `<model>/sleep` holds the seconds that a call takes.
+    `<model>/die_at` holds the number of the call at which the process ends, 0 for the start of the engine; it is
+    removed first, so that the restarted worker lives, unless it says "always". `<model>/sleep` holds the seconds that
+    a call takes.
     """
 
     def __init__(self, model_path: str, trie_path: Path, config: RolloutConfig) -> None:
         self.model_path, self.config, self.calls = Path(model_path), config, 0
         self.trie = Trie.load(trie_path)
+        self._die_if_asked()
+
+    def _die_if_asked(self) -> None:
+        die_at = self.model_path / "die_at"
+        if die_at.exists() and die_at.read_text() == "always":
+            os._exit(1)
+        if die_at.exists() and int(die_at.read_text()) == self.calls:
+            die_at.unlink()
+            os._exit(1)
 
     def generate(
         self,
@@ -34,10 +44,7 @@ class FakeEngine:
         strategy: Strategy | None = None,
     ) -> list[Candidates]:
         self.calls += 1
-        die_at = self.model_path / "die_at"
-        if die_at.exists() and int(die_at.read_text()) == self.calls:
-            die_at.unlink()
-            os._exit(1)
+        self._die_if_asked()
         if (self.model_path / "sleep").exists():
             time.sleep(float((self.model_path / "sleep").read_text()))
         return [self._group(seed, group_size or self.config.group_size) for seed in seeds]

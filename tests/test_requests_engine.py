@@ -383,8 +383,8 @@ def test_a_rollout_worker_with_the_other_engine_streams_the_same_groups(
     engine = engine_of(tiny_model_dir, rollout_catalog.path / "trie.arrow", max_completion_tokens=10)
     seeds = [group_seed(0, 3, i) for i in ids]
     for strategy in STRATEGIES:
-        stream = stream_rollout(worker, 0, "train", ids, 3, 0, config, strategy=strategy)
-        rows = pa.concat_tables([ray.get(table) for _, table in collect([stream], 120, weights)]).to_pylist()
+        stream = stream_rollout(worker, 0, "train", ids, 3, 0, config, strategy=strategy, weights=weights)
+        rows = pa.concat_tables([ray.get(table) for _, table in collect([stream], 120)]).to_pylist()
         assert [row["example_id"] for row in rows] == ids
         prompts, targets = [row["prompt_tokens"] for row in rows], [row["target_class"] for row in rows]
         groups = engine.generate(prompts, seeds, targets, group_size=8, strategy=strategy)

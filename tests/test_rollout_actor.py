@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.config import DataConfig, GeneratedConfig
-from launch.rollout_fleet import RolloutFleet
+from launch.rollout_fleet import Flight, RolloutFleet
 from rollout.actor import ChecksumMismatch, RolloutWorker, StaleWeights, group_seed
 from rollout.assign import assign
 from rollout.config import RolloutConfig
@@ -77,8 +77,8 @@ def give(worker: ActorHandle, weights: PublishedWeights) -> None:
     ray.get(weights.load(worker), timeout=TIMEOUT_S)
 
 
-def tables_of(streams: list, weights: PublishedWeights | None = None, timeout_s: float = TIMEOUT_S) -> list[pa.Table]:
-    return [ray.get(ref) for _, ref in collect(streams, timeout_s, weights)]
+def tables_of(streams: list, timeout_s: float = TIMEOUT_S) -> list[pa.Table]:
+    return [ray.get(ref) for _, ref in collect(streams, timeout_s)]
 
 
 def published(version: int, value: float = 1.0) -> PublishedWeights:
@@ -87,21 +87,72 @@ def published(version: int, value: float = 1.0) -> PublishedWeights:
     return PublishedWeights(version, refs, checksum(tensors))
 
 
-def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights(
-    ray_session: None, small_catalog: Catalog, folder: Path
-) -> None:
-    options = RolloutWorker.options(num_cpus=0, max_restarts=1)
-    worker = options.remote(2, str(folder), str(small_catalog.path), CONFIG, None, rollout_fakes.FakeEngine)
-    fleet = RolloutFleet.__new__(RolloutFleet)
-    fleet.config, fleet.catalog, fleet.workers = replace(CONFIG, sleep=True), small_catalog, [worker]
-    fleet._weights, fleet._loads, fleet.confirmed_loads = None, {}, 0
+@pytest.fixture
+def fleet(ray_session: None, small_catalog: Catalog, folder: Path) -> Iterator[RolloutFleet]:
+    """One worker, its engine up."""
+    config = replace(CONFIG, sleep=True, timeout_s=20.0)
+    fleet = RolloutFleet(config, small_catalog, folder, [{"num_cpus": 0}], rollout_fakes.FakeEngine)
+    fleet.ready(TIMEOUT_S)
+    yield fleet
+    for worker in fleet.workers:
+        ray.kill(worker)
+
+
+def kill_process(worker: ActorHandle) -> None:
     os.kill(ray.get(worker.health.remote())["process"], signal.SIGKILL)
+
+
+def landed(fleet: RolloutFleet, flight: Flight) -> list[pa.Table]:
+    return [ray.get(ref) for ref in fleet.land(flight)]
+
+
+def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights(fleet: RolloutFleet) -> None:
+    kill_process(fleet.workers[0])
     fleet.sleep()
     fleet.publish(lambda version: published(version), version=1)
     fleet.loaded()
-    tables = [ray.get(ref) for ref in fleet.land(fleet.launch("train", np.asarray(IDS), seed=0))]
+    tables = landed(fleet, fleet.launch("train", np.asarray(IDS), seed=0))
     assert sum(map(len, tables)) == len(IDS)
-    ray.kill(worker)
+
+
+@pytest.mark.parametrize("groups", [2, 14])
+def test_flights_behind_one_whose_worker_died_are_rolled_out_with_their_own_weights(
+    fleet: RolloutFleet, folder: Path, groups: int
+) -> None:
+    """With stale weights several flights wait at a worker, and each may fill its queue."""
+    ids = np.arange(groups)
+    fleet.publish(lambda version: published(version), version=0)
+    expected = [landed(fleet, fleet.launch("train", ids, seed=seed)) for seed in range(2)]
+    flights = [fleet.launch("train", ids, seed=seed) for seed in range(2)]
+    assert landed(fleet, flights[0]) == expected[0]
+    process = ray.get(fleet.workers[0].health.remote())["process"]
+    kill_process(fleet.workers[0])
+    wait_for_restart(fleet.workers[0], process)
+    fleet.publish(lambda version: published(version, value=2.0), version=1)
+    flights += [fleet.launch("train", ids, seed=seed) for seed in (2, 3)]
+    assert landed(fleet, flights[1]) == expected[1]
+    versions = [set(pa.concat_tables(landed(fleet, flight))["policy_version"].to_pylist()) for flight in flights[2:]]
+    assert versions == [{1}, {1}]
+
+
+def test_a_worker_that_dies_while_its_engine_starts_is_started_again(
+    ray_session: None, small_catalog: Catalog, tmp_path: Path
+) -> None:
+    (tmp_path / "die_at").write_text("0")
+    fleet = RolloutFleet(CONFIG, small_catalog, tmp_path, [{"num_cpus": 0}], rollout_fakes.FakeEngine)
+    fleet.ready(TIMEOUT_S)
+    assert not (tmp_path / "die_at").exists()
+    ray.kill(fleet.workers[0])
+
+
+def test_a_worker_whose_engine_never_comes_up_is_named(
+    ray_session: None, small_catalog: Catalog, tmp_path: Path
+) -> None:
+    (tmp_path / "die_at").write_text("always")
+    fleet = RolloutFleet(CONFIG, small_catalog, tmp_path, [{"num_cpus": 0}], rollout_fakes.FakeEngine)
+    with pytest.raises(WorkerLost, match="rollout worker 0 died 3 times while its engine started"):
+        fleet.ready(TIMEOUT_S)
+    ray.kill(fleet.workers[0])
 
 
 def test_a_stream_is_the_groups_of_the_examples_in_order(worker: ActorHandle, small_catalog: Catalog) -> None:
@@ -192,7 +243,7 @@ def test_a_worker_that_dies_in_the_middle_repeats_what_is_missing(blank: ActorHa
     before = tables_of([stream_rollout(blank, 1, "train", IDS, 5, 7, CONFIG)])
     health = ray.get(blank.health.remote())
     (folder / "die_at").write_text(f"{ray.get(blank.timings.remote())['calls'] + 3:.0f}")  # the third table
-    after = tables_of([stream_rollout(blank, 1, "train", IDS, 5, 7, CONFIG)], weights)
+    after = tables_of([stream_rollout(blank, 1, "train", IDS, 5, 7, CONFIG, weights=weights)])
     assert not (folder / "die_at").exists()
     assert ray.get(blank.health.remote())["process"] != health["process"]
     assert after == before
@@ -210,9 +261,9 @@ def test_a_worker_that_died_while_it_was_idle_is_given_its_weights_again(
         os.kill(process, signal.SIGKILL)
         wait_for_restart(worker, process)
         assert ray.get(worker.health.remote())["version"] is None
-        assert tables_of([stream_rollout(worker, 2, "train", IDS, 6, 7, CONFIG)], weights) == expected
+        assert tables_of([stream_rollout(worker, 2, "train", IDS, 6, 7, CONFIG, weights=weights)]) == expected
         with pytest.raises(StaleWeights, match="holds version 6, the rollout asks for version 7"):
-            tables_of([stream_rollout(worker, 2, "train", IDS, 7, 7, CONFIG)], published(7))
+            tables_of([stream_rollout(worker, 2, "train", IDS, 7, 7, CONFIG, weights=published(7))])
 
 
 def wait_for_restart(worker: ActorHandle, process: int) -> None:
@@ -230,12 +281,12 @@ def test_a_worker_killed_from_outside_repeats_what_is_missing_until_it_stays_dea
     weights = published(6)
     give(blank, weights)
     expected = tables_of([stream_rollout(blank, 1, "train", IDS, 6, 7, CONFIG)])
-    tables = collect([stream_rollout(blank, 1, "train", IDS, 6, 7, CONFIG)], TIMEOUT_S, weights)
+    tables = collect([stream_rollout(blank, 1, "train", IDS, 6, 7, CONFIG, weights=weights)], TIMEOUT_S)
     first = ray.get(next(tables)[1])
     os.kill(ray.get(blank.health.remote())["process"], signal.SIGKILL)
     assert [first, *(ray.get(ref) for _, ref in tables)] == expected
 
-    tables = collect([stream_rollout(blank, 1, "train", IDS, 6, 7, CONFIG)], TIMEOUT_S, weights)
+    tables = collect([stream_rollout(blank, 1, "train", IDS, 6, 7, CONFIG, weights=weights)], TIMEOUT_S)
     next(tables)
     ray.kill(blank)
     with pytest.raises(WorkerLost, match=r"rollout worker 1 \(table \d of 4, 7 train groups at policy version 6\)"):
