@@ -65,7 +65,7 @@ class Ours:
         return {
             "loss": metrics["loss"],
             "gradient_norm": metrics["grad_norm"],
-            "hit_share": metrics["groups_with_hit"],
+            "hit_share": rewards.metrics(scored)["groups_with_hit"],
             "tokens": [candidate for example_id in example_ids for candidate in tokens[example_id]],
             "seconds": clock.seconds | {"reference": reference, "learn": clock.seconds["learn"] - reference},
         }

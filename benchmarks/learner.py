@@ -121,7 +121,6 @@ class Packed:
             candidates=[[np.asarray(row, np.int32) for row in group["candidates"]] for group in groups],
             logprobs=[[np.zeros(len(row), np.float32) for row in group["candidates"]] for group in groups],
             rewards=[np.eye(1, len(group["candidates"]), dtype=np.float32)[0] for group in groups],
-            has_hit=np.ones(len(groups), bool),
         )
         packed = [
             policy.pack([prompt], [ranked])

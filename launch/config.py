@@ -100,7 +100,7 @@ class TrainConfig:
     staleness: int = 0
     # Policy versions that a rollout may be older than the learner. 0: roll out, learn, sync, repeat.
     seed: int = 0
-    # Seed of the data order and the sampling strategies.
+    # Seed of the data order, of SFT's too, of new adapters and of the sampling strategies.
     eval_examples: int = 1000
     # Test examples evaluated before and after, evenly spaced over the split; 0: all.
     eval_beams: int = 20

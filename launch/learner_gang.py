@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayError
 from catalog.catalog import Catalog
 from launch.config import Config
 from learner.rank import PEER_LOST, LearnerRank, rank_environment
-from rollout.streams import PublishedWeights
+from rollout.streams import PublishedWeights, raise_if_failed
 
 BLAME_S = 5.0
 """After one rank failed, how long to wait for the errors of the others before one is blamed."""
@@ -40,17 +40,22 @@ class LearnerGang:
         model_path: Path,
         rank_options: Sequence[dict[str, object]],
         total_steps: int,
+        rank_class: Any = LearnerRank,
     ) -> None:
+        """rank_options: how Ray is to start each rank. rank_class: what is started."""
         self._config, self._catalog, self._model_path = config, catalog, model_path
-        self._rank_options, self._total_steps = rank_options, total_steps
+        self._rank_options, self._total_steps, self._rank_class = rank_options, total_steps, rank_class
         self._ranks: list[ActorHandle] = []
         self.start()
 
     def start(self) -> None:
         """Create the ranks; does not wait for them."""
         config = self._config
+        self._joined = False
+        self._saved: tuple[Path, dict[str, Any]] | None = None
+        # The checkpoint that holds what the ranks hold now, and the state that was saved with it.
         self._ranks = [
-            LearnerRank.options(  # type: ignore[attr-defined]
+            self._rank_class.options(
                 runtime_env={"env_vars": rank_environment(on_gpu=bool(options.get("num_gpus")))}, **options
             ).remote(
                 rank,
@@ -61,50 +66,61 @@ class LearnerGang:
                 config.rollout.logprob_space,
                 self._total_steps,
                 config.train.staleness,
+                config.train.seed,
             )
             for rank, options in enumerate(self._rank_options)
         ]
 
     def join(self) -> None:
-        """Form the process group and load the model. Raises LearnerLost naming the rank that failed."""
+        """Form the process group and load the model, where that has not been done.
+
+        Raises LearnerLost naming the rank that failed.
+        """
+        if self._joined:
+            return
         host, port = self._all("start", [self._ranks[0].address.remote()])[0]
         self._all("join", [rank.join.remote(host, port) for rank in self._ranks])
+        self._joined = True
 
     def restart(self) -> None:
-        """Kill what is left of the gang and start it anew."""
+        """Kill what is left of the gang and start it anew; then it has to join."""
         self.close()
         self.start()
-        self.join()
 
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
         """Supervised warm-up; yields rank 0's progress reports."""
-        streams = self._streams("sft", str(folder.resolve()))
-        while reports := [ref for rank, stream in enumerate(streams) if (ref := self._next("SFT", rank, stream))]:
-            yield self._all("SFT", reports)[0]
+        self._saved = None
+        for rank, report in self._stream("sft", str(folder.resolve())):
+            if rank == 0:
+                yield ray.get(report)
 
     def step(self, tables: Sequence[ObjectRef]) -> dict[str, float]:
         """One RL step on scored tables; metrics are equal on all ranks."""
+        self._saved = None
         return self._all("step", [rank.step.remote(*tables) for rank in self._ranks])[0]
 
     def export(self, version: int) -> PublishedWeights:
         """Put the weights into the object store, once, with their checksum."""
-        buckets: list[list[ObjectRef]] = []
-        for rank, stream in enumerate(self._streams("export_weights")):
-            buckets.append([])
-            while bucket := self._next("export", rank, stream):
-                buckets[rank].append(bucket)
+        buckets = [bucket for _, bucket in self._stream("export_weights")]  # all of rank 0
         checksum = self._all("checksum", [rank.weights_checksum.remote() for rank in self._ranks])[0]
-        return PublishedWeights(version, buckets[0], checksum)
+        return PublishedWeights(version, buckets, checksum)
 
     def save(self, path: Path, state: dict[str, Any], keep: int | None = None) -> None:
         """Write a checkpoint; the newest `keep` beside it stay."""
         self._all(
             "checkpoint", [rank.save_checkpoint.remote(str(path.resolve()), state, keep) for rank in self._ranks]
         )
+        self._saved = path, state
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Go on from a checkpoint; returns the state that was saved with it. Raises CheckpointError."""
-        return self._all("resume", [rank.load_checkpoint.remote(str(path.resolve())) for rank in self._ranks])[0]
+        """Go on from a checkpoint; returns the state that was saved with it. Raises CheckpointError.
+
+        Nothing is read where the ranks have written it and done nothing since.
+        """
+        if self._saved is None or self._saved[0] != path:
+            loading = [rank.load_checkpoint.remote(str(path.resolve())) for rank in self._ranks]
+            self._saved = path, self._all("resume", loading)[0]
+        return self._saved[1]
 
     def save_huggingface(self, path: Path) -> None:
         """Write the weights and the tokenizer as a Hugging Face directory."""
@@ -116,15 +132,38 @@ class LearnerGang:
             ray.kill(rank)
         self._ranks = []
 
-    def _streams(self, method: str, *arguments: Any) -> list[ObjectRefGenerator]:
-        return [getattr(rank, method).options(num_returns="streaming").remote(*arguments) for rank in self._ranks]
+    def _stream(self, method: str, *arguments: Any) -> Iterator[tuple[int, ObjectRef]]:
+        """(rank, reference) of everything that a method yields on all ranks, as it comes; errors as `_all`."""
+        running: dict[int, ObjectRefGenerator] = {
+            rank: getattr(actor, method).options(num_returns="streaming").remote(*arguments)
+            for rank, actor in enumerate(self._ranks)
+        }
+        failures: dict[int, RayError] = {}
+        while running:
+            limit = BLAME_S if failures else self._config.learner.timeout_s
+            ready = ray.wait(list(running.values()), timeout=limit, fetch_local=False)[0]
+            if not ready and failures:
+                break
+            if not ready:
+                raise self._late(method, sorted(running))
+            rank = next(rank for rank, stream in running.items() if stream is ready[0])
+            try:
+                result = next(running[rank])
+                raise_if_failed(result, running[rank])
+            except StopIteration:
+                del running[rank]
+            except RayError as error:
+                failures[rank] = error
+                del running[rank]
+            else:
+                if not failures:
+                    yield rank, result
+        if failures:
+            raise _blame(method, failures)
 
-    def _next(self, what: str, rank: int, stream: ObjectRefGenerator) -> ObjectRef | None:
-        """The next result of a rank's stream, None at its end. Raises LearnerLost where none comes in time."""
+    def _late(self, what: str, ranks: Sequence[int]) -> LearnerLost:
         limit = self._config.learner.timeout_s
-        if not ray.wait([stream], timeout=limit, fetch_local=False)[0]:
-            raise LearnerLost(f"learner rank {rank} has not gone on with {what!r} for learner.timeout_s={limit:g} s")
-        return next(stream, None)
+        return LearnerLost(f"learner ranks {ranks} have not gone on with {what!r} for learner.timeout_s={limit:g} s")
 
     def _all(self, what: str, refs: Sequence[ObjectRef]) -> list[Any]:
         """The results of one call on all ranks.
@@ -137,10 +176,7 @@ class LearnerGang:
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not done and not failures:
-                raise LearnerLost(
-                    f"learner ranks {sorted(refs.index(ref) for ref in waiting)} have not finished {what!r} after "
-                    f"learner.timeout_s={self._config.learner.timeout_s:g} s"
-                )
+                raise self._late(what, sorted(refs.index(ref) for ref in waiting))
             if not done:
                 break
             try:

@@ -107,6 +107,11 @@ class RolloutFleet:
                     ) from death
                 waiting[self.workers[rank].ready.remote()] = rank
 
+    @property
+    def version(self) -> int | None:
+        """Of the weights that were published last, where the workers have them."""
+        return None if self._weights is None else self._weights.version
+
     def publish(self, export: Callable[[int], PublishedWeights], version: int) -> None:
         """Have every worker load what `export(version)` returns, after the rollouts that it was already given.
 
@@ -186,7 +191,7 @@ class RolloutFleet:
         """Forget flights that nobody will land: their workers start anew, which also empties their queues."""
         for worker in self.workers:
             ray.kill(worker, no_restart=False)
-        self._loads = {}
+        self._weights, self._loads = None, {}
         self._latest = [None] * len(self.workers)
 
     def _confirmed(self, rank: int, weights: PublishedWeights) -> bool:

@@ -47,7 +47,7 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
         progress.line(line)
     with Actors(config, placement, catalog, model_path, steps) as actors:  # checks rewards and devices
         directory = RunDirectory(config, resume=resume, overwrite=overwrite)
-        actors.learner.join()
+        surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
         surviving(actors, progress, partial(try_weights, actors))
@@ -67,7 +67,7 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
 
 def try_weights(actors: Actors) -> None:
     """Load the weights before training into every worker: those that a worker cannot take show now, not after SFT."""
-    actors.rollouts.publish(actors.learner.export, version=0)
+    actors.rollouts.publish(actors.learner.export, version=-1)
     actors.rollouts.loaded()
     actors.rollouts.sleep()  # the warm-up comes first
 
@@ -104,14 +104,18 @@ def train_to_the_end(
 
 def surviving(actors: Actors, progress: Progress, work: Callable[[], T]) -> T:
     """The result of `work`, which goes on from what is on disk when it is called again: after a rank was lost."""
-    for restarts in range(GANG_RESTARTS):
+    restarts = 0
+    while True:
         try:
+            actors.learner.join()
             return work()
         except LearnerLost as lost:
-            progress.line(f"{lost}; starting all ranks again ({restarts + 1} of {GANG_RESTARTS} times at most)")
+            if restarts == GANG_RESTARTS:
+                raise
+            restarts += 1
+            progress.line(f"{lost}; starting all ranks again ({restarts} of {GANG_RESTARTS} times at most)")
         actors.rollouts.abandon()
         actors.learner.restart()
-    return work()
 
 
 def restore(actors: Actors, directory: RunDirectory) -> int:
@@ -123,8 +127,9 @@ def restore(actors: Actors, directory: RunDirectory) -> int:
         first = int(actors.learner.load(latest)["steps_done"])
     elif sft.is_dir():
         actors.learner.load(sft)
-    actors.rollouts.publish(actors.learner.export, version=first)
-    actors.rollouts.loaded()
+    if actors.rollouts.version != first:
+        actors.rollouts.publish(actors.learner.export, version=first)
+        actors.rollouts.loaded()
     return first
 
 

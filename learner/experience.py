@@ -23,8 +23,6 @@ class Experience:
     """float32 [T], as `candidates`: under the policy that generated them."""
     rewards: list[np.ndarray]
     """float32 [G_i] each."""
-    has_hit: np.ndarray
-    """bool [n]: the target is among the candidates."""
     inclusion_weights: list[np.ndarray] | None = None
     """float32 [G_i] each, where the candidates come from stochastic beams."""
 
@@ -37,14 +35,11 @@ class Experience:
                 raise GroupTableError(f"group table: column 'reward' is missing; it has {table.column_names}")
         names = [*tables[0].schema.names]
         table = pa.concat_tables([table.select(names) for table in tables]).combine_chunks()
-        classes = _lists(table, "candidate_class")
-        targets = table["target_class"].to_numpy()
         return cls(
             prompts=_lists(table, "prompt_tokens"),
             candidates=_nested(table, "candidate_tokens"),
             logprobs=_nested(table, "candidate_logprobs"),
             rewards=_lists(table, "reward"),
-            has_hit=np.fromiter(((c == t).any() for c, t in zip(classes, targets, strict=True)), bool, len(targets)),
             inclusion_weights=_lists(table, INCLUSION_WEIGHT) if INCLUSION_WEIGHT in names else None,
         )
 

@@ -45,15 +45,19 @@ class Learner:
         total_steps: int,
         staleness: int,
         device: torch.device,
+        seed: int = 0,
     ):
-        """model_path: Hugging Face directory of the policy before SFT. total_steps: RL steps of the whole run."""
-        self._config, self._catalog = config, catalog
+        """model_path: Hugging Face directory of the policy before SFT. total_steps: RL steps of the whole run.
+
+        seed: of new adapters, their dropout and the order of SFT.
+        """
+        self._config, self._catalog, self._seed = config, catalog, seed
         trie = catalog.trie if logprob_space == "trie" else None
         self._tokenizer_path = model_path
-        torch.manual_seed(0)  # new adapters are the same on every rank and in every run
+        torch.manual_seed(seed)  # new adapters are the same on every rank
         self.policy = self._load_policy(model_path, trie, trainable=True)
         self.engine = ZeroEngine(self.policy, config, config.optimizer)
-        torch.manual_seed(self.engine.rank)
+        torch.manual_seed(seed + self.engine.rank)
         self._reference = None
         if config.beta:
             frozen = self._load_policy(model_path, trie, trainable=False)
@@ -63,7 +67,7 @@ class Learner:
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
         """Warm the policy up; afterwards it is the reference, and the optimizer starts anew. See SupervisedWarmup."""
         trie_space, self.policy.trie_space = self.policy.trie_space, None  # titles are learned over the vocabulary
-        yield from SupervisedWarmup(self.engine, self.policy, self._catalog, self._config).run(folder)
+        yield from SupervisedWarmup(self.engine, self.policy, self._catalog, self._config, self._seed).run(folder)
         self.policy.trie_space = trie_space
         self.engine.restart_optimizer(self._config.optimizer)
         if self._reference is not None:

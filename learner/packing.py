@@ -7,7 +7,7 @@ attend to it: query q sees key k exactly when k <= q < subtree_end[k]. Leaves ar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,12 +41,38 @@ class PackedBatch:
     """bool [C, T]: True for the tokens of a candidate, end-of-sequence included."""
     fed_tokens: int
     """Tokens of the sequences that the model computes, without padding."""
+    choices: "Choices | None" = None
+    """Where log-probabilities are over the title trie."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})  # type: ignore[arg-type]
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The distinct choices of a batch between several allowed tokens; a token that is forced has log-probability 0."""
+
+    row: torch.Tensor
+    """int64 [P]: index into the batch's `rows`, per allowed token."""
+    token: torch.Tensor
+    """int64 [P]: the allowed tokens, choice by choice."""
+    choice: torch.Tensor
+    """int64 [P]: which choice an allowed token belongs to."""
+    chosen: torch.Tensor
+    """int64 [choices]: index of the allowed token that was chosen."""
+    index: torch.Tensor
+    """int64 [C, T]: the choice of every candidate token, -1 where forced or masked."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same choices on another device."""
+        return _moved(self, device)
+
+
+def _moved(record: Any, device: torch.device | str) -> Any:
+    """A dataclass with all of its tensors on another device."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(record, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
 
 
 @dataclass(frozen=True)

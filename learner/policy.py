@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -58,10 +59,13 @@ class Policy(nn.Module):
 
     def pack(self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]) -> PackedBatch:
         """The batch of some groups on the policy's device; arguments and errors as `pack_groups`."""
-        device = self.lm.device
         if self.packing == "padded":
-            return padded_batch(prompts, candidates).to(device)
-        return pack_groups(prompts, candidates, self._rounded).to(device)
+            batch = padded_batch(prompts, candidates)
+        else:
+            batch = pack_groups(prompts, candidates, self._rounded)
+        if self.trie_space is not None:
+            batch = replace(batch, choices=self.trie_space.choices(batch))
+        return batch.to(self.lm.device)
 
     def _rounded(self, tokens: int) -> int:
         """The length of a packed row that the device is to see."""
@@ -83,8 +87,8 @@ class Policy(nn.Module):
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """float32 [C, T]: log-probability of every candidate token, 0 where batch.mask is False."""
         hidden = self._hidden(batch)
-        if self.trie_space is not None:
-            return trie_logprobs(self.head, hidden, self.trie_space.choices(batch))
+        if batch.choices is not None:
+            return trie_logprobs(self.head, hidden, batch.choices)
         logp = self.head(hidden, batch.edge_row, batch.edge_target)
         of_token = logp.index_select(0, batch.edge.flatten()).view(batch.edge.shape)
         return of_token.masked_fill(~batch.mask, 0.0)

@@ -104,11 +104,13 @@ class LearnerRank:
         logprob_space: LogprobSpace = "vocabulary",
         total_steps: int = 1,
         staleness: int = 0,
+        seed: int = 0,
     ):
-        """model_path: Hugging Face directory of the policy before SFT. total_steps: RL steps of the whole run."""
+        """See Learner."""
         self._rank, self._world_size = rank, world_size
         self._model_path, self._catalog_path, self._config = model_path, catalog_path, config
-        self._logprob_space, self._total_steps, self._staleness = logprob_space, total_steps, staleness
+        self._logprob_space, self._total_steps = logprob_space, total_steps
+        self._staleness, self._seed = staleness, seed
 
     def address(self) -> tuple[str, int]:
         """This rank's host and a free port there: where the ranks meet, asked of rank 0."""
@@ -139,6 +141,7 @@ class LearnerRank:
             self._total_steps,
             self._staleness,
             device,
+            self._seed,
         )
         self._learner.return_freed_memory()
 

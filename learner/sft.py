@@ -31,8 +31,9 @@ class SupervisedWarmup:
     >>> for report in warmup.run(folder): print(report)               # on all ranks
     """
 
-    def __init__(self, engine: ZeroEngine, policy: Policy, catalog: Catalog, config: LearnerConfig):
-        self._engine, self._policy, self._config = engine, policy, config
+    def __init__(self, engine: ZeroEngine, policy: Policy, catalog: Catalog, config: LearnerConfig, seed: int = 0):
+        """seed: of the order of the examples."""
+        self._engine, self._policy, self._config, self._seed = engine, policy, config, seed
         self._train = SupervisedExamples(catalog.examples("train"), catalog.trie)
         self._valid = SupervisedExamples(catalog.examples("valid"), catalog.trie, config.sft.valid_examples)
         self._updates_per_epoch = math.ceil(len(self._train) / config.sft.batch_size)
@@ -94,7 +95,8 @@ class SupervisedWarmup:
         start = time.perf_counter()
         every = math.ceil(self._updates_per_epoch / REPORTS_PER_EPOCH)
         loss = tokens = fed = 0.0
-        for update, batch in enumerate(self._train.batches(self._config.sft.batch_size, seed=epoch), start=1):
+        batches = self._train.batches(self._config.sft.batch_size, seed=(self._seed, epoch))
+        for update, batch in enumerate(batches, start=1):
             added = self._update(batch, (epoch - 1) * self._updates_per_epoch + update - 1)
             loss, tokens, fed = loss + added[0], tokens + added[1], fed + added[2]
             if update % every == 0 or update == self._updates_per_epoch:

@@ -1,6 +1,6 @@
 """Supervised examples, ordered so that those that share a history are packed together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class SupervisedExamples:
     A prompt then repeats most of the one before it, and what is repeated is fed once per micro-batch.
 
     >>> data = SupervisedExamples(catalog.examples("train"), catalog.trie)
-    >>> for batch in data.batches(size=128, seed=epoch):           # int64 [<= 128] each
+    >>> for batch in data.batches(size=128, seed=(seed, epoch)):           # int64 [<= 128] each
     ...     plan = data.plan(batch, budget=4096, ranks=2)
     """
 
@@ -45,7 +45,7 @@ class SupervisedExamples:
         """Tokens of the titles at `rows`, which the loss is a mean over."""
         return sum(len(self.titles[row]) for row in rows)
 
-    def batches(self, size: int, seed: int) -> Iterator[np.ndarray]:
+    def batches(self, size: int, seed: int | Sequence[int]) -> Iterator[np.ndarray]:
         """All examples once, in batches of `size` (the last may be smaller): users shuffled, a user's together."""
         shuffled = np.random.default_rng(seed).permutation(self.user[-1] + 1)[self.user]
         order = np.argsort(shuffled, kind="stable")

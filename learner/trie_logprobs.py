@@ -1,6 +1,5 @@
 """Log-probabilities renormalised over what the title trie allows at each token: `logprob_space: trie`."""
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -10,23 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from catalog.trie import Trie
 from learner.logprobs import LogprobHead
-from learner.packing import PackedBatch
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The distinct choices of a batch between several allowed tokens; a token that is forced has log-probability 0."""
-
-    row: torch.Tensor
-    """int64 [P]: index into the batch's `rows`, per allowed token."""
-    token: torch.Tensor
-    """int64 [P]: the allowed tokens, choice by choice."""
-    choice: torch.Tensor
-    """int64 [P]: which choice an allowed token belongs to."""
-    chosen: torch.Tensor
-    """int64 [choices]: index of the allowed token that was chosen."""
-    index: torch.Tensor
-    """int64 [C, T]: the choice of every candidate token, -1 where forced or masked."""
+from learner.packing import Choices, PackedBatch
 
 
 class TrieSpace:
@@ -50,13 +33,12 @@ class TrieSpace:
         return int(self.trie.edge_token.max()) + 1
 
     def choices(self, batch: PackedBatch) -> Choices:
-        """Raises ValueError for a candidate that is no path of the trie."""
-        mask = batch.mask.cpu().numpy()
-        edge = batch.edge.cpu().numpy()
-        node, taken = self._walk(batch.edge_target.cpu().numpy()[edge], mask)
+        """Of a batch on the CPU. Raises ValueError for a candidate that is no path of the trie."""
+        mask, edge = batch.mask.numpy(), batch.edge.numpy()
+        node, taken = self._walk(batch.edge_target.numpy()[edge], mask)
         first, count = self.trie.first_edge[node], np.diff(self.trie.first_edge)[node]
         open_choice = mask & (count > 1)
-        row = batch.edge_row.cpu().numpy()[edge]
+        row = batch.edge_row.numpy()[edge]
         keys = row.astype(np.int64) * len(self._edge_key) + taken
         _, member, choice = np.unique(keys[open_choice], return_index=True, return_inverse=True)
         first, count, row, taken = (values[open_choice][member] for values in (first, count, row, taken))
@@ -71,7 +53,7 @@ class TrieSpace:
             start + taken - first,
             index,
         )
-        return Choices(*(torch.from_numpy(array.astype(np.int64)).to(batch.edge.device) for array in arrays))
+        return Choices(*(torch.from_numpy(array.astype(np.int64)) for array in arrays))
 
     def _walk(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The node before every token and the edge that the token takes, int64 [C, T]."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from learner.advantages import informative
 from learner.config import LearnerConfig
@@ -93,7 +94,8 @@ class PolicyUpdate:
         return {
             **updates[0],
             **{name: float(np.mean([update[name] for update in updates])) for name in MEANS if name in updates[0]},
-            **_reward_metrics(experience, advantages),
+            "groups": float(len(experience)),
+            "frac_uninformative": float(1.0 - informative(advantages).mean()),
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "tokens_per_second": sum(update["packed_tokens"] for update in updates) / seconds["learn"],
         }
@@ -122,9 +124,8 @@ class PolicyUpdate:
         packed = self._policy.pack(
             [experience.prompts[row] for row in rows], [experience.candidates[row] for row in rows]
         )
-        logprobs = torch.zeros(packed.mask.shape)
-        logprobs[packed.mask.cpu()] = torch.from_numpy(
-            np.concatenate([logprob for row in rows for logprob in experience.logprobs[row]])
+        logprobs = pad_sequence(
+            [torch.tensor(logprob) for row in rows for logprob in experience.logprobs[row]], batch_first=True
         )
         device = self._engine.device
         return MicroBatch(
@@ -151,7 +152,7 @@ class PolicyUpdate:
         self, micro_batches: list[MicroBatch], count: int, seconds: dict[str, float], keep_old: bool
     ) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
-        sums: dict[str, float] = defaultdict(float)
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self._engine.device))
         for index, micro in enumerate(micro_batches):
             with self._phase(seconds, "forward"):
                 logp = self._engine(micro.packed)
@@ -172,7 +173,7 @@ class PolicyUpdate:
             if keep_old:
                 micro.logp_old = logp.detach()
             for name, value in {**_sums(micro, logp.detach()), **metrics, "loss": loss.detach()}.items():
-                sums[name] += micro.weight * float(value.sum())
+                sums[name] += micro.weight * value.sum()  # stays on the device: nothing waits for it here
         rate = learning_rate(self._config.optimizer, self.updates_done, self._total)
         with self._phase(seconds, "optimizer"):
             norm = self._engine.step(rate)
@@ -185,9 +186,9 @@ class PolicyUpdate:
         if self._reference is not None and every and self.updates_done % every == 0:
             self._reference.blend(named_weights(self._engine, self._policy.lm), self._config.reference_sync_alpha)
 
-    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Metrics over all ranks out of this rank's sums: totals of TOTALS, else means over fed candidates."""
-        summed = dict(zip(sums, self._engine.total(sums.values()), strict=True))
+        summed = dict(zip(sums, self._engine.total(torch.stack(list(sums.values())).tolist()), strict=True))
         candidates = max(summed.pop("candidates"), 1.0)
         return {name: value if name in TOTALS else value / candidates for name, value in summed.items()}
 
@@ -209,16 +210,4 @@ def _sums(micro: MicroBatch, logp: Tensor) -> dict[str, Tensor]:
         "packed_tokens": torch.tensor(micro.packed.fed_tokens),
         "logprob": logp.sum(),
         "mismatch": (logp.sum(-1) - micro.logp_rollout.sum(-1)).abs(),
-    }
-
-
-def _reward_metrics(experience: Experience, advantages: list[np.ndarray]) -> dict[str, float]:
-    """Over all groups of the step, whether they were fed or not."""
-    return {
-        "reward": float(np.concatenate(experience.rewards).mean()),
-        "reward_std": float(np.mean([group.std(ddof=1) if len(group) > 1 else 0.0 for group in experience.rewards])),
-        "frac_reward_zero_std": float(np.mean([np.ptp(group) == 0 for group in experience.rewards])),
-        "frac_uninformative": float(1.0 - informative(advantages).mean()),
-        "groups_with_hit": float(experience.has_hit.mean()),
-        "groups": float(len(experience)),
     }

@@ -26,17 +26,20 @@ class Chains:
 
     @classmethod
     def of(cls, trie: DeviceTrie, node: torch.Tensor, wanted: torch.Tensor) -> "Chains":
-        """node: int64 [P, G], -1 where no beam is running. wanted: bool [P], groups whose beams may go ahead."""
-        running, start = node >= 0, node.clamp_min(0)
-        chain, to_end = trie.chain[start].long(), trie.forced_to_end[start]
-        never = trie.max_tokens
-        choice = torch.where(running & ~to_end, chain, never).amin(1, keepdim=True)
-        length = torch.where(running & wanted[:, None], torch.minimum(chain, choice), 0)
-        nodes, edges = [start], [trie.first_edge[start]]
-        for step in range(int(length.max())):
+        """Arguments as `reach`; waits for the device, to know K."""
+        length, ends = reach(trie, node, wanted)
+        return cls.walked(trie, node, length, ends, int(length.max()))
+
+    @classmethod
+    def walked(
+        cls, trie: DeviceTrie, node: torch.Tensor, length: torch.Tensor, ends: torch.Tensor, longest: int
+    ) -> "Chains":
+        """From what `reach` says; longest: of all lengths."""
+        nodes = [node.clamp_min(0)]
+        edges = [trie.first_edge[nodes[0]]]
+        for step in range(longest):
             nodes.append(torch.where(step < length, trie.edge_target[edges[-1]].long(), nodes[-1]))
             edges.append(trie.first_edge[nodes[-1]])
-        ends = running & wanted[:, None] & to_end & (chain < choice)
         return cls(torch.stack(nodes, -1), torch.stack(edges, -1), length, ends)
 
     def last(self, values: torch.Tensor) -> torch.Tensor:
@@ -47,3 +50,13 @@ class Chains:
     def steps(self) -> torch.Tensor:
         """bool [P, G, K]: the steps that lead from node to node."""
         return torch.arange(self.node.shape[2] - 1, device=self.node.device) < self.length[..., None]
+
+
+def reach(trie: DeviceTrie, node: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`length` and `ends` of Chains. node: int64 [P, G], -1 where no beam is running. wanted: bool [P], groups whose
+    beams may go ahead."""
+    running, start = node >= 0, node.clamp_min(0)
+    chain, to_end = trie.chain[start].long(), trie.forced_to_end[start]
+    choice = torch.where(running & ~to_end, chain, trie.max_tokens).amin(1, keepdim=True)
+    goes = running & wanted[:, None]
+    return torch.where(goes, torch.minimum(chain, choice), 0), goes & to_end & (chain < choice)

@@ -50,6 +50,10 @@ class DeviceTrie:
         """int64, like node: number of children."""
         return self.first_edge[node + 1] - self.first_edge[node]
 
+    def fanout_after(self, node: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """int64, like node: number of children of the node that is `steps` forced steps below, at most `chain`."""
+        return torch.where(steps == self.chain[node], self._chain_fanout[node], 1)
+
     @cached_property
     def chain(self) -> torch.Tensor:
         """int32 [N]: how many further nodes the trie forces from each node on, the next one that branches included."""
@@ -61,9 +65,15 @@ class DeviceTrie:
         return torch.from_numpy(self._chains[1]).to(self.device)
 
     @cached_property
-    def _chains(self) -> tuple[np.ndarray, np.ndarray]:
+    def _chain_fanout(self) -> torch.Tensor:
+        """int64 [N]: number of children where the chain from each node ends."""
+        return torch.from_numpy(self._chains[2]).to(self.device)
+
+    @cached_property
+    def _chains(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         first, target = self.source.first_edge, self.source.edge_target
         length, to_end = np.zeros(self.source.num_nodes, np.int32), np.zeros(self.source.num_nodes, bool)
+        fanout = np.diff(first)
         starts = [*self.source.level_start.tolist(), self.source.num_nodes]
         for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
             single = start + np.flatnonzero(np.diff(first[start : stop + 1]) == 1)
@@ -71,7 +81,8 @@ class DeviceTrie:
             below = np.maximum(child, 0)
             length[single] = np.where(child < 0, 0, 1 + length[below])
             to_end[single] = (child < 0) | to_end[below]
-        return length, to_end
+            fanout[single] = np.where(child < 0, 1, fanout[below])
+        return length, to_end, fanout
 
 
 @dataclass(frozen=True)
@@ -161,12 +172,20 @@ def draw_children(
     normaliser = logsumexp(logits) if space == "vocabulary" else None
     pieces = []
     for row, edge, raw in _expanded(trie, logits, node, fanout):
-        cumulative = (raw.double() / temperature).softmax(1).cumsum(1)
-        drawn = torch.searchsorted(cumulative, numbers[row] * cumulative[:, -1:], right=True)
-        drawn = torch.minimum(drawn, (trie.fanout(node[row]) - 1)[:, None])
+        drawn = torch.minimum(drawn_index(raw, temperature, numbers[row]), (trie.fanout(node[row]) - 1)[:, None])
         logprob = _normalised(raw, row, normaliser).gather(1, drawn)
         pieces.append((row, Children(logprob, edge.gather(1, drawn), logprob)))
     return _assembled(pieces, len(fanout))
+
+
+def drawn_index(logits: torch.Tensor, temperature: float | torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """int64 [R, D]: what D uniform numbers in (0, 1) for each row draw from softmax(logits / temperature).
+
+    logits: [R, W], -inf for what is never drawn. temperature: one, or [R, 1]. numbers: float64 [R, D].
+    """
+    cumulative = (logits.double() / temperature).softmax(1).cumsum(1)
+    drawn = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
+    return drawn.clamp_max(logits.shape[1] - 1)
 
 
 def _expanded(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rollout.children import Children, DeviceTrie
+from rollout.children import Children, DeviceTrie, drawn_index
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.noise import seed_tensor, uniform
@@ -53,9 +53,7 @@ class FreeSampleSearch:
         numbers = uniform(self._seed, self._sample, torch.full_like(self._sample, self._step))[group]
         pieces = []
         for some, number in zip(logits.split(_ROWS_AT_ONCE), numbers.split(_ROWS_AT_ONCE), strict=True):
-            cumulative = (some.double() / self.temperature).softmax(1).cumsum(1)
-            drawn = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
-            drawn = drawn.clamp_max(some.shape[1] - 1)
+            drawn = drawn_index(some, self.temperature, number)
             logprob = some.float().log_softmax(1).gather(1, drawn)
             pieces.append(Children(logprob, drawn, logprob))
         return Children.cat(pieces)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from rollout.chains import Chains
+from rollout.chains import Chains, reach
 from rollout.children import NEG_INF, Children, DeviceTrie, top_children
 from rollout.config import ForcedChains, LogprobSpace
 from rollout.frontier import Frontier
@@ -52,10 +52,11 @@ class BeamSearch:
     def frontier(self) -> Frontier:
         """See TrieSearch."""
         running = self._node >= 0
-        self._chains = Chains.of(self.trie, self._node, (self._depth > 0) & self._goes_ahead)
-        count = torch.where(running & ~self._free(), self._chains.length + 1, 0)
-        fanout = self.trie.fanout(self._chains.last(self._chains.node))
-        host_count, fanout, parent = torch.stack([count, fanout, self._origin]).cpu().numpy()
+        length, ends = reach(self.trie, self._node, (self._depth > 0) & self._goes_ahead)
+        count = torch.where(running & ~self._free(), length + 1, 0)
+        fanout = self.trie.fanout_after(self._node.clamp_min(0), length)
+        host_count, fanout, parent, host_length = torch.stack([count, fanout, self._origin, length]).cpu().numpy()
+        self._chains = Chains.walked(self.trie, self._node, length, ends, int(host_length.max()))
         self._origin = torch.where(running, torch.arange(self.beams, device=running.device), -1)
         slot = np.flatnonzero(host_count)
         counts = host_count.ravel()[slot]

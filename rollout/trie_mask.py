@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rollout.children import DeviceTrie
+from rollout.children import DeviceTrie, drawn_index
 from rollout.config import LogprobSpace
 from rollout.noise import seed_tensor, uniform
 
@@ -173,9 +173,7 @@ class TrieMask:
             logprobs = torch.log_softmax(values, -1)
             if sampling is not None:
                 some = sampling[chunk]
-                cumulative = (values.double() / some.divisor[:, None]).softmax(1).cumsum(1)
-                chosen = torch.searchsorted(cumulative, some.number[:, None] * cumulative[:, -1:], right=True)
-                chosen = chosen.clamp_max(values.shape[1] - 1)
+                chosen = drawn_index(values, some.divisor[:, None], some.number[:, None])
                 sample = torch.full_like(logprobs, float("-inf")).scatter_(1, chosen, logprobs.gather(1, chosen))
                 logprobs = torch.where(some.temperature[:, None] == 0, logprobs, sample)
             logits[some_rows] = logprobs

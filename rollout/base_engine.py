@@ -1,0 +1,81 @@
+"""What both engines do alike: requests in, groups out, weights, sleep."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from catalog.trie import Trie
+from rollout.config import RolloutConfig, Strategy
+from rollout.dynamic import select
+from rollout.groups import Candidates
+from rollout.vllm_engine import check_requests, check_temperature, check_vocabulary
+from rollout.weights import WeightBucket, combine
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+class BaseEngine(ABC):
+    """A RolloutEngine over a vLLM engine whose workers are WeightsWorkers; a subclass searches."""
+
+    def __init__(self, llm: "LLM", trie_path: str | Path, config: RolloutConfig) -> None:
+        self._llm, self._config = llm, config
+        self._trie = Trie.load(Path(trie_path))
+        model_config = llm.llm_engine.model_config
+        self._vocab_size, self._max_model_len = model_config.get_vocab_size(), model_config.max_model_len
+        check_vocabulary(trie_path, self._trie, self._vocab_size)
+
+    @abstractmethod
+    def _search(
+        self, prompts: list[np.ndarray], seeds: Sequence[int], strategy: Strategy, size: int
+    ) -> list[Candidates]:
+        """`size` candidates of every prompt (int32 [L] each, at least one prompt), samples in the order of drawing.
+
+        strategy: any but "dynamic", which selects among samples.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        target_classes: Sequence[int],
+        *,
+        group_size: int | None = None,
+        strategy: Strategy | None = None,
+    ) -> list[Candidates]:
+        """See RolloutEngine.generate. Samples are ordered by their log-probability."""
+        config, strategy = self._config, strategy or self._config.strategy
+        size = group_size or config.group_size
+        check_temperature(strategy, config.temperature)
+        arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
+        longest = config.max_completion_tokens if strategy == "unconstrained" else self._trie.max_tokens
+        check_requests(arrays, seeds, longest, self._vocab_size, self._max_model_len)
+        if not arrays:
+            return []
+        if strategy == "beam":
+            return self._search(arrays, seeds, strategy, size)
+        if strategy == "dynamic":
+            drawn = self._search(arrays, seeds, "sample", math.ceil(size * config.oversample))
+            kept = [select(g.item_class, target, size) for g, target in zip(drawn, target_classes, strict=True)]
+            groups = [group.take(index) for group, index in zip(drawn, kept, strict=True)]
+        else:
+            groups = self._search(arrays, seeds, strategy, size)
+        return [group.take(np.argsort(-group.score, kind="stable")) for group in groups]
+
+    def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
+        """See RolloutEngine.load_weights."""
+        loaded = self._llm.collective_rpc("load_bucket_weights", args=(list(buckets),))
+        self._llm.reset_prefix_cache()
+        return combine(loaded)
+
+    def sleep(self) -> None:
+        """See RolloutEngine.sleep."""
+        self._llm.collective_rpc("fall_asleep")
+
+    def shutdown(self) -> None:
+        """See RolloutEngine.shutdown."""
+        self._llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,132 @@
+"""The gang of learner ranks: whose error it is, and what a restart does."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+import ray
+from ray import cloudpickle
+
+from launch.learner_gang import LearnerGang, LearnerLost
+from launch.progress import Progress
+from launch.run import GANG_RESTARTS, surviving
+from learner.rank import PEER_LOST
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors' processes cannot import tests
+
+
+class Rank:
+    """A rank without a model; `faults` beside the model path names who fails in what, and how."""
+
+    def __init__(self, rank: int, ranks: int, model_path: str, *rest: Any) -> None:
+        self.rank, self.folder = rank, Path(model_path)
+
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    def join(self, host: str, port: int) -> None:
+        self._fail_if_asked("join")
+
+    def export_weights(self) -> Iterator[str]:
+        if self.rank == 0:
+            yield "first bucket"
+        self._fail_if_asked("export_weights")
+        if self.rank == 0:
+            yield "second bucket"
+
+    def weights_checksum(self) -> int:
+        return 7
+
+    def save_checkpoint(self, path: str, state: dict[str, Any], keep: int | None) -> None:
+        Path(path).mkdir(exist_ok=True)
+
+    def load_checkpoint(self, path: str) -> dict[str, Any]:
+        return {"read from": path}
+
+    def step(self, *tables: Any) -> dict[str, float]:
+        return {"process": float(os.getpid())}
+
+    def _fail_if_asked(self, where: str) -> None:
+        fault = self.folder / f"{where}-{self.rank}"
+        if not fault.exists():
+            return
+        how = fault.read_text()
+        if "once" in how:
+            fault.unlink()
+        if "die" in how:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError(how)
+
+
+@pytest.fixture
+def gang(ray_session: None, tmp_path: Path) -> Iterator[LearnerGang]:
+    config: Any = SimpleNamespace(
+        learner=SimpleNamespace(timeout_s=30.0),
+        rollout=SimpleNamespace(logprob_space="vocabulary"),
+        train=SimpleNamespace(staleness=0, seed=0),
+    )
+    catalog: Any = SimpleNamespace(path=tmp_path)
+    rank_class: Any = ray.remote(Rank)
+    gang = LearnerGang(config, catalog, tmp_path, [{"num_cpus": 0}] * 2, 1, rank_class)
+    yield gang
+    gang.close()
+
+
+def test_the_buckets_of_rank_0_are_what_is_published(gang: LearnerGang) -> None:
+    gang.join()
+    weights = gang.export(version=3)
+    assert (weights.version, weights.checksum) == (3, 7)
+    assert ray.get(weights.bucket_refs) == ["first bucket", "second bucket"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_export_that_fails_on_any_rank_is_not_published(gang: LearnerGang, tmp_path: Path, rank: int) -> None:
+    (tmp_path / f"export_weights-{rank}").write_text("no memory")
+    (tmp_path / f"export_weights-{1 - rank}").write_text(PEER_LOST)
+    gang.join()
+    with pytest.raises(RuntimeError, match="no memory"):
+        gang.export(version=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_in_an_export_is_named(gang: LearnerGang, tmp_path: Path, rank: int) -> None:
+    (tmp_path / f"export_weights-{rank}").write_text("die")
+    gang.join()
+    with pytest.raises(LearnerLost, match=f"rank {rank} died during 'export_weights'"):
+        gang.export(version=0)
+
+
+def test_a_checkpoint_is_read_only_where_the_ranks_hold_something_else(gang: LearnerGang, tmp_path: Path) -> None:
+    gang.join()
+    gang.save(tmp_path / "a", {"steps_done": 1})
+    assert gang.load(tmp_path / "a") == {"steps_done": 1}
+    assert gang.load(tmp_path / "b") == {"read from": str(tmp_path / "b")}
+    assert gang.load(tmp_path / "a") == {"read from": str(tmp_path / "a")}
+    gang.step([])
+    assert gang.load(tmp_path / "a") == {"read from": str(tmp_path / "a")}
+    gang.save(tmp_path / "a", {"steps_done": 2})
+    gang.restart()
+    gang.join()
+    assert gang.load(tmp_path / "a") == {"read from": str(tmp_path / "a")}
+
+
+def test_ranks_that_are_lost_while_they_start_again_are_started_once_more(gang: LearnerGang, tmp_path: Path) -> None:
+    (tmp_path / "join-0").write_text("die once")
+    (tmp_path / "join-1").write_text("die once")
+    rollouts = SimpleNamespace(abandon=lambda: None)
+    actors: Any = SimpleNamespace(learner=gang, rollouts=rollouts)
+    assert surviving(actors, Progress(), lambda: "done") == "done"
+    attempts = []
+
+    def lose_all() -> NoReturn:
+        attempts.append(gang.step([])["process"])
+        raise LearnerLost("rank 0 died")
+
+    with pytest.raises(LearnerLost):
+        surviving(actors, Progress(), lose_all)
+    assert len(set(attempts)) == 1 + GANG_RESTARTS  # other processes each time
