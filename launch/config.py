@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from catalog.config import DataConfig
+from launch.ranges import out_of_range
 from learner.config import LearnerConfig
 from rewards.config import RewardTerm
 from rollout.config import RolloutConfig
@@ -183,64 +183,11 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-POSITIVE = (
-    "rollout.group_size",
-    "rollout.workers",
-    "rollout.temperature",
-    "rollout.kv_cache_gib",
-    "rollout.groups_per_table",
-    "rollout.queue_tables",
-    "rollout.max_batched_tokens",
-    "rollout.max_completion_tokens",
-    "rollout.tensor_parallel",
-    "learner.ranks",
-    "learner.micro_batch_tokens",
-    "learner.logit_mib",
-    "learner.updates_per_batch",
-    "learner.optimizer.learning_rate",
-    "learner.sft.batch_size",
-    "train.prompts_per_step",
-    "train.eval_beams",
-    "train.checkpoint_every",
-    "train.rollouts_every",
-    "train.epochs",
-    "rollout.timeout_s",
-    "learner.timeout_s",
-    "cluster.start_timeout_s",
-    "cluster.object_store_gib",
-    "train.checkpoints_kept",
-    "data.max_history",
-    "data.max_prompt_tokens",
-)
-NOT_NEGATIVE = (
-    "learner.beta",
-    "learner.reference_sync_every",
-    "learner.sft.epochs",
-    "learner.optimizer.gradient_clipping",
-    "train.staleness",
-    "train.seed",
-    "train.eval_examples",
-    "train.steps",
-)
-SHARES = (
-    "learner.reference_sync_alpha",
-    "learner.optimizer.warmup_ratio",
-    "learner.clip_low",
-)
-"""Keys by the range that their values lie in, where they are set."""
-
-
 def check(config: Config) -> None:
     """Raise ConfigError for a value that cannot work, naming its key."""
     learner, rollout, train = config.learner, config.rollout, config.train
-    for keys, holds, expectation in (
-        (POSITIVE, lambda value: value > 0, "must be greater than 0"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
-        (SHARES, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
-    ):
-        for key in keys:
-            value = reduce(getattr, key.split("."), config)
-            _require(value is None or holds(value), key, value, expectation)
+    for key, value, expectation in out_of_range(config):
+        _require(False, key, value, expectation)
     _require(rollout.group_size > 1, "rollout.group_size", rollout.group_size, "a group needs 2 candidates or more")
     _require(rollout.oversample >= 1, "rollout.oversample", rollout.oversample, "must be 1 or more")
     _require(

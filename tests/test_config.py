@@ -1,10 +1,13 @@
 """The configuration refuses what cannot work and names it."""
 
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from launch.config import CONFIGS, ConfigError, check_resumable, compose, load, save
+from launch.config import CONFIGS, Config, ConfigError, check_resumable, compose, load, save
 
 
 def test_later_groups_and_overrides_win() -> None:
@@ -30,6 +33,12 @@ def test_every_committed_group_composes(group: str) -> None:
         ("rollout.temperature=0", "rollout.temperature=0.0: must be greater than 0"),
         ("train.eval_ks=[1,100]", "train.eval_beams"),
         ("learner.optimizer.warmup_ratio=2", "learner.optimizer.warmup_ratio=2.0: must lie between 0 and 1"),
+        ("learner.sft.optimizer.warmup_ratio=3", "learner.sft.optimizer.warmup_ratio=3.0: must lie between 0 and 1"),
+        ("learner.optimizer.betas=[0.9,1]", "learner.optimizer.betas=1.0: must be at least 0 and less than 1"),
+        ("learner.sft.optimizer.eps=0", "learner.sft.optimizer.eps=0.0: must be greater than 0"),
+        ("learner.importance_cap=0", "learner.importance_cap=0.0: must be greater than 0"),
+        ("learner.lora.dropout=1", "learner.lora.dropout=1.0: must be at least 0 and less than 1"),
+        ("model.heads=0", "model.heads=0: must be greater than 0"),
         ("rewards=[]", "at least one reward"),
         ("name=../elsewhere", "plain folder name"),
         ("train.rollouts_every=0", "train.rollouts_every=0: must be greater than 0"),
@@ -46,6 +55,23 @@ def test_a_bad_override_is_refused_by_name(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose(overrides=[override])
     assert message in str(error.value)
+
+
+def numeric_keys(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every key that holds one number, or may hold one."""
+    for name, kind in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if is_dataclass(value):
+            yield from numeric_keys(value, f"{prefix}{name}.")
+        elif {int, float} & {kind, *get_args(kind)} and not isinstance(value, list | tuple):
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("key", numeric_keys(Config()))
+@pytest.mark.parametrize("value", ["-1", ".nan"])
+def test_no_number_may_be_negative_or_undefined(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        compose(overrides=[f"{key}={value}"])
 
 
 def test_an_unknown_key_lists_the_valid_ones() -> None:
