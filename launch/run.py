@@ -22,7 +22,7 @@ from launch.report import print_metrics, write_report
 from launch.run_directory import RunDirectory, versions
 from launch.train import train
 from learner import checkpoint
-from rollout.vllm_engine import check_lengths
+from rollout.vllm_arguments import check_lengths
 
 GANG_RESTARTS = 3
 """Of the learner ranks, in the warm-up and in training each."""

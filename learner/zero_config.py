@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from learner.config import LearnerConfig, OptimizerConfig
+from learner.deepspeed_keys import check_deepspeed
 
 
 def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
@@ -25,29 +26,8 @@ def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, 
         ours["communication_data_type"] = "fp32"  # of gradients between ranks
     if config.dtype == "bfloat16" and config.zero_stage:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    _check_owned(config.deepspeed)
+    check_deepspeed(config.deepspeed)
     return _merged(ours, config.deepspeed)
-
-
-OWNED = {
-    "train_batch_size": "train.prompts_per_step",
-    "train_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
-    "gradient_accumulation_steps": "learner.micro_batch_tokens",
-    "gradient_clipping": "learner.optimizer.gradient_clipping",
-    "optimizer": "learner.optimizer",
-    "scheduler": "learner.optimizer.schedule",
-    "bf16": "learner.dtype",
-    "fp16": "learner.dtype",
-    "zero_optimization.stage": "learner.zero_stage",
-}
-"""DeepSpeed's names of what the learner decides itself, and ours."""
-
-
-def _check_owned(theirs: dict[str, Any]) -> None:
-    zero = theirs.get("zero_optimization")
-    given = {*theirs, *(f"zero_optimization.{key}" for key in (zero if isinstance(zero, dict) else ()))}
-    for name in sorted(given & OWNED.keys()):
-        raise ValueError(f"learner.deepspeed.{name} is the learner's own: set {OWNED[name]} instead")
 
 
 def clips_itself(config: LearnerConfig) -> bool:

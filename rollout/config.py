@@ -52,4 +52,5 @@ class RolloutConfig:
     # Let go of weights and KV cache while the learner works, for devices that both use; the next weights wake the
     # worker. With train.staleness above 0 only during the warm-up, since workers then roll out meanwhile.
     vllm: dict[str, Any] = field(default_factory=dict)
-    # More vLLM engine arguments, passed as they are.
+    # More vLLM engine arguments, passed as they are; those that the project decides are refused. max_model_len: most
+    # tokens of a prompt with its completion; by default 2048, or the positions of the model if these are fewer.

@@ -1,6 +1,5 @@
 """Creates the vLLM engine that both rollout engines drive."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +11,13 @@ import torch
 from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.host_memory import return_freed_memory
+from rollout.vllm_arguments import EngineError, check_vllm, max_model_len, read_model_config
 from rollout.vllm_kernels import OP_PRIORITY, register_norms
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 CPU_BLOCK_SIZE = 32
-DEFAULT_MAX_MODEL_LEN = 2048
-
-
-class EngineError(RuntimeError):
-    """A rollout engine cannot be made, or cannot serve what it was asked; the message names the key to change."""
 
 
 def check_requests(
@@ -77,9 +72,11 @@ def create_llm(
     Model Runner V1 also where V2 is the default. whole_graphs: False on a GPU captures CUDA graphs only of what lies
     between attention layers. overrides: further engine arguments; `config.vllm` wins over them.
     Sampling defaults of the model's generation_config are ignored.
-    Raises EngineError for a model without an end-of-sequence token or too little KV cache memory.
+    Raises EngineError for a model without an end-of-sequence token, too little KV cache memory, or an argument in
+    `config.vllm` that the project decides itself.
     """
-    model_config = check_model(model_path)
+    check_vllm(config.vllm)
+    model_config = read_model_config(model_path)
     on_gpu = torch.cuda.is_available()
     _set_environment(on_gpu, first_runner)
     from vllm import LLM
@@ -129,45 +126,6 @@ def _gpu_arguments(config: RolloutConfig, whole_graphs: bool) -> dict[str, Any]:
         "enable_sleep_mode": config.sleep,
         "gpu_memory_utilization": 0.05,  # only has to be free: kv_cache_memory_bytes decides what is taken
     }
-
-
-def check_model(model_path: str | Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face directory. Raises EngineError where it is absent or names no end token."""
-    path = Path(model_path) / "config.json"
-    if not path.is_file():
-        raise EngineError(f"{path} does not exist; the model must be a Hugging Face directory")
-    model_config: dict[str, Any] = json.loads(path.read_text())
-    sources = [model_config, model_config.get("text_config") or {}]
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        other = path.with_name(name)
-        sources.append(json.loads(other.read_text()) if other.is_file() else {})
-    if all(source.get("eos_token_id") is None and source.get("eos_token") is None for source in sources):
-        raise EngineError(
-            f"{model_path}: the model has no end-of-sequence token; set eos_token_id in config.json to the token that "
-            "ends a title"
-        )
-    return model_config
-
-
-def max_model_len(model_config: dict[str, Any], config: RolloutConfig) -> int:
-    """Most tokens of a prompt with its completion."""
-    if "max_model_len" in config.vllm:
-        return int(config.vllm["max_model_len"])
-    sources = (model_config, model_config.get("text_config") or {})
-    positions = [source.get(name) for source in sources for name in ("max_position_embeddings", "n_positions")]
-    return min([DEFAULT_MAX_MODEL_LEN, *filter(None, positions)])
-
-
-def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: int, title_tokens: int) -> None:
-    """Raises EngineError where the longest prompt and the longest completion do not fit into the engine together."""
-    completion = max(title_tokens, config.max_completion_tokens if config.strategy == "unconstrained" else 0)
-    limit = max_model_len(check_model(model_path), config)
-    if prompt_tokens + completion > limit:
-        raise EngineError(
-            f"the longest prompt has {prompt_tokens} tokens, completions up to {completion}, together more than the "
-            f"engine's {limit}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len (a model cannot take "
-            "more than it has positions)"
-        )
 
 
 def _set_environment(on_gpu: bool, first_runner: bool) -> None:

@@ -16,7 +16,7 @@ from rollout.kv_blocks import BeamBlocks, blocks_needed, passes
 from rollout.sampling import SampleSearch
 from rollout.search import BeamSearch
 from rollout.stochastic import StochasticBeamSearch
-from rollout.vllm_engine import EngineError
+from rollout.vllm_arguments import EngineError
 from rollout.vllm_internals import PagedModel, TokenBatch
 from rollout.vllm_kernels import register_norms
 from rollout.vllm_weights import WeightsWorker

@@ -28,7 +28,7 @@ from rollout.engines import create_engine
 from rollout.group_beam import GroupBeam
 from rollout.groups import INCLUSION_WEIGHT, Candidates
 from rollout.streams import PublishedWeights, collect, stream_rollout
-from rollout.vllm_engine import EngineError
+from rollout.vllm_arguments import EngineError
 from rollout.vllm_one_token import _logits
 from rollout.vllm_requests import widest_fanout_below
 from rollout.weights import WeightBucket, checksum

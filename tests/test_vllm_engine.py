@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from rollout.config import RolloutConfig
-from rollout.vllm_engine import EngineError, check_lengths, create_llm
+from rollout.vllm_arguments import FIXED, OWNED, EngineError, check_lengths
+from rollout.vllm_engine import create_llm
+from rollout.vllm_requests import create_trie_llm
 
 
 def test_too_little_memory_for_any_request_is_an_error(tiny_model_dir: Path) -> None:
@@ -30,3 +32,28 @@ def test_lengths_that_do_not_fit_are_known_without_an_engine(tmp_path: Path, mod
         check_lengths(tmp_path, RolloutConfig(), 101, 28)
     with pytest.raises(EngineError, match="completions up to 64"):
         check_lengths(tmp_path, RolloutConfig(strategy="unconstrained", max_completion_tokens=64), 100, 28)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("dtype", "set rollout.dtype instead"),
+        ("kv_cache_memory_bytes", "set rollout.kv_cache_gib instead"),
+        ("logits_processors", "is fixed: the trie's is the only one; leave it out"),
+    ],
+)
+def test_what_the_project_decides_is_not_passed_on(tiny_model_dir: Path, argument: str, message: str) -> None:
+    with pytest.raises(EngineError, match=f"rollout.vllm.{argument} .*{message}"):
+        create_llm(tiny_model_dir, RolloutConfig(vllm={argument: 1}))
+
+
+def test_whatever_an_engine_is_given_by_us_is_known_as_ours(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what a user may well set: lengths, numbers of rows, kernels and graphs."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("vllm.LLM", lambda model, **arguments: given.update(arguments))
+    create_trie_llm(tiny_model_dir, tiny_model_dir, RolloutConfig(tensor_parallel=2))
+    free = {"max_model_len", "max_num_seqs", "enforce_eager", "block_size", "ir_op_priority", "disable_log_stats"}
+    assert given.keys() >= {"dtype", "logits_processors", "worker_extension_cls"}
+    assert given.keys() - OWNED.keys() - FIXED.keys() <= free

@@ -19,7 +19,7 @@ from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.engines import create_engine
 from rollout.groups import INCLUSION_WEIGHT, Candidates, group_table, validate_groups
-from rollout.vllm_engine import EngineError
+from rollout.vllm_arguments import EngineError
 from rollout.vllm_internals import RUNNER_NAMES, PagedModel, UnsupportedModelError
 from rollout.weights import WeightBucket, WeightsError, checksum
 

@@ -1,0 +1,91 @@
+"""vLLM's engine arguments, as far as they are known without an engine: which are ours, and what fits into one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rollout.config import RolloutConfig
+
+DEFAULT_MAX_MODEL_LEN = 2048
+"""Most tokens of a prompt with its completion, where neither the model nor rollout.vllm.max_model_len says less."""
+OWNED = {
+    "model": "model.path",
+    "dtype": "rollout.dtype",
+    "tensor_parallel_size": "rollout.tensor_parallel",
+    "pipeline_parallel_size": "rollout.tensor_parallel",
+    "distributed_executor_backend": "rollout.tensor_parallel",
+    "data_parallel_size": "rollout.workers",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "gpu_memory_utilization": "rollout.kv_cache_gib",
+    "num_gpu_blocks_override": "rollout.kv_cache_gib",
+    "max_num_batched_tokens": "rollout.max_batched_tokens",
+    "enable_sleep_mode": "rollout.sleep",
+}
+"""vLLM's names of what the project's own keys decide, and those keys."""
+FIXED = {
+    "skip_tokenizer_init": "prompts and titles are token ids",
+    "tokenizer": "prompts and titles are token ids",
+    "generation_config": "a model's sampling defaults have no effect",
+    "override_generation_config": "a model's sampling defaults have no effect",
+    "logits_processors": "the trie's is the only one",
+    "logprobs_mode": "log-probabilities are those that the trie mask writes",
+    "max_logprobs": "log-probabilities are those that the trie mask writes",
+    "additional_config": "it tells the trie mask where the trie is",
+    "worker_cls": "weights and searches run in a worker class of our own",
+    "worker_extension_cls": "weights and searches run in a worker class of our own",
+    "compilation_config": "the search needs CUDA graphs in pieces; cudagraph_capture_sizes is free",
+    "quantization": "workers hold the learner's weights as they are",
+    "enable_lora": "adapters come merged into the weights",
+    "speculative_config": "the search decides which tokens are fed",
+}
+"""vLLM's names of what no key changes, and why."""
+
+
+class EngineError(RuntimeError):
+    """A rollout engine cannot be made, or cannot serve what it was asked; the message names the key to change."""
+
+
+def check_vllm(theirs: dict[str, Any]) -> None:
+    """Raise EngineError for an argument of `rollout.vllm` that the project decides itself, naming the key to set."""
+    for name in sorted(theirs):
+        if name in OWNED:
+            raise EngineError(f"rollout.vllm.{name} is the project's own: set {OWNED[name]} instead")
+        if name in FIXED:
+            raise EngineError(f"rollout.vllm.{name} is fixed: {FIXED[name]}; leave it out")
+
+
+def read_model_config(model_path: str | Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face directory. Raises EngineError where the model has no end-of-sequence token."""
+    path = Path(model_path) / "config.json"
+    model_config: dict[str, Any] = json.loads(path.read_text())
+    sources = [model_config, model_config.get("text_config") or {}]
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        other = path.with_name(name)
+        sources.append(json.loads(other.read_text()) if other.is_file() else {})
+    if all(source.get("eos_token_id") is None and source.get("eos_token") is None for source in sources):
+        raise EngineError(
+            f"{model_path}: the model has no end-of-sequence token; set eos_token_id in config.json to the token that "
+            "ends a title"
+        )
+    return model_config
+
+
+def max_model_len(model_config: dict[str, Any], config: RolloutConfig) -> int:
+    """Most tokens of a prompt with its completion."""
+    if "max_model_len" in config.vllm:
+        return int(config.vllm["max_model_len"])
+    sources = (model_config, model_config.get("text_config") or {})
+    positions = [source.get(name) for source in sources for name in ("max_position_embeddings", "n_positions")]
+    return min([DEFAULT_MAX_MODEL_LEN, *filter(None, positions)])
+
+
+def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: int, title_tokens: int) -> None:
+    """Raises EngineError where the longest prompt and the longest completion do not fit into the engine together."""
+    completion = max(title_tokens, config.max_completion_tokens if config.strategy == "unconstrained" else 0)
+    limit = max_model_len(read_model_config(model_path), config)
+    if prompt_tokens + completion > limit:
+        raise EngineError(
+            f"the longest prompt has {prompt_tokens} tokens, completions up to {completion}, together more than the "
+            f"engine's {limit}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len (a model cannot take "
+            "more than it has positions)"
+        )
