@@ -29,6 +29,7 @@ from catalog.tokenizer import (
     encode_titles,
     known_fingerprint,
     load_tokenizer,
+    remembered_fingerprint,
     tokenizer_fingerprint,
 )
 from catalog.trie import Trie
@@ -52,8 +53,7 @@ def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
     Raises CatalogError naming the file, column, row and value that are wrong.
     """
     _check_config(config)
-    source = None if config.path is None else Source.of(Path(config.path))
-    cache = Path(config.cache)
+    source, cache = _source(config), Path(config.cache)
     tokenizer = known_fingerprint(tokenizer_path, cache / TOKENIZERS)
     fingerprint = _fingerprint(config, source, tokenizer)
     path = cache / fingerprint
@@ -69,10 +69,19 @@ def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
     return catalog
 
 
+def find_catalog(config: DataConfig, tokenizer_path: str) -> Catalog | None:
+    """The catalogue that build_catalog would return where it is built already, else None. Raises CatalogError."""
+    _check_config(config)
+    source, cache = _source(config), Path(config.cache)
+    tokenizer = remembered_fingerprint(tokenizer_path, cache / TOKENIZERS)
+    path = None if tokenizer is None else cache / _fingerprint(config, source, tokenizer)
+    return Catalog.load(path) if path is not None and path.is_dir() else None
+
+
 def catalog_texts(config: DataConfig) -> list[str]:
     """Titles as they are generated and some prompts: what a tokenizer for this catalogue should be trained on."""
     _check_config(config)
-    data = _interactions(config, None if config.path is None else Source.of(Path(config.path)))
+    data = _interactions(config, _source(config))
     titles, train = data.titles.to_pylist(), data.splits["train"]
     histories = train.history.take(_evenly(len(train), PROMPTS_TO_LEARN_FROM))
     return response_texts(config.template, titles) + history_texts(config.template, titles, histories)
@@ -83,6 +92,10 @@ def _check_config(config: DataConfig) -> None:
     for name in ("max_history", "max_prompt_tokens"):
         if getattr(config, name) < 1:
             raise CatalogError(f"data.{name} must be 1 or more, got {getattr(config, name)}")
+
+
+def _source(config: DataConfig) -> Source | None:
+    return None if config.path is None else Source.of(Path(config.path))
 
 
 def _interactions(config: DataConfig, source: Source | None) -> Interactions:

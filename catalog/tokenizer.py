@@ -95,17 +95,28 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 def known_fingerprint(path: str | Path, cache: Path) -> str:
     """tokenizer_fingerprint of a Hugging Face directory, by the contents of its files: loaded once, then read from
     `cache`, because transformers takes seconds to import. Raises as load_tokenizer."""
-    content = [FINGERPRINT_PROBE, version("transformers"), version("tokenizers")]
-    for file in sorted(Path(path).glob("*")):
-        if file.is_file() and file.suffix not in WEIGHTS:
-            content += [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
-    known = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+    known = _memory_of(path, cache)
     if known.is_file() and Path(path).is_dir():
         return known.read_text()
     fingerprint = tokenizer_fingerprint(load_tokenizer(path))
     with atomic_file(known) as temporary:
         temporary.write_text(fingerprint)
     return fingerprint
+
+
+def remembered_fingerprint(path: str | Path, cache: Path) -> str | None:
+    """What known_fingerprint would read from `cache`; None where it would have to load the tokenizer."""
+    known = _memory_of(path, cache)
+    return known.read_text() if known.is_file() and Path(path).is_dir() else None
+
+
+def _memory_of(path: str | Path, cache: Path) -> Path:
+    """The file of `cache` for the fingerprint of a tokenizer with these contents."""
+    content = [FINGERPRINT_PROBE, version("transformers"), version("tokenizers")]
+    for file in sorted(Path(path).glob("*")):
+        if file.is_file() and file.suffix not in WEIGHTS:
+            content += [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
+    return cache / hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 
 def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -1,42 +1,34 @@
 """What `DRY_RUN=1` prints: placement, batch arithmetic and the resolved configuration, without starting anything."""
 
-from catalog.catalog import Catalog
+from catalog.build import find_catalog
 from launch.config import Config, to_yaml
-from launch.data_order import DataOrder
-from launch.placement import plan
-from learner.arithmetic import BatchArithmetic, describe_batch
+from launch.model import find_model
+from launch.preflight import check_config, plan_steps
 
 
 def dry_run(config: Config) -> None:
     """Print everything that is known before a run; raises what a run would raise this early."""
-    placement = plan(config)
+    placement = check_config(config)
     print(f"# placement: {config.cluster.name}, Ray at {config.cluster.address}")
     for line in placement.lines():
         print(f"#   {line}")
     print(f"#   weights to rollout workers: object store, after every step; staleness {config.train.staleness}")
     print("# batch")
-    prompts, candidates = config.train.prompts_per_step, config.rollout.group_size
-    print(f"#   {prompts} prompts x {candidates} candidates = {prompts * candidates} completions per step")
-    print(f"#   {-(-prompts // config.learner.ranks)} prompts per learner rank, micro-batches of up to ", end="")
-    print(f"{config.learner.micro_batch_tokens} packed tokens")
+    for line in batch_lines(config):
+        print(f"#   {line}")
     print("# resolved configuration")
     print(to_yaml(config), end="")
 
 
-def batch_arithmetic(config: Config, catalog: Catalog, steps: int) -> BatchArithmetic:
-    """The batch arithmetic of a run whose catalogue is known. Raises BatchError naming the keys that do not fit."""
-    return describe_batch(
-        config.learner,
-        prompts_per_step=config.train.prompts_per_step,
-        group_size=config.rollout.group_size,
-        steps=steps,
-        train_examples=len(catalog.examples("train")),
-        prompt_tokens=int(catalog.stats["prompt_tokens"]["max"]),
-        title_tokens=int(catalog.trie.max_tokens),
-    )
-
-
-def data_order(config: Config, catalog: Catalog) -> tuple[DataOrder, int]:
-    """The order of training examples and the number of steps."""
-    order = DataOrder(len(catalog.examples("train")), config.train.prompts_per_step, config.train.seed)
-    return order, config.train.steps if config.train.steps is not None else order.steps_in(config.train.epochs)
+def batch_lines(config: Config) -> list[str]:
+    """The batch arithmetic, as far as it is known without building a catalogue or making a model."""
+    model_path = find_model(config)
+    catalog = None if model_path is None else find_catalog(config.data, str(model_path))
+    if model_path is None or catalog is None:
+        prompts, group_size = config.train.prompts_per_step, config.rollout.group_size
+        return [
+            f"RL: {prompts} prompts -> {prompts * group_size} candidates per step; steps, micro-batches and whether "
+            "the longest prompt fits are known when a run has built the catalogue"
+        ]
+    _, steps, batch = plan_steps(config, catalog, model_path)
+    return [f"{steps} steps", *batch.lines()]

@@ -53,13 +53,17 @@ def fresh_model(config: ModelConfig, texts: list[str], cache: Path) -> Path:
         raise ConfigError(
             f"model.hidden / model.heads = {config.hidden // config.heads}: the head size must be 32 or more"
         )
-    key = hashlib.sha256(json.dumps([vars(config), texts]).encode()).hexdigest()[:16]
-    path = cache / f"qwen2-{key}"
+    path = _fresh_path(config, texts, cache)
     if path.is_dir():
         return path
     with atomic_folder(path) as temporary:
         _write_fresh(config, texts, temporary)
     return path
+
+
+def _fresh_path(config: ModelConfig, texts: list[str], cache: Path) -> Path:
+    key = hashlib.sha256(json.dumps([vars(config), texts]).encode()).hexdigest()[:16]
+    return cache / f"qwen2-{key}"
 
 
 def _write_fresh(config: ModelConfig, texts: list[str], path: Path) -> None:
@@ -99,4 +103,22 @@ def prepare_model(config: Config) -> Path:
         return path
     from catalog.build import catalog_texts
 
-    return fresh_model(config.model, catalog_texts(config.data), Path(config.data.cache).parent / "models")
+    return fresh_model(config.model, catalog_texts(config.data), _fresh_models(config))
+
+
+def find_model(config: Config) -> Path | None:
+    """The directory that prepare_model would return where it is on disk already; None for one to make or to fetch."""
+    if config.model.path is not None:
+        path = Path(config.model.path)
+        if not path.is_dir():
+            return None
+        check_model(path)
+        return path
+    from catalog.build import catalog_texts
+
+    path = _fresh_path(config.model, catalog_texts(config.data), _fresh_models(config))
+    return path if path.is_dir() else None
+
+
+def _fresh_models(config: Config) -> Path:
+    return Path(config.data.cache).parent / "models"

@@ -12,17 +12,16 @@ from catalog.metrics import ndcg_per_example, paired_bootstrap, ranking_metrics
 from launch.actors import Actors
 from launch.config import Config
 from launch.data_order import DataOrder
-from launch.dry_run import batch_arithmetic, data_order
 from launch.evaluate import eval_examples, evaluate
 from launch.learner_gang import LearnerLost
 from launch.model import prepare_model
-from launch.placement import check_this_machine, plan
+from launch.placement import check_this_machine
+from launch.preflight import check_config, plan_steps
 from launch.progress import Progress, Stage
 from launch.report import print_metrics, write_report
 from launch.run_directory import RunDirectory, versions
 from launch.train import train
 from learner import checkpoint
-from rollout.vllm_arguments import check_lengths
 
 GANG_RESTARTS = 3
 """Of the learner ranks, in the warm-up and in training each."""
@@ -32,20 +31,19 @@ T = TypeVar("T")
 def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train as `config` says and return the summary; what it leaves is described in RunDirectory.
 
-    Raises before anything heavy starts where a fault can be known: configuration, data, model, devices.
+    Raises before anything heavy starts where a fault can be known: configuration, rewards, devices, data, model.
     """
-    progress, placement = Progress(), plan(config)
+    progress, placement = Progress(), check_config(config)
     check_this_machine(config, placement)
     RunDirectory.check(config, resume=resume, overwrite=overwrite)
     with progress.stage("catalogue") as stage:
         model_path = prepare_model(config)
         catalog = build_catalog(config.data, str(model_path))
         stage.update(detail=_catalog_words(catalog))
-    check_lengths(model_path, config.rollout, int(catalog.stats["prompt_tokens"]["max"]), catalog.trie.max_tokens)
-    order, steps = data_order(config, catalog)
-    for line in batch_arithmetic(config, catalog, steps).lines():
+    order, steps, batch = plan_steps(config, catalog, model_path)
+    for line in batch.lines():
         progress.line(line)
-    with Actors(config, placement, catalog, model_path, steps) as actors:  # checks rewards and devices
+    with Actors(config, placement, catalog, model_path, steps) as actors:  # checks the devices of a cluster
         directory = RunDirectory(config, resume=resume, overwrite=overwrite)
         surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)

@@ -44,6 +44,22 @@ class BatchArithmetic:
         return [rl, sft] if self.sft_updates_per_epoch else [rl]
 
 
+def check_batch(config: LearnerConfig, prompts_per_step: int) -> None:
+    """Raise BatchError for sizes that cannot work together whatever the data, naming the configuration keys."""
+    if prompts_per_step < config.ranks:
+        raise BatchError(
+            f"train.prompts_per_step={prompts_per_step} gives some of learner.ranks={config.ranks} no group: "
+            "raise the one or lower the other"
+        )
+    if config.sft.epochs and config.sft.batch_size < config.ranks:
+        raise BatchError(
+            f"learner.sft.batch_size={config.sft.batch_size} is smaller than learner.ranks={config.ranks}: "
+            "raise the one or lower the other"
+        )
+    if config.zero_stage == 0 and config.offload_optimizer:
+        raise BatchError("learner.offload_optimizer needs learner.zero_stage of 1, 2 or 3")
+
+
 def describe_batch(
     config: LearnerConfig,
     *,
@@ -59,15 +75,7 @@ def describe_batch(
     prompt_tokens, title_tokens: the longest of the data. Raises BatchError naming the configuration keys where ranks
     would have nothing to do, or where a single group or completion exceeds the token budget of a micro-batch.
     """
-    if prompts_per_step < config.ranks:
-        raise BatchError(
-            f"train.prompts_per_step={prompts_per_step} gives some of learner.ranks={config.ranks} no group: "
-            "raise the one or lower the other"
-        )
-    if config.sft.epochs and config.sft.batch_size < config.ranks:
-        raise BatchError(
-            f"learner.sft.batch_size={config.sft.batch_size} is smaller than learner.ranks={config.ranks}"
-        )
+    check_batch(config, prompts_per_step)
     if config.packing == "tree":
         group_tokens = prompt_tokens + group_size * max(0, title_tokens - 1)
     else:
@@ -78,8 +86,6 @@ def describe_batch(
             f"learner.micro_batch_tokens={config.micro_batch_tokens} is less than one prompt with one title "
             f"({prompt_tokens} + {title_tokens} tokens): raise it, or lower data.max_prompt_tokens"
         )
-    if config.zero_stage == 0 and config.offload_optimizer:
-        raise BatchError("learner.offload_optimizer needs learner.zero_stage of 1, 2 or 3")
     per_rank = math.ceil(prompts_per_step / config.ranks)
     updates = steps * config.updates_per_batch
     return BatchArithmetic(

@@ -1,6 +1,7 @@
 """How the policy is updated."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Packing = Literal["tree", "padded"]
@@ -118,3 +119,9 @@ class LearnerConfig:
     # Longest wait for one step of a rank.
     deepspeed: dict[str, Any] = field(default_factory=dict)
     # More DeepSpeed configuration, merged over ours.
+
+
+def objective_names() -> list[str]:
+    """The objectives that come with the project, without importing them."""
+    folder = Path(__file__).parent / "objectives"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "base"))

@@ -51,9 +51,7 @@ class PerGroup:
 
 def make_reward(name: str, written: Any, catalog: TitleCatalog, args: dict[str, Any]) -> Reward:
     """The reward that a function or class stands for. Raises RewardError when the class cannot be made from `args`."""
-    if not callable(written):
-        raise RewardError(f"reward {name!r} is {_shown(written)}; it must be a function of one group or a class")
-    _check_arguments(name, written, args)
+    check_written(name, written, args)
     return _instance(name, written, catalog, args) if inspect.isclass(written) else PerGroup(name, written, args)
 
 
@@ -137,7 +135,10 @@ def _row(name: str, row: Any, groups: Groups, index: int) -> np.ndarray:
     return values
 
 
-def _check_arguments(name: str, written: Callable, args: dict[str, Any]) -> None:
+def check_written(name: str, written: Any, args: dict[str, Any]) -> None:
+    """Raise RewardError for what is no function or class, or does not take `args`; makes nothing of it."""
+    if not callable(written):
+        raise RewardError(f"reward {name!r} is {_shown(written)}; it must be a function of one group or a class")
     try:
         signature = inspect.signature(written)
     except ValueError:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 from rewards.config import RewardTerm
 from rewards.errors import RewardError
+from rewards.interface import check_written
 from rewards.registry import resolve
 
 
 def stages_of(terms: Sequence[RewardTerm]) -> list[list[RewardTerm]]:
     """Terms by the actors that compute them: every heavy term alone, and at last all light ones, if any, together.
 
-    Raises RewardError for a term that does not exist, a bad range, or two terms of one label.
+    Raises RewardError for a term that does not exist or take its args, a bad range, or two terms of one label.
     """
     _check(terms)
     light = [term for term in terms if _is_light(term)]
@@ -47,3 +48,4 @@ def _check(terms: Sequence[RewardTerm]) -> None:
                 f"reward {term.key!r}: replicas={term.replicas} must be 1 or more and timeout_s={term.timeout_s} "
                 "greater than 0"
             )
+        check_written(term.key, resolve(term.name), dict(term.args))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.config import LearnerConfig
-from learner.objectives import CompletionBatch, ObjectiveError, names, objective, resolve
+from learner.config import LearnerConfig, objective_names
+from learner.objectives import CompletionBatch, ObjectiveError, objective, resolve
 
 LENGTHS = (3, 5, 1, 4, 2, 5)
 
@@ -69,7 +69,7 @@ def written_out(name: str, batch: CompletionBatch, config: LearnerConfig) -> tor
     return torch.stack(losses).sum() / (sum(LENGTHS) if name == "dapo" else len(LENGTHS))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", objective_names())
 def test_objectives_equal_their_formulas(name: str) -> None:
     config = LearnerConfig(beta=0.1, clip_low=0.2, clip_high=0.3, importance_cap=1.2)
     batch = completions(off_policy=True)
@@ -82,7 +82,7 @@ def test_objectives_equal_their_formulas(name: str) -> None:
     assert all(values.shape == (len(LENGTHS),) for values in metrics.values())
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", objective_names())
 @pytest.mark.parametrize("off_policy", [False, True])
 def test_micro_batches_add_up_to_the_unsplit_loss(name: str, off_policy: bool) -> None:
     config = LearnerConfig(beta=0.1, clip_low=0.2, clip_high=0.2)
@@ -96,7 +96,7 @@ def test_micro_batches_add_up_to_the_unsplit_loss(name: str, off_policy: bool) -
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", objective_names())
 def test_padding_has_no_influence(name: str) -> None:
     config = LearnerConfig(beta=0.1)
     batch = completions(2, off_policy=True)
@@ -127,7 +127,7 @@ def test_clipping_stops_the_gradient_on_the_side_it_bounds_only() -> None:
 
 
 def test_names_are_the_files_of_the_folder() -> None:
-    assert names() == ["dapo", "grpo", "gspo", "rank_grpo", "reinforce"]
+    assert objective_names() == ["dapo", "grpo", "gspo", "rank_grpo", "reinforce"]
 
 
 def test_an_objective_of_another_package_is_found_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,15 @@
 """Objectives: one file each, found by name."""
 
 from importlib import import_module
-from pathlib import Path
 
+from learner.config import objective_names
 from learner.objectives.base import CompletionBatch, Objective, objective
 
-__all__ = ["CompletionBatch", "Objective", "ObjectiveError", "names", "objective", "resolve"]
+__all__ = ["CompletionBatch", "Objective", "ObjectiveError", "objective", "resolve"]
 
 
 class ObjectiveError(ValueError):
     """A name that leads to no objective."""
-
-
-def names() -> list[str]:
-    """The objectives that come with the project."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
 
 
 def resolve(name_or_path: str) -> Objective:
@@ -24,8 +19,10 @@ def resolve(name_or_path: str) -> Objective:
     """
     module, separator, attribute = name_or_path.partition(":")
     if not separator:
-        if name_or_path not in names():
-            raise ObjectiveError(f"no objective {name_or_path!r}; known are {names()}, or 'package.module:function'")
+        if name_or_path not in objective_names():
+            raise ObjectiveError(
+                f"no objective {name_or_path!r}; known are {objective_names()}, or 'package.module:function'"
+            )
         module, attribute = f"{__name__}.{name_or_path}", name_or_path
     try:
         found = getattr(import_module(module), attribute)

@@ -1,0 +1,60 @@
+"""What can be known to fail before anything starts; a run and a dry run ask the same."""
+
+import sys
+from pathlib import Path
+
+from catalog.catalog import Catalog
+from launch.config import Config
+from launch.data_order import DataOrder
+from launch.placement import Placement, plan
+from learner.arithmetic import BatchArithmetic, check_batch, describe_batch
+from learner.config import objective_names
+from learner.deepspeed_keys import check_deepspeed
+from rollout.vllm_arguments import check_lengths, check_vllm
+
+
+def check_config(config: Config) -> Placement:
+    """The placement of a configuration that nothing is known to be wrong with.
+
+    Raises ConfigError, ObjectiveError, RewardError, EngineError, DeepSpeedKeyError or BatchError. Torch is imported
+    only by objectives and rewards that are not the project's own, and by rewards that need it.
+    """
+    placement = plan(config)  # finds the rewards, to know what their actors reserve
+    _check_objective(config.learner.objective)
+    check_deepspeed(config.learner.deepspeed)
+    check_vllm(config.rollout.vllm)
+    check_batch(config.learner, config.train.prompts_per_step)
+    return placement
+
+
+def plan_steps(config: Config, catalog: Catalog, model_path: Path) -> tuple[DataOrder, int, BatchArithmetic]:
+    """The order of training examples, the number of steps and what each consists of.
+
+    Raises ConfigError, EngineError or BatchError naming the keys that do not fit the data.
+    """
+    prompt_tokens, title_tokens = int(catalog.stats["prompt_tokens"]["max"]), int(catalog.trie.max_tokens)
+    check_lengths(model_path, config.rollout, prompt_tokens, title_tokens)
+    examples = len(catalog.examples("train"))
+    order = DataOrder(examples, config.train.prompts_per_step, config.train.seed)
+    steps = config.train.steps if config.train.steps is not None else order.steps_in(config.train.epochs)
+    batch = describe_batch(
+        config.learner,
+        prompts_per_step=config.train.prompts_per_step,
+        group_size=config.rollout.group_size,
+        steps=steps,
+        train_examples=examples,
+        prompt_tokens=prompt_tokens,
+        title_tokens=title_tokens,
+    )
+    return order, steps, batch
+
+
+def _check_objective(name: str) -> None:
+    """Raise ObjectiveError where there is none of that name or import path."""
+    if name in objective_names():
+        return
+    if str(Path.cwd()) not in sys.path:  # Ray's actors look there too
+        sys.path.append(str(Path.cwd()))
+    from learner.objectives import resolve
+
+    resolve(name)
