@@ -106,7 +106,7 @@ class TrainConfig:
     eval_beams: int = 20
     # Width of the evaluation's beam search.
     eval_ks: list[int] = field(default_factory=lambda: [1, 3, 5, 10])
-    # Cut-offs of HR@K and NDCG@K; at most eval_beams.
+    # Cut-offs of HR@K and NDCG@K; at most eval_beams. The gain of RL over SFT is that of NDCG at the largest.
     checkpoint_every: int = 100
     # Steps between checkpoints; the last step always has one.
     checkpoints_kept: int = 2

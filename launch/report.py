@@ -25,12 +25,10 @@ CURVES = (
 )
 
 
-def print_metrics(progress: Progress, summary: dict[str, Any]) -> None:
+def print_metrics(progress: Progress, config: Config, summary: dict[str, Any]) -> None:
     """The table at the end of a run: SFT, RL, the gain, and the best possible where it is known."""
     progress.table(f"{summary['name']}: test metrics", *_metric_table(summary))
-    gain = summary["ndcg@10_gain"]
-    if gain:
-        progress.line(f"NDCG@10 gain of RL over SFT: {_gain(gain)}")
+    progress.line(_gain(config, summary))
 
 
 def write_report(run: RunDirectory, config: Config, summary: dict[str, Any]) -> None:
@@ -44,7 +42,6 @@ def write_report(run: RunDirectory, config: Config, summary: dict[str, Any]) -> 
         for name, title in CURVES
         if any(name in step for step in steps)
     )
-    gain = f"<p>NDCG@10 gain of RL over SFT: {_gain(summary['ndcg@10_gain'])}</p>" if summary["ndcg@10_gain"] else ""
     title = html.escape(summary["name"])
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -61,7 +58,7 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }
 <h1>{title}</h1>
 <p>{html.escape(summary["data"])} · {html.escape(summary["model"])} · {summary["steps"]} steps ·
 {summary["groups"]} groups · {summary["invalid_candidates"]} invalid candidates</p>
-<h2>Test metrics</h2>{_html_table(columns, rows)}{gain}
+<h2>Test metrics</h2>{_html_table(columns, rows)}<p>{_gain(config, summary)}</p>
 <h2>Mean seconds per step</h2>{_html_table(["stage", "seconds"], timing)}
 <h2>Curves</h2><div class="curves">{curves}</div>
 <h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre>
@@ -82,9 +79,12 @@ def _metric_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def _gain(gain: dict[str, float]) -> str:
+def _gain(config: Config, summary: dict[str, Any]) -> str:
+    k = max(config.train.eval_ks)
+    gain = summary[f"ndcg@{k}_gain"]
     return (
-        f"{gain['mean']:+.4f}  (95% interval {gain['low']:+.4f} to {gain['high']:+.4f}, paired bootstrap over users)"
+        f"NDCG@{k} gain of RL over SFT: {gain['mean']:+.4f}  "
+        f"(95% interval {gain['low']:+.4f} to {gain['high']:+.4f}, paired bootstrap over users)"
     )
 
 

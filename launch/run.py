@@ -58,7 +58,7 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
     directory.write_json("summary.json", summary)
     write_report(directory, config, summary)
     directory.close()
-    print_metrics(progress, summary)
+    print_metrics(progress, config, summary)
     progress.line(f"{directory.path}: report.html, summary.json, metrics.jsonl, tensorboard, rollouts, checkpoints")
     return summary
 
@@ -153,7 +153,8 @@ def evaluation(
             actors.rollouts.publish(actors.learner.export, version)
         ranks, invalid = evaluate(actors.rollouts, config, example_ids, stage)
         metrics = ranking_metrics(ranks, config.train.eval_ks)
-        stage.update(detail=f"NDCG@{config.train.eval_ks[-1]} {metrics[f'ndcg@{config.train.eval_ks[-1]}']:.4f}")
+        k = max(config.train.eval_ks)
+        stage.update(detail=f"NDCG@{k} {metrics[f'ndcg@{k}']:.4f}")
     result = {"example_ids": example_ids.tolist(), "hit_ranks": ranks.tolist(), "invalid": invalid, "metrics": metrics}
     directory.write_json(file, result)
     return result
@@ -169,7 +170,7 @@ def summarise(
     confirmed_loads: int,
 ) -> dict[str, Any]:
     """The content of summary.json."""
-    logged, test = directory.metrics("train"), catalog.examples("test")
+    logged, test, k = directory.metrics("train"), catalog.examples("test"), max(config.train.eval_ks)
     stages = ("rollout", "reward", "learn", "sync", "step")
     return {
         "name": config.name,
@@ -185,9 +186,9 @@ def summarise(
             "rl": after["metrics"],
             "best_possible": best_possible(config, catalog, np.array(before["example_ids"])),
         },
-        "ndcg@10_gain": paired_bootstrap(
-            ndcg_per_example(np.array(before["hit_ranks"]), 10),
-            ndcg_per_example(np.array(after["hit_ranks"]), 10),
+        f"ndcg@{k}_gain": paired_bootstrap(
+            ndcg_per_example(np.array(before["hit_ranks"]), k),
+            ndcg_per_example(np.array(after["hit_ranks"]), k),
             [test.user_id(example_id) for example_id in before["example_ids"]],
             seed=0,
         ),

@@ -1,0 +1,42 @@
+"""What a run reports of its result is what was measured."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from catalog.build import build_catalog
+from catalog.catalog import Catalog
+from catalog.config import DataConfig, GeneratedConfig
+from catalog.metrics import ndcg_at_k, ranking_metrics
+from launch.config import Config, compose
+from launch.report import write_report
+from launch.run import summarise
+from launch.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def catalog(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    data = DataConfig(cache=str(tmp_path_factory.mktemp("cache")), generated=GeneratedConfig(items=60, users=120))
+    return build_catalog(data, str(tiny_tokenizer_dir))
+
+
+def evaluated(config: Config, ranks: list[int]) -> dict:
+    metrics = ranking_metrics(np.array(ranks), config.train.eval_ks)
+    return {"example_ids": list(range(len(ranks))), "hit_ranks": ranks, "invalid": 0, "metrics": metrics}
+
+
+@pytest.mark.parametrize(("beams", "ks", "k"), [(5, [1, 5], 5), (20, [10, 1], 10), (20, [1, 10, 20], 20)])
+def test_the_gain_is_that_of_ndcg_at_the_largest_cut_off(
+    catalog: Catalog, tmp_path: Path, beams: int, ks: list[int], k: int
+) -> None:
+    config = compose(overrides=[f"runs={tmp_path}", f"train.eval_beams={beams}", f"train.eval_ks={ks}"])
+    run = RunDirectory(config)
+    before, after = [-1, 4, -1, 0], [0, 3, beams - 1, -1]
+    summary = summarise(config, catalog, run, evaluated(config, before), evaluated(config, after), 0, 3)
+    expected = ndcg_at_k(np.array(after), k) - ndcg_at_k(np.array(before), k)
+    assert [key for key in summary if key.endswith("_gain")] == [f"ndcg@{k}_gain"]
+    assert summary[f"ndcg@{k}_gain"]["mean"] == pytest.approx(expected)
+    write_report(run, config, summary)
+    run.close()
+    assert f"NDCG@{k} gain of RL over SFT: {expected:+.4f}" in (run.path / "report.html").read_text()
