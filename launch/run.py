@@ -40,11 +40,13 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
         model_path = prepare_model(config)
         catalog = build_catalog(config.data, str(model_path))
         stage.update(detail=_catalog_words(catalog))
+    if resume:
+        RunDirectory.check_catalogue(config, catalog.fingerprint)
     order, steps, batch = plan_steps(config, catalog, model_path)
     for line in batch.lines():
         progress.line(line)
     with Actors(config, placement, catalog, model_path, steps) as actors:  # checks the devices of a cluster
-        directory = RunDirectory(config, resume=resume, overwrite=overwrite)
+        directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
         surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
@@ -169,7 +171,7 @@ def summarise(
     steps: int,
     confirmed_loads: int,
 ) -> dict[str, Any]:
-    """The content of summary.json."""
+    """The content of summary.json. confirmed_loads: see RolloutFleet."""
     logged, test, k = directory.metrics("train"), catalog.examples("test"), max(config.train.eval_ks)
     stages = ("rollout", "reward", "learn", "sync", "step")
     return {
@@ -196,7 +198,7 @@ def summarise(
             stage: float(np.mean([line[f"timing_s/{stage}"] for line in logged])) if logged else 0.0
             for stage in stages
         },
-        "weights_checksum_ok": confirmed_loads > 0,  # a mismatch has ended the run with both values
+        "confirmed_weight_loads": confirmed_loads,
         "versions": versions(),
     }
 

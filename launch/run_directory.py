@@ -14,16 +14,26 @@ from launch.config import Config, ConfigError, check_resumable, load, save
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
 
 
-class RunDirectory:
-    """runs/<name>/: config.yaml, metrics.jsonl, tensorboard/, rollouts/, checkpoints/, report.html, summary.json."""
+CATALOGUE = "catalogue.json"
+"""Names the catalogue that a run was started with, by the fingerprint of all that it was built from."""
 
-    def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
+
+class RunDirectory:
+    """runs/<name>/: config.yaml, metrics.jsonl, tensorboard/, rollouts/, checkpoints/, report.html, summary.json.
+
+    >>> RunDirectory.check(config, resume=resume, overwrite=overwrite)       # before the catalogue is built
+    >>> RunDirectory.check_catalogue(config, catalog.fingerprint)            # before anything starts, with resume
+    >>> directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
+    """
+
+    def __init__(self, config: Config, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> None:
         self.check(config, resume=resume, overwrite=overwrite)
         self.path = Path(config.runs) / config.name
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         for folder in (self.path, self.rollouts, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
+        self.write_json(CATALOGUE, {"fingerprint": fingerprint})
         save(config, self.path / "config.yaml")
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
 
@@ -40,6 +50,22 @@ class RunDirectory:
         if path.exists() and not resume and not overwrite:
             raise ConfigError(
                 f"run {path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
+            )
+
+    @staticmethod
+    def check_catalogue(config: Config, fingerprint: str) -> None:
+        """Raise ConfigError when the run that is to be continued was started with another catalogue."""
+        file = Path(config.runs) / config.name / CATALOGUE
+        if not file.is_file():
+            raise ConfigError(
+                f"{file} is missing, so nobody can tell whether the run was started with the same data; "
+                "start another with NAME=, or OVERWRITE=1 replaces it"
+            )
+        started = json.loads(file.read_text())["fingerprint"]
+        if started != fingerprint:
+            raise ConfigError(
+                f"the catalogue is {fingerprint}, but run {file.parent} was started with {started}: the files of the "
+                "data or the model's tokenizer have changed; bring back the old ones, or start another run with NAME="
             )
 
     def has(self, file: str) -> bool:

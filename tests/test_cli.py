@@ -15,6 +15,8 @@ import pytest
 from catalog.build import build_catalog
 from catalog.config import DataConfig
 from launch.cli import main
+from launch.config import compose
+from launch.run_directory import RunDirectory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Refused = Callable[..., str]
@@ -32,6 +34,14 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return lines[0]
 
     return run
+
+
+class NothingStarts(Exception):
+    """Raised in place of starting actors."""
+
+
+def start_nothing(*arguments: object) -> None:
+    raise NothingStarts
 
 
 @pytest.fixture
@@ -195,6 +205,26 @@ def test_a_run_is_replaced_only_when_the_new_one_can_start(data: Path, tmp_path:
     message = refused("train", "--data", str(data), "--name", "mine", "--overwrite", "rewards=[{name: rul}]")
     assert "rul" in message
     assert kept.is_dir()
+
+
+def test_a_run_is_not_resumed_on_changed_data(
+    data: Path, tiny_model_dir: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["train", "--data", str(data), "--model", str(tiny_model_dir), "--name", "mine"]
+    config = compose(data=str(data), model=str(tiny_model_dir), overrides=["name=mine"])
+    before = build_catalog(config.data, str(tiny_model_dir)).fingerprint
+    RunDirectory(config, before).close()
+    monkeypatch.setattr("launch.run.Actors", start_nothing)
+    with pytest.raises(NothingStarts):  # the same data: the run goes on
+        main([*command, "--resume"])
+    table = pq.read_table(data / "train.parquet")
+    pq.write_table(table.slice(0, 39), data / "train.parquet")
+    after = build_catalog(config.data, str(tiny_model_dir)).fingerprint
+    message = refused(*command, "--resume")
+    assert f"the catalogue is {after}, but run runs/mine was started with {before}" in message
+    assert "bring back the old ones, or start another run with NAME=" in message
+    (tmp_path / "runs" / "mine" / "catalogue.json").unlink()
+    assert "catalogue.json is missing" in refused(*command, "--resume")
 
 
 def test_resuming_what_never_was_is_refused(refused: Refused) -> None:

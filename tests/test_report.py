@@ -31,7 +31,7 @@ def test_the_gain_is_that_of_ndcg_at_the_largest_cut_off(
     catalog: Catalog, tmp_path: Path, beams: int, ks: list[int], k: int
 ) -> None:
     config = compose(overrides=[f"runs={tmp_path}", f"train.eval_beams={beams}", f"train.eval_ks={ks}"])
-    run = RunDirectory(config)
+    run = RunDirectory(config, catalog.fingerprint)
     before, after = [-1, 4, -1, 0], [0, 3, beams - 1, -1]
     summary = summarise(config, catalog, run, evaluated(config, before), evaluated(config, after), 0, 3)
     expected = ndcg_at_k(np.array(after), k) - ndcg_at_k(np.array(before), k)
