@@ -75,8 +75,8 @@ class Actors:
     def __init__(
         self, config: Config, placement: Placement, catalog: Catalog, model_path: Path, total_steps: int
     ) -> None:
-        self.config = config
-        self.rewards = RewardPool(config.rewards, catalog.path.resolve())
+        self.config, self.catalog_path = config, catalog.path.resolve()
+        self.rewards = RewardPool(config.rewards, self.catalog_path)
         connect(config)
         try:
             check_devices(config, placement, ray.cluster_resources())
@@ -100,11 +100,22 @@ class Actors:
 
     def save_rollouts(self, groups: Sequence[ObjectRef], path: Path) -> None:
         """Write groups with their titles to a Parquet file, without bringing them to the driver."""
-        fetch(_write_parquet.remote(path.resolve(), *groups), self.config.rollout.timeout_s, f"writing {path}")
+        written = _write_parquet.remote(path.resolve(), self.catalog_path, *groups)
+        fetch(written, self.config.rollout.timeout_s, f"writing {path}")
+
+
+def with_titles(groups: pa.Table, catalog: Catalog) -> pa.Table:
+    """`groups` with the columns target_title and candidate_titles, "" for a candidate that is no title."""
+    candidates = groups["candidate_class"].combine_chunks()
+    titles = [[catalog.title(c) if c >= 0 else "" for c in group] for group in candidates.to_pylist()]
+    targets = [catalog.title(c) for c in groups["target_class"].to_pylist()]
+    return groups.append_column("target_title", pa.array(targets, pa.string())).append_column(
+        "candidate_titles", pa.array(titles, pa.list_(pa.string()))
+    )
 
 
 @ray.remote(num_cpus=0)
-def _write_parquet(path: Path, *groups: pa.Table) -> None:
-    table = pa.concat_tables(groups)
+def _write_parquet(path: Path, catalog_path: Path, *groups: pa.Table) -> None:
+    table = with_titles(pa.concat_tables(groups), Catalog.load(catalog_path))
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary)

@@ -24,7 +24,7 @@ from launch.train import train
 from learner import checkpoint
 
 GANG_RESTARTS = 3
-"""Of the learner ranks, in the warm-up and in training each."""
+"""Of the learner ranks, while they start, in the trial of the weights, in the warm-up and in training each."""
 T = TypeVar("T")
 
 
@@ -142,8 +142,9 @@ def evaluation(
     progress: Progress,
     version: int | None = None,
 ) -> dict[str, Any]:
-    """Hit ranks of the current weights on the test split, kept as eval-<phase>.json; read from there when it exists.
+    """Hit ranks of the current weights on the test split, kept as eval-<phase>.json.
 
+    Those before RL ("sft") are read from there when it exists, since later weights cannot give them any more.
     version: publish the learner's weights under it first; None: the workers hold them.
     """
     file = f"eval-{phase}.json"

@@ -109,7 +109,7 @@ def steps(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder, if any; whether it is intact is checked by read_state."""
+    """The newest checkpoint of a folder, if any; whether it is intact is for `check` to say."""
     return next(iter(steps(folder)), None)
 
 

@@ -1,14 +1,16 @@
-"""What a run reports of its result is what was measured."""
+"""What a run leaves for people says what was measured, in words they can read."""
 
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.config import DataConfig, GeneratedConfig
 from catalog.metrics import ndcg_at_k, ranking_metrics
+from launch.actors import with_titles
 from launch.config import Config, compose
 from launch.report import write_report
 from launch.run import summarise
@@ -40,3 +42,11 @@ def test_the_gain_is_that_of_ndcg_at_the_largest_cut_off(
     write_report(run, config, summary)
     run.close()
     assert f"NDCG@{k} gain of RL over SFT: {expected:+.4f}" in (run.path / "report.html").read_text()
+
+
+def test_saved_groups_can_be_read(catalog: Catalog) -> None:
+    classes = pa.array([[3, -1], []], pa.list_(pa.int32()))
+    groups = pa.table({"target_class": pa.array([3, 5], pa.int32()), "candidate_class": classes})
+    titled = with_titles(groups, catalog)
+    assert titled["target_title"].to_pylist() == [catalog.title(3), catalog.title(5)]
+    assert titled["candidate_titles"].to_pylist() == [[catalog.title(3), ""], []]

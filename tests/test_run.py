@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 SMALL = [
@@ -94,6 +95,10 @@ def test_a_run_leaves_what_it_promises(finished_run: Path) -> None:
     assert set(logged_steps(finished_run, "sft")) == {1, 2}
     assert logged_steps(finished_run, "train") == [1, 2, 3]
     assert {path.name for path in (finished_run / "rollouts").iterdir()} == {f"step-{i}.parquet" for i in (1, 2, 3)}
+    groups = pq.read_table(finished_run / "rollouts" / "step-1.parquet")
+    for group in groups.to_pylist():
+        hits = [title == group["target_title"] for title in group["candidate_titles"]]
+        assert hits == [item_class == group["target_class"] for item_class in group["candidate_class"]]
     assert (finished_run / "checkpoints" / "step-3" / "model.safetensors").is_file()
     assert "<h1>whole</h1>" in (finished_run / "report.html").read_text()
 
