@@ -10,10 +10,10 @@ DEVICE ?= $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(shell
 VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-CLUSTER ?= local
-DATA ?= embedded
-MODEL ?= small
-ALGORITHM ?= rere
+CLUSTER ?=
+DATA ?=
+MODEL ?=
+ALGORITHM ?=
 NAME ?=
 STEPS ?=
 ARGS ?=
@@ -57,8 +57,9 @@ $(VENV)/.ready-gpu: requirements-gpu.lock pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="a.b=c" DRY_RUN=1 RESUME=1 OVERWRITE=1
-	@$(ENV) $(RUN) -m launch.cli train --cluster "$(CLUSTER)" --data "$(DATA)" --model "$(MODEL)" \
-	  --algorithm "$(ALGORITHM)" $(if $(NAME),--name "$(NAME)") $(if $(STEPS),--steps "$(STEPS)") \
+	@$(ENV) $(RUN) -m launch.cli train $(if $(CLUSTER),--cluster "$(CLUSTER)") \
+	  $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(ALGORITHM),--algorithm "$(ALGORITHM)") $(if $(NAME),--name "$(NAME)") $(if $(STEPS),--steps "$(STEPS)") \
 	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run) $(if $(filter-out 0,$(RESUME)),--resume) \
 	  $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
 
@@ -84,7 +85,7 @@ parity: $(READY)  ## compare with a golden set of the published code: GOLDEN=fol
 	@$(ENV) $(RUN) -m learner.parity "$(GOLDEN)"
 
 sasrec: $(READY)  ## train the SASRec of the collaborative reward: DATA= MODEL= ARGS= as for launch, OUT=
-	@$(ENV) $(RUN) -m launch.cli reward train-sasrec --data "$(DATA)" --model "$(MODEL)" \
+	@$(ENV) $(RUN) -m launch.cli reward train-sasrec $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(OUT),--out "$(OUT)") $(if $(ARGS),-- $(ARGS))
 
 bench: $(READY)  ## all benchmarks: SCALE=cpu|gpu OUT=file.json

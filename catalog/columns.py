@@ -11,6 +11,9 @@ import pyarrow.parquet as pq
 from catalog.errors import CatalogError
 from catalog.ragged import Ragged
 
+MILLISECONDS = 10**11
+"""From here on a time is hardly one in seconds: they would lie in the year 5138."""
+
 
 class Columns:
     """A table of the user's with its file name. Rows are counted from 0.
@@ -93,11 +96,17 @@ class Columns:
                 f"{self.file}: column {name!r} is {column.type}, expected integers (seconds since 1970) or timestamps"
             )
         try:
-            return column.cast(pa.int64()).to_numpy()
+            seconds = column.cast(pa.int64()).to_numpy()
         except pa.ArrowInvalid as error:
             raise CatalogError(
                 f"{self.file}: column {name!r} holds times above 2^63 - 1 ({error}); write seconds since 1970"
             ) from error
+        if len(seconds) and seconds.max() >= MILLISECONDS:
+            raise CatalogError(
+                f"{self.file}: column {name!r} has times up to {seconds.max()}, which look like milliseconds: "
+                "expected seconds since 1970; divide them by 1000, or write an Arrow timestamp column"
+            )
+        return seconds
 
     def id_lists(self, name: str) -> tuple[pa.Array, np.ndarray]:
         """A column of lists of ids: (all ids one behind the other, length of each list); no list is empty."""

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 OWN_PACKAGES = ("catalog", "rollout", "rewards", "learner", "launch")
@@ -38,13 +39,18 @@ def _run(arguments: list[str]) -> int:
         return prepare(arguments[1:])
     options = _parser().parse_args(arguments)
     overrides = [text for text in options.overrides if text != "--"]
-    if options.name:
-        overrides.append(f"name={options.name}")
     if options.steps is not None:
         overrides.append(f"train.steps={options.steps}")
-    from launch.config import compose
+    from launch.config import check, compose
 
-    config = compose(options.cluster, options.data, options.model, options.algorithm, overrides)
+    groups = options.cluster, options.data, options.model, options.algorithm
+    config = compose(*groups, overrides)
+    config.name = options.name or config.name  # no override: YAML would read a number in 007
+    if options.resume:
+        started = Path(config.runs) / config.name / "config.yaml"
+        if started.is_file():
+            config = compose(*groups, overrides, started=started)
+    check(config)
     if config.model.path is None or os.path.isdir(config.model.path):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing has to be fetched, so no library needs to ask
     if options.dry_run:
@@ -77,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")
     commands.add_parser("prepare", help="make a data folder of raw interactions")
     train = commands.add_parser("train", help="warm up, train and evaluate a recommender")
-    train.add_argument("--cluster", default="local", help="a file of configs/cluster")
-    train.add_argument("--data", default="embedded", help="a file of configs/data or a folder")
-    train.add_argument("--model", default="small", help="a file of configs/model or a Hugging Face directory")
-    train.add_argument("--algorithm", default="rere", help="a file of configs/algorithm")
+    train.add_argument("--cluster", help="a file of configs/cluster (local)")
+    train.add_argument("--data", help="a file of configs/data or a folder (embedded)")
+    train.add_argument("--model", help="a file of configs/model or a Hugging Face directory (small)")
+    train.add_argument("--algorithm", help="a file of configs/algorithm (rere)")
     train.add_argument("--name", help="name of the run; its folder is runs/NAME")
     train.add_argument("--steps", type=int, help="RL steps")
     train.add_argument("--dry-run", action="store_true", help="print placement, batch arithmetic and configuration")
-    train.add_argument("--resume", action="store_true", help="continue the run of this name")
+    train.add_argument("--resume", action="store_true", help="continue the run of this name, with its configuration")
     train.add_argument("--overwrite", action="store_true", help="replace the run of this name")
     train.add_argument("overrides", nargs="*", help="section.key=value")
     return parser

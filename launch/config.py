@@ -1,7 +1,8 @@
 """The whole configuration: dataclasses, the YAML groups that fill them, and the checks before anything starts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from rewards.config import RewardTerm
 from rollout.config import RolloutConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEFAULTS = {"cluster": "local", "data": "embedded", "model": "small", "algorithm": "rere"}
+"""The YAML of each group that is taken where none is named."""
 
 
 FIXED_IN_A_RUN = {
@@ -112,7 +115,7 @@ class TrainConfig:
     checkpoints_kept: int = 2
     # Older checkpoints are deleted.
     rollouts_every: int = 10
-    # Steps between saved rollout samples (rollouts/*.parquet).
+    # Steps between saved rollout samples (rollouts/*.parquet); those of the last step are saved, too.
 
 
 @dataclass
@@ -140,24 +143,41 @@ class Config:
 
 
 def compose(
-    cluster: str = "local",
-    data: str = "embedded",
-    model: str = "small",
-    algorithm: str = "rere",
+    cluster: str | None = None,
+    data: str | None = None,
+    model: str | None = None,
+    algorithm: str | None = None,
     overrides: Sequence[str] = (),
+    started: Path | None = None,
 ) -> Config:
     """Defaults, then the YAML of each group, then `section.key=value` overrides; the later wins.
 
-    data and model are the name of a YAML or a folder. Raises ConfigError naming the file, key and value.
+    data and model are the name of a YAML or a folder. started: the config.yaml of a run to continue, which takes the
+    place of the defaults; with another cluster, all but what belongs to machines. Raises ConfigError naming the file,
+    key and value.
     """
+    choices = {"cluster": cluster, "data": data, "model": model, "algorithm": algorithm}
     tree = OmegaConf.structured(Config)
-    for group, choice in (("cluster", cluster), ("data", data), ("model", model), ("algorithm", algorithm)):
-        tree = _merge(tree, *_group(group, choice))
+    if started is None:
+        choices = {group: choice or DEFAULTS[group] for group, choice in choices.items()}
+    elif cluster is None:
+        tree = _merge(tree, _yaml(started), str(started))
+    else:
+        tree = _merge(tree, *_group("cluster", choices.pop("cluster") or cluster))
+        tree = _merge(tree, _without_machines(_yaml(started)), str(started))
+    for group, choice in choices.items():
+        if choice is not None:
+            tree = _merge(tree, *_group(group, choice))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: write section.key=value")
-        tree = _merge(tree, _dotlist(override), f"override {override!r}")
+        addition = _dotlist(override)
+        if key == "rewards" and not OmegaConf.is_list(addition.rewards):
+            raise ConfigError(
+                f"override {override!r}: write a list, such as rewards='[{{name: rule}},{{name: ranking}}]'"
+            )
+        tree = _merge(tree, addition, f"override {override!r}")
     config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     check(config)
     return config
@@ -239,12 +259,32 @@ def check_resumable(config: Config, saved: Config) -> None:
     """
     for section, keys in FIXED_IN_A_RUN.items():
         for key in keys:
-            old, new = (_algorithmic(getattr(getattr(c, section) if section else c, key)) for c in (saved, config))
-            if old != new:
-                name = f"{section}.{key}" if section else key
+            name = f"{section}.{key}" if section else key
+            for changed, old, new in _differences(saved, config, name):
                 raise ConfigError(
-                    f"{name} is {new!r}, but the run was started with {old!r}; resume with the same, or use NAME="
+                    f"{changed} is {new!r}, but the run was started with {old!r}; resume with the same, or use NAME="
                 )
+
+
+def changes(saved: Config, config: Config) -> list[str]:
+    """What a continued run does in another way than it was started, a line for each key."""
+    names = [name.name for name in fields(Config)]
+    differences = [difference for name in names for difference in _differences(saved, config, name)]
+    return [f"{key}: {old!r} until now, {new!r} from now on" for key, old, new in differences]
+
+
+def _differences(saved: Config, config: Config, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of all that differs at or below a key."""
+    old, new = (dict(_leaves(name, reduce(getattr, name.split("."), c))) for c in (saved, config))
+    return ((key, old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if is_dataclass(value):
+        for entry in fields(_algorithmic(value)):
+            yield from _leaves(f"{name}.{entry.name}", getattr(_algorithmic(value), entry.name))
+    else:
+        yield name, _algorithmic(value)
 
 
 def _algorithmic(value: Any) -> Any:
@@ -261,6 +301,16 @@ def _require(holds: bool, key: str, value: Any, expectation: str) -> None:
         raise ConfigError(f"{key}={value}: {expectation}")
 
 
+def _without_machines(started: DictConfig) -> DictConfig:
+    """Of a saved configuration, what does not depend on where it ran: `train` and FIXED_IN_A_RUN."""
+    kept: dict[str, Any] = {"train": started.get("train", {})}
+    for section, keys in FIXED_IN_A_RUN.items():
+        own = started.get(section, {}) if section else started
+        into = kept.setdefault(section, {}) if section else kept
+        into.update({key: own[key] for key in keys if key in own})
+    return OmegaConf.create(kept)
+
+
 def _group(group: str, choice: str) -> tuple[DictConfig, str]:
     """The YAML of a group and its name for messages; a folder stands for itself in the groups data and model."""
     path = CONFIGS / group / f"{choice}.yaml"
@@ -270,7 +320,8 @@ def _group(group: str, choice: str) -> tuple[DictConfig, str]:
     if group in ("data", "model"):
         if Path(choice).is_dir():
             return OmegaConf.create({group: {"path": choice}}), f"{group.upper()}={choice}"
-        raise ConfigError(f"{group.upper()}={choice}: neither a folder nor one of configs/{group}: {names}")
+        hub = '; a model of the Hugging Face hub is ARGS="model.path=organisation/name"' if group == "model" else ""
+        raise ConfigError(f"{group.upper()}={choice}: neither a folder nor one of configs/{group}: {names}{hub}")
     raise ConfigError(f"{group.upper()}={choice}: not one of configs/{group}: {names}")
 
 

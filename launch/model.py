@@ -7,6 +7,9 @@ from pathlib import Path
 from catalog.atomic import atomic_folder
 from launch.config import Config, ConfigError, ModelConfig
 
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of classes end that generate text."""
+
 
 def check_model(path: Path) -> None:
     """Raise ConfigError naming what a Hugging Face directory lacks, without loading weights."""
@@ -17,11 +20,18 @@ def check_model(path: Path) -> None:
     if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         raise ConfigError(f"model {path}: no tokenizer (tokenizer.json) in it")
     try:
-        architecture = json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"model {path}: config.json is not JSON: {error}") from error
-    if not architecture.get("architectures"):
+    if not config.get("architectures"):
         raise ConfigError(f"model {path}: config.json names no architecture")
+    if config.get("is_encoder_decoder") or not architecture(path).endswith(GENERATES):
+        raise ConfigError(f"model {path}: {architecture(path)} is no causal language model (such as Qwen2ForCausalLM)")
+
+
+def architecture(path: Path) -> str:
+    """The class that a Hugging Face directory names, such as Qwen2ForCausalLM."""
+    return json.loads((path / "config.json").read_text())["architectures"][0]
 
 
 def download(name: str) -> Path:

@@ -18,7 +18,7 @@ class Stage:
     def __init__(self, name: str, total: int | None) -> None:
         self.name, self.total = name, total
         self.done, self.detail, self.started = 0, "", time.monotonic()
-        self.printed_at = -PLAIN_INTERVAL_S
+        self.printed_at = self.started
         self.plain = False
 
     def update(self, done: int | None = None, detail: str | None = None) -> None:

@@ -16,8 +16,8 @@ from launch.progress import Progress
 from launch.run_directory import RunDirectory
 
 CURVES = (
-    ("reward", "mean reward of the candidates"),
     ("groups_with_hit", "share of groups with a hit"),
+    ("reward", "mean reward of the candidates"),
     ("loss", "loss"),
     ("kl", "KL to the reference"),
     ("grad_norm", "gradient norm before clipping"),
@@ -25,15 +25,20 @@ CURVES = (
 )
 
 
+def before(config: Config) -> str:
+    """What the model before RL is called."""
+    return "SFT" if config.learner.sft.epochs else "before"
+
+
 def print_metrics(progress: Progress, config: Config, summary: dict[str, Any]) -> None:
-    """The table at the end of a run: SFT, RL, the gain, and the best possible where it is known."""
-    progress.table(f"{summary['name']}: test metrics", *_metric_table(summary))
+    """The table at the end of a run: before RL, RL, the gain, and the best possible where it is known."""
+    progress.table(f"{summary['name']}: {_evaluated(summary)}", *_metric_table(config, summary))
     progress.line(_gain(config, summary))
 
 
 def write_report(run: RunDirectory, config: Config, summary: dict[str, Any]) -> None:
     """report.html: the figures, the curves and the configuration on one self-contained page."""
-    columns, rows = _metric_table(summary)
+    columns, rows = _metric_table(config, summary)
     timing = [[stage, f"{seconds:.3f}"] for stage, seconds in summary["timing_s"].items()]
     steps = run.metrics("train")
     curves = "".join(
@@ -58,9 +63,9 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }
 <h1>{title}</h1>
 <p>{html.escape(summary["data"])} · {html.escape(summary["model"])} · {summary["steps"]} steps ·
 {summary["groups"]} groups · {summary["invalid_candidates"]} invalid candidates</p>
-<h2>Test metrics</h2>{_html_table(columns, rows)}<p>{_gain(config, summary)}</p>
+<h2>Test metrics</h2><p>{_evaluated(summary)}</p>{_html_table(columns, rows)}<p>{_gain(config, summary)}</p>
 <h2>Mean seconds per step</h2>{_html_table(["stage", "seconds"], timing)}
-<h2>Curves</h2><div class="curves">{curves}</div>
+{f'<h2>Curves</h2><div class="curves">{curves}</div>' if curves else ""}
 <h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre>
 </body></html>
 """
@@ -68,13 +73,17 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }
         temporary.write_text(page)
 
 
-def _metric_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _evaluated(summary: dict[str, Any]) -> str:
+    return f"metrics of {summary['evaluated']:,} of {summary['test_examples']:,} test examples"
+
+
+def _metric_table(config: Config, summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     metrics = summary["metrics"]
-    columns = ["metric", "SFT", "RL", "gain"] + (["best possible"] if metrics["best_possible"] else [])
+    columns = ["metric", before(config), "RL", "gain"] + (["best possible"] if metrics["best_possible"] else [])
     rows = []
-    for name, before in metrics["sft"].items():
-        after = metrics["rl"][name]
-        row = [name.upper(), f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
+    for name, old in metrics["sft"].items():
+        new = metrics["rl"][name]
+        row = [name.upper(), f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"]
         rows.append(row + ([f"{metrics['best_possible'][name]:.4f}"] if metrics["best_possible"] else []))
     return columns, rows
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,18 +11,19 @@ from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.metrics import ndcg_per_example, paired_bootstrap, ranking_metrics
 from launch.actors import Actors
-from launch.config import Config
+from launch.config import Config, ConfigError, changes, load
 from launch.data_order import DataOrder
 from launch.evaluate import eval_examples, evaluate
 from launch.learner_gang import LearnerLost
-from launch.model import prepare_model
-from launch.placement import check_this_machine
+from launch.model import architecture, prepare_model
+from launch.placement import Placement, check_this_machine
 from launch.preflight import check_config, plan_steps
 from launch.progress import Progress, Stage
-from launch.report import print_metrics, write_report
-from launch.run_directory import RunDirectory, versions
+from launch.report import before, print_metrics, write_report
+from launch.run_directory import RunDirectory, in_use, versions
 from launch.train import train
 from learner import checkpoint
+from rollout.actor import ChecksumMismatch
 
 GANG_RESTARTS = 3
 """Of the learner ranks, while they start, in the trial of the weights, in the warm-up and in training each."""
@@ -31,11 +33,21 @@ T = TypeVar("T")
 def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train as `config` says and return the summary; what it leaves is described in RunDirectory.
 
-    Raises before anything heavy starts where a fault can be known: configuration, rewards, devices, data, model.
+    Raises before anything heavy starts where a fault can be known: configuration, rewards, devices, data, model. A run
+    of the same name is replaced (overwrite) when all actors are up and hold the first weights.
     """
-    progress, placement = Progress(), check_config(config)
+    placement = check_config(config)
     check_this_machine(config, placement)
     RunDirectory.check(config, resume=resume, overwrite=overwrite)
+    with in_use(config):
+        return _run(config, placement, resume, overwrite)
+
+
+def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) -> dict[str, Any]:
+    progress = Progress()
+    if resume:
+        for line in changes(load(Path(config.runs) / config.name / "config.yaml"), config):
+            progress.line(line)
     with progress.stage("catalogue") as stage:
         model_path = prepare_model(config)
         catalog = build_catalog(config.data, str(model_path))
@@ -43,20 +55,22 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
     if resume:
         RunDirectory.check_catalogue(config, catalog.fingerprint)
     order, steps, batch = plan_steps(config, catalog, model_path)
+    if resume:
+        RunDirectory.check_steps(config, steps)
     for line in batch.lines():
         progress.line(line)
     with Actors(config, placement, catalog, model_path, steps) as actors:  # checks the devices of a cluster
-        directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
         surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
-        surviving(actors, progress, partial(try_weights, actors))
-        before = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
+        surviving(actors, progress, partial(try_weights, actors, model_path))
+        directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
+        evaluated = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
         with progress.stage("train", steps) as stage:
             surviving(actors, progress, partial(train_to_the_end, actors, order, config, directory, stage, steps))
         after = evaluation("rl", actors, config, catalog, directory, progress)
         confirmed_loads = actors.rollouts.confirmed_loads
-    summary = summarise(config, catalog, directory, before, after, steps, confirmed_loads)
+    summary = summarise(config, catalog, directory, evaluated, after, steps, confirmed_loads)
     directory.write_json("summary.json", summary)
     write_report(directory, config, summary)
     directory.close()
@@ -65,10 +79,16 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dic
     return summary
 
 
-def try_weights(actors: Actors) -> None:
+def try_weights(actors: Actors, model_path: Path) -> None:
     """Load the weights before training into every worker: those that a worker cannot take show now, not after SFT."""
     actors.rollouts.publish(actors.learner.export, version=-1)
-    actors.rollouts.loaded()
+    try:
+        actors.rollouts.loaded()
+    except ChecksumMismatch as error:
+        raise ConfigError(
+            f"model {model_path}: {error}. Of the first weights this says that vLLM stores those of "
+            f"{architecture(model_path)} in another form than Hugging Face, so that it cannot be trained"
+        ) from error
     actors.rollouts.sleep()  # the warm-up comes first
 
 
@@ -151,7 +171,7 @@ def evaluation(
     if directory.has(file) and phase == "sft":
         return directory.read_json(file)
     example_ids = eval_examples(config, catalog)
-    with progress.stage(f"evaluate {phase.upper()}", len(example_ids)) as stage:
+    with progress.stage(f"evaluate {before(config) if phase == 'sft' else 'RL'}", len(example_ids)) as stage:
         if version is not None:
             actors.rollouts.publish(actors.learner.export, version)
         ranks, invalid = evaluate(actors.rollouts, config, example_ids, stage)
@@ -179,6 +199,10 @@ def summarise(
         "name": config.name,
         "data": config.data.path or "embedded",
         "model": config.model.path or "small",
+        "catalogue": catalog.fingerprint,
+        "checkpoint": str(checkpoint.latest(directory.checkpoints) or directory.checkpoints),
+        "evaluated": len(before["example_ids"]),
+        "test_examples": len(test),
         "steps": steps,
         "groups": steps * config.train.prompts_per_step,
         "invalid_candidates": int(
@@ -199,6 +223,7 @@ def summarise(
             stage: float(np.mean([line[f"timing_s/{stage}"] for line in logged])) if logged else 0.0
             for stage in stages
         },
+        "weights_checksum_ok": confirmed_loads > 0,  # a mismatch has ended the run with both values
         "confirmed_weight_loads": confirmed_loads,
         "versions": versions(),
     }

@@ -1,7 +1,13 @@
 """The folder of a run: configuration, metrics, samples, checkpoints and the summary."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,12 +16,36 @@ from torch.utils.tensorboard import SummaryWriter
 
 from catalog.atomic import atomic_file
 from launch.config import Config, ConfigError, check_resumable, load, save
+from learner import checkpoint
 
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
-
-
 CATALOGUE = "catalogue.json"
 """Names the catalogue that a run was started with, by the fingerprint of all that it was built from."""
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without locks answers."""
+
+
+@contextmanager
+def in_use(config: Config) -> Iterator[None]:
+    """Hold the name of a run for this process. Raises ConfigError naming the process that holds it already."""
+    path = Path(config.runs) / f".{config.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"run {path.parent / config.name} is in use by process {file.read().strip()}: wait for its end, end "
+                "it, or use NAME="
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 class RunDirectory:
@@ -66,6 +96,15 @@ class RunDirectory:
             raise ConfigError(
                 f"the catalogue is {fingerprint}, but run {file.parent} was started with {started}: the files of the "
                 "data or the model's tokenizer have changed; bring back the old ones, or start another run with NAME="
+            )
+
+    @staticmethod
+    def check_steps(config: Config, steps: int) -> None:
+        """Raise ConfigError when the run that is to be continued has done more steps already."""
+        done = checkpoint.steps_done(Path(config.runs) / config.name / "checkpoints")
+        if done > steps:
+            raise ConfigError(
+                f"train.steps={steps}: run {config.name} has done {done} steps; give STEPS={done} or more"
             )
 
     def has(self, file: str) -> bool:

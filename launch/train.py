@@ -53,7 +53,7 @@ def train(
         metrics |= rewards.metrics(groups) | clock.metrics()
         run.log("train", step + 1, metrics)
         stage.update(step + 1, _words(metrics))
-        if (step + 1) % config.rollouts_every == 0:
+        if (step + 1) % config.rollouts_every == 0 or step + 1 == steps:
             actors.save_rollouts(groups, run.rollouts / f"step-{step + 1}.parquet")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
             learner.save(run.checkpoints / f"step-{step + 1}", {"steps_done": step + 1}, keep=config.checkpoints_kept)

@@ -113,6 +113,11 @@ def latest(folder: Path) -> Path | None:
     return next(iter(steps(folder)), None)
 
 
+def steps_done(folder: Path) -> int:
+    """The number of the newest checkpoint of a folder; 0 without any."""
+    return max((number for _, number in _numbered(folder)), default=0)
+
+
 def _numbered(folder: Path) -> Iterator[tuple[Path, int]]:
     for path in folder.glob(f"{PREFIX}*"):
         number = path.name.removeprefix(PREFIX)

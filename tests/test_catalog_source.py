@@ -87,6 +87,12 @@ def test_ids_times_and_lists_of_other_widths_are_the_same(folder: Path, items: d
     assert data.splits["valid"].user_id.to_pylist() == [str(user) for user in examples.get("user_id", ["a", "b"])]
 
 
+def test_milliseconds_are_not_taken_for_seconds(folder: Path) -> None:
+    write(folder / "train.parquet", EXAMPLES | {"timestamp": [1_700_000_000_000, 5]})
+    with pytest.raises(CatalogError, match=r"train\.parquet: column 'timestamp' .* 1700000000000.* like milliseconds"):
+        read(folder)
+
+
 def test_sequences_leave_the_last_two_items_out(tmp_path: Path) -> None:
     write(tmp_path / "items.parquet", {"item_id": [0, 1, 2, 3, 4], "title": list("abcde")})
     write(tmp_path / "sequences.parquet", {"user_id": ["u", "v", "w"], "item_ids": [[4, 3, 2, 1, 0], [1], [2, 3]]})

@@ -11,12 +11,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from catalog.build import build_catalog
 from catalog.config import DataConfig
 from launch.cli import main
 from launch.config import compose
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, in_use
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Refused = Callable[..., str]
@@ -100,6 +101,33 @@ def test_a_model_without_end_of_sequence_is_refused(
 def test_an_unknown_reward_is_named_before_anything_starts(data: Path, refused: Refused) -> None:
     message = refused("train", "--data", str(data), "rewards=[{name: no_such_reward}]")
     assert "no_such_reward" in message
+
+
+@pytest.mark.parametrize("name", ["007", "1e3", "true", "${data.path}"])
+def test_a_name_is_taken_as_it_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--name", name, "--dry-run"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == name
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path, refused: Refused) -> None:
+    with in_use(compose(overrides=[f"runs={tmp_path / 'runs'}"])):
+        assert f"is in use by process {os.getpid()}" in refused("train", f"runs={tmp_path / 'runs'}")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"is_encoder_decoder": True}, "no causal language model"), ({"architectures": ["BertForMaskedLM"]}, "BertFor")],
+)
+def test_a_model_that_cannot_write_titles_is_named(
+    data: Path, tiny_model_dir: Path, tmp_path: Path, refused: Refused, change: dict, reason: str
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | change))
+    assert reason in refused("train", "--data", str(data), "--model", str(model))
 
 
 def test_a_profile_without_its_gpus_is_refused(refused: Refused) -> None:

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from launch.config import CONFIGS, Config, ConfigError, check_resumable, compose, load, save
+from launch.config import CONFIGS, Config, ConfigError, changes, check_resumable, compose, load, save
 
 
 def test_later_groups_and_overrides_win() -> None:
@@ -124,3 +124,38 @@ def test_a_run_is_not_resumed_with_another_algorithm_or_evaluation(override: str
 def test_a_run_is_resumed_on_other_machines() -> None:
     rewards = "rewards=[{name: rule, timeout_s: 900, replicas: 2}, {name: ranking, num_cpus: 1}]"
     check_resumable(compose(overrides=[rewards, "data.cache=elsewhere", "learner.ranks=2"]), compose())
+
+
+def test_what_differs_in_a_continued_run_is_named_key_by_key() -> None:
+    old, new = compose(), compose(overrides=["data.generated.users=150", "train.steps=9", "learner.ranks=2"])
+    with pytest.raises(ConfigError, match=r"^data\.generated\.users is 150, but the run was started with 1500; "):
+        check_resumable(new, old)
+    assert changes(old, new) == [
+        "data.generated.users: 1500 until now, 150 from now on",
+        "learner.ranks: 1 until now, 2 from now on",
+        "train.steps: 80 until now, 9 from now on",
+    ]
+
+
+def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
+    started = tmp_path / "config.yaml"
+    first = compose(algorithm="dapo", overrides=["train.steps=7", "learner.optimizer.learning_rate=0.5"])
+    save(first, started)
+    assert compose(started=started) == first
+    longer = compose(overrides=["train.steps=9"], started=started)
+    assert changes(first, longer) == ["train.steps: 7 until now, 9 from now on"]
+
+
+def test_a_run_goes_on_with_what_another_cluster_needs(tmp_path: Path) -> None:
+    started = tmp_path / "config.yaml"
+    first = compose(cluster="8xA100", algorithm="gspo", overrides=["train.steps=7", "rollout.group_size=8"])
+    save(first, started)
+    here = compose(cluster="local", started=started)
+    check_resumable(here, first)
+    assert (here.train.steps, here.rollout.group_size, here.learner.objective) == (7, 8, first.learner.objective)
+    assert (here.cluster, here.rollout.workers, here.learner.ranks) == (compose().cluster, 1, 1)
+
+
+def test_rewards_that_are_no_list_are_refused_with_an_example() -> None:
+    with pytest.raises(ConfigError, match=r"write a list, such as rewards='\[\{name: rule\}"):
+        compose(overrides=["rewards=rule"])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -33,8 +34,8 @@ SMALL = [
 ]
 
 
-def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launch.cli", "train", *arguments, *SMALL]
+def start(cwd: Path, *arguments: str, settings: Sequence[str] = SMALL) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch.cli", "train", *arguments, *settings]
     return subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -90,6 +91,7 @@ def test_a_run_leaves_what_it_promises(finished_run: Path) -> None:
     assert set(summary["ndcg@10_gain"]) == {"mean", "low", "high"}
     assert set(summary["timing_s"]) == {"rollout", "reward", "learn", "sync", "step"}
     # one worker: the trial before training, version 0 to be evaluated and to start from, a version after each step
+    assert summary["weights_checksum_ok"] is True
     assert summary["confirmed_weight_loads"] == 1 + 1 + 3
     assert "vllm" in summary["versions"]
     assert set(logged_steps(finished_run, "sft")) == {1, 2}
@@ -109,8 +111,10 @@ def test_rollout_and_learner_agree_on_the_log_probabilities(finished_run: Path) 
 
 
 def test_a_run_goes_on_where_it_stopped_and_survives_a_dead_learner(finished_run: Path) -> None:
-    process = start(finished_run.parent.parent, "--name", "whole", "--steps", "6", "--resume")
+    process = start(finished_run.parent.parent, "--name", "whole", "--steps", "6", "--resume", settings=())
     wait_for_step(process, finished_run, 4)
+    beside = start(finished_run.parent.parent, "--name", "whole", "--steps", "6", "--resume", settings=())
+    assert f"is in use by process {process.pid} on" in finish(beside)
     for child in actor_processes(process, "LearnerRank"):
         child.kill()
     output = finish(process)
@@ -118,6 +122,23 @@ def test_a_run_goes_on_where_it_stopped_and_survives_a_dead_learner(finished_run
     steps = logged_steps(finished_run, "train")
     assert steps[:4] == [1, 2, 3, 4]
     assert steps[-1] == 6
+    assert "train.steps: 3 until now, 6 from now on" in output
+
+
+def test_a_run_that_has_gone_further_is_not_cut_short(finished_run: Path) -> None:
+    folder, summary = finished_run.parent.parent, (finished_run / "summary.json").read_text()
+    done = max(logged_steps(finished_run, "train"))
+    process = start(folder, "--name", "whole", "--steps", "2", "--resume", settings=())
+    assert f"run whole has done {done} steps; give STEPS={done} or more" in finish(process)
+    assert (finished_run / "summary.json").read_text() == summary
+
+
+def test_a_run_is_only_replaced_by_one_that_starts(finished_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    process = start(finished_run.parent.parent, "--name", "whole", "--overwrite", "rollout.kv_cache_gib=0.0001")
+    assert "rollout.kv_cache_gib=0.0001" in finish(process)
+    assert process.returncode == 1
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
