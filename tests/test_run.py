@@ -135,7 +135,8 @@ def test_a_run_that_has_gone_further_is_not_cut_short(finished_run: Path) -> Non
 
 def test_a_run_is_only_replaced_by_one_that_starts(finished_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
-    process = start(finished_run.parent.parent, "--name", "whole", "--overwrite", "rollout.kv_cache_gib=0.0001")
+    settings = (*SMALL, "rollout.kv_cache_gib=0.0001")
+    process = start(finished_run.parent.parent, "--name", "whole", "--overwrite", settings=settings)
     assert "rollout.kv_cache_gib=0.0001" in finish(process)
     assert process.returncode == 1
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
