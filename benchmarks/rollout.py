@@ -44,7 +44,7 @@ BY_CATALOGUE = "catalogues"
 
 
 def settings(workload: RolloutWorkload) -> RolloutConfig:
-    return RolloutConfig(kv_cache_gib=workload.kv_cache_gib, max_batched_tokens=16384)
+    return RolloutConfig(kv_cache_gib=workload.kv_cache_gib)
 
 
 class Ours:
