@@ -163,8 +163,9 @@ def compose(
     elif cluster is None:
         tree = _merge(tree, _yaml(started), str(started))
     else:
-        tree = _merge(tree, *_group("cluster", choices.pop("cluster") or cluster))
+        tree = _merge(tree, *_group("cluster", cluster))
         tree = _merge(tree, _without_machines(_yaml(started)), str(started))
+        choices["cluster"] = None
     for group, choice in choices.items():
         if choice is not None:
             tree = _merge(tree, *_group(group, choice))
@@ -280,11 +281,13 @@ def _differences(saved: Config, config: Config, name: str) -> Iterator[tuple[str
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every setting in `value`, whose own key is `name`."""
+    value = _algorithmic(value)
     if is_dataclass(value):
-        for entry in fields(_algorithmic(value)):
-            yield from _leaves(f"{name}.{entry.name}", getattr(_algorithmic(value), entry.name))
+        for entry in fields(value):
+            yield from _leaves(f"{name}.{entry.name}", getattr(value, entry.name))
     else:
-        yield name, _algorithmic(value)
+        yield name, value
 
 
 def _algorithmic(value: Any) -> Any:
