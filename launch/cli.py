@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -48,8 +49,8 @@ def _run(arguments: list[str]) -> int:
     config.name = options.name or config.name  # no override: YAML would read a number in 007
     if options.resume:
         started = Path(config.runs) / config.name / "config.yaml"
-        if started.is_file():
-            config = compose(*groups, overrides, started=started)
+        if started.is_file():  # which may be a copy, of a run of another name
+            config = replace(compose(*groups, overrides, started=started), name=config.name, runs=config.runs)
     check(config)
     if config.model.path is None or os.path.isdir(config.model.path):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing has to be fetched, so no library needs to ask

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from catalog.atomic import atomic_file
 from catalog.config import DataConfig
 from launch.ranges import out_of_range
 from learner.config import LearnerConfig
@@ -161,10 +162,10 @@ def compose(
     if started is None:
         choices = {group: choice or DEFAULTS[group] for group, choice in choices.items()}
     elif cluster is None:
-        tree = _merge(tree, _yaml(started), str(started))
+        tree = _merge(tree, _saved(started), str(started))
     else:
         tree = _merge(tree, *_group("cluster", cluster))
-        tree = _merge(tree, _without_machines(_yaml(started)), str(started))
+        tree = _merge(tree, _without_machines(_saved(started)), str(started))
         choices["cluster"] = None
     for group, choice in choices.items():
         if choice is not None:
@@ -185,19 +186,18 @@ def compose(
 
 
 def load(path: Path) -> Config:
-    """The resolved configuration of a run. Raises ConfigError naming the file."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; there is no run to continue")
+    """The resolved configuration of a run. Raises ConfigError naming the file, and the key that it has lost."""
     config: Config = OmegaConf.to_object(  # type: ignore[assignment]
-        _merge(OmegaConf.structured(Config), _yaml(path), str(path))
+        _merge(OmegaConf.structured(Config), _saved(path), str(path))
     )
     check(config)
     return config
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the resolved configuration."""
-    path.write_text(to_yaml(config))
+    """Write the resolved configuration, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(to_yaml(config))
 
 
 def to_yaml(config: Config) -> str:
@@ -269,7 +269,7 @@ def check_resumable(config: Config, saved: Config) -> None:
 
 def changes(saved: Config, config: Config) -> list[str]:
     """What a continued run does in another way than it was started, a line for each key."""
-    names = [name.name for name in fields(Config)]
+    names = [name.name for name in fields(Config) if name.name not in ("name", "runs")]
     differences = [difference for name in names for difference in _differences(saved, config, name)]
     return [f"{key}: {old!r} until now, {new!r} from now on" for key, old, new in differences]
 
@@ -302,6 +302,21 @@ def _algorithmic(value: Any) -> Any:
 def _require(holds: bool, key: str, value: Any, expectation: str) -> None:
     if not holds:
         raise ConfigError(f"{key}={value}: {expectation}")
+
+
+def _saved(path: Path) -> DictConfig:
+    """What `save` has written; every setting is in it, or it is not what was written."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; there is no run to continue")
+    saved = _yaml(path)
+    for section, keys in (*FIXED_IN_A_RUN.items(), ("", [entry.name for entry in fields(Config)])):
+        for key in (f"{section}.{name}".lstrip(".") for name in keys):
+            if OmegaConf.select(saved, key, default=saved) is saved:
+                raise ConfigError(
+                    f"{path}: {key} is missing, so the file is not what the run was started with; bring it back, or "
+                    "start another run with NAME="
+                )
+    return saved
 
 
 def _without_machines(started: DictConfig) -> DictConfig:

@@ -168,7 +168,7 @@ class RolloutFleet:
     def land(self, flight: Flight) -> Iterator[ray.ObjectRef]:
         """Table references of a flight as they finish."""
         for stream in flight.streams:
-            if not self._confirmed(stream.rank, flight.weights):
+            if not self._confirmed(stream.rank, flight.weights, stream.reload):
                 stream.restart(self.config.timeout_s)
                 self.confirmed_loads += 1
         for _, table in collect(flight.streams, self.config.timeout_s):
@@ -198,9 +198,13 @@ class RolloutFleet:
         self._weights, self._loads = None, {}
         self._latest = [None] * len(self.workers)
 
-    def _confirmed(self, rank: int, weights: PublishedWeights) -> bool:
-        """Wait for a load; False where the worker has died before or in it. Raises ChecksumMismatch."""
+    def _confirmed(self, rank: int, weights: PublishedWeights, reload: ray.ObjectRef | None = None) -> bool:
+        """Wait for a load, or for the one that took its place; False where the worker has died before or in it.
+
+        Raises ChecksumMismatch.
+        """
         load = self._loads.pop((rank, weights.version), None)
+        load = load if reload is None else reload
         if load is None:
             return True
         try:

@@ -21,6 +21,7 @@ from learner import checkpoint
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
 CATALOGUE = "catalogue.json"
 """Names the catalogue that a run was started with, by the fingerprint of all that it was built from."""
+METRICS = "metrics.jsonl"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
 
@@ -29,8 +30,12 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 def in_use(config: Config) -> Iterator[None]:
     """Hold the name of a run for this process. Raises ConfigError naming the process that holds it already."""
     path = Path(config.runs) / f".{config.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    except OSError as error:
+        raise ConfigError(f"runs={config.runs}: no run can be written there ({error})") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -60,11 +65,12 @@ class RunDirectory:
         self.check(config, resume=resume, overwrite=overwrite)
         self.path = Path(config.runs) / config.name
         if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
+            _delete(self.path)
         for folder in (self.path, self.rollouts, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
         self.write_json(CATALOGUE, {"fingerprint": fingerprint})
         save(config, self.path / "config.yaml")
+        _cut_torn_line(self.path / METRICS)
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
 
     @staticmethod
@@ -86,12 +92,13 @@ class RunDirectory:
     def check_catalogue(config: Config, fingerprint: str) -> None:
         """Raise ConfigError when the run that is to be continued was started with another catalogue."""
         file = Path(config.runs) / config.name / CATALOGUE
-        if not file.is_file():
+        try:
+            started = json.loads(file.read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{file} is missing, so nobody can tell whether the run was started with the same data; "
+                f"{file} is missing or damaged, so nobody can tell whether the run was started with the same data; "
                 "start another with NAME=, or OVERWRITE=1 replaces it"
-            )
-        started = json.loads(file.read_text())["fingerprint"]
+            ) from error
         if started != fingerprint:
             raise ConfigError(
                 f"the catalogue is {fingerprint}, but run {file.parent} was started with {started}: the files of the "
@@ -120,14 +127,14 @@ class RunDirectory:
 
     def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and the same values to TensorBoard under `phase`/."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / METRICS).open("a") as file:
             file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
         """All logged lines of a phase; a step that was logged again after a resume counts once, the last time."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return list({line["step"]: line for line in lines if line["phase"] == phase}.values())
 
@@ -141,6 +148,26 @@ class RunDirectory:
 
     def close(self) -> None:
         self._tensorboard.close()
+
+
+def _delete(run: Path) -> None:
+    """Where this is interrupted, what remains does not have the run's name."""
+    leaving = run.with_name(f".{run.name}.deleted")
+    if leaving.exists() and not leaving.is_symlink():
+        shutil.rmtree(leaving)
+    run.rename(leaving)
+    if leaving.is_symlink():
+        leaving.unlink()
+    else:
+        shutil.rmtree(leaving)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop the end of a file of lines that a killed process has not finished."""
+    if path.is_file():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def versions() -> dict[str, str]:

@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from learner.tree_mask import MaskedRun, TreeMask
 
 IMPLEMENTATION = "tree"
+
+
+class Window(int):
+    """In place of the mask of layers with a sliding window: how many positions a query sees, its own included."""
+
+
 FLEX_VARIANTS = 64
 # Compilations of flex attention, for windows, gradients and lengths; beyond them torch would compute all scores.
 
@@ -26,7 +32,7 @@ def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: Window | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -42,11 +48,12 @@ def tree_attention(
     if tree is None or asked:
         reason = f"needs {asked}" if asked else "does not hand keyword arguments on to its attention"
         raise NotImplementedError(f"{type(module).__name__} {reason}: train it with learner.packing=padded")
+    window = attention_mask if isinstance(attention_mask, Window) else sliding_window
     if dropout:
         raise NotImplementedError("tree attention has no dropout: train with learner.packing=padded")
     if query.is_cuda:
-        return flex_tree_attention(query, key, value, tree.block_mask(sliding_window), scaling, softcap), None
-    runs = tree.runs(sliding_window, query.shape[1] // key.shape[1])
+        return flex_tree_attention(query, key, value, tree.block_mask(window), scaling, softcap), None
+    runs = tree.runs(window, query.shape[1] // key.shape[1])
     return _RunAttention.apply(query, key, value, runs, scaling or query.shape[-1] ** -0.5, softcap), None
 
 
@@ -164,4 +171,10 @@ def packing_refusal(lm: PreTrainedModel) -> str | None:
     return None
 
 
+def window_of_mask(*arguments: Any, local_size: int | None = None, **others: Any) -> Window | None:
+    """Hugging Face's mask interface. Some models name their window only here, and not to their attention."""
+    return None if local_size is None else Window(local_size)
+
+
 AttentionInterface.register(IMPLEMENTATION, tree_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, window_of_mask)

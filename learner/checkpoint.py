@@ -75,9 +75,12 @@ def check(path: Path) -> None:
     """Raise CheckpointError naming what is wrong with a checkpoint, and the newest other one that is intact."""
     if fault := find_fault(path):
         others = [other for other in steps(path.parent) if other != path and find_fault(other) is None]
-        offer = (
-            f"{others[0].name} is intact: delete {path.name} to go on from there" if others else "no other is intact"
-        )
+        if others:
+            offer = f"{others[0].name} is intact: delete {path.name} to go on from there"
+        elif find_fault(sft := path.parent / "sft") is None:
+            offer = f"no other is intact: delete all {PREFIX}N to go on from {sft}"
+        else:
+            offer = "no other is intact"
         raise CheckpointError(f"checkpoint {path}: {fault}; {offer}")
 
 

@@ -99,6 +99,9 @@ class Pool:
         score = torch.where(ended, steps.score, NEG_INF)
         return cls(score, item_class, steps.parent, depth, steps.logprob, steps.policy)
 
+    def gather(self, index: torch.Tensor) -> "Pool":
+        return Pool(*(getattr(self, field.name).gather(1, index) for field in fields(self)))
+
     def best_with(self, others: "Pool") -> "Pool":
         """As many as there were, the best of these and the others; of equals, these first."""
         size = self.score.shape[1]

@@ -123,7 +123,10 @@ class BeamSearch:
             steps = Steps(self._score + end, beam, edge, end, self._policy + end)
             item_class = -1 - self.trie.edge_target[edge].long()
             depth = self._depth[:, None] + chains.length
-            self._pool = self._pool.best_with(Pool.of(chains.ends, steps, item_class, depth))
+            ended = Pool.of(chains.ends, steps, item_class, depth)
+            self._pool = self._pool.best_with(
+                ended.gather(depth.argsort(dim=1, stable=True))
+            )  # shorter titles came first
             self._node = torch.where(chains.ends, -1, self._node)
         going = torch.where(self._node >= 0, chains.length, 0)
         self._depth = self._depth + going.amax(1)

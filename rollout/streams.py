@@ -58,6 +58,8 @@ class RolloutStream:
     """Of its policy version; without them a worker that dies cannot go on."""
     behind: "RolloutStream | None" = None
     """The next stream that was started on the same worker."""
+    reload: ray.ObjectRef | None = None
+    """The worker's loading of the weights again, where it has died since they were published."""
     tables: Any = None
     received: int = 0
     waited_s: float = 0.0
@@ -83,13 +85,13 @@ class RolloutStream:
         a queue that nobody reads before this stream has ended. Errors as `bring_back`.
         """
         behind = list(self._queued_behind())
-        for stream in behind:
+        for stream in (self, *behind):
             stream.tables = None
         bring_back(self.worker, self.weights, timeout_s, str(self))
         self.start()
         for stream in behind:
             if stream.weights is not None:
-                stream.weights.load(stream.worker)  # where this fails, the rollout is refused and tried again
+                stream.reload = stream.weights.load(stream.worker)
             stream.start()
 
     def _queued_behind(self) -> "Iterator[RolloutStream]":

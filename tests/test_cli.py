@@ -16,7 +16,7 @@ import yaml
 from catalog.build import build_catalog
 from catalog.config import DataConfig
 from launch.cli import main
-from launch.config import compose
+from launch.config import ConfigError, compose
 from launch.run_directory import RunDirectory, in_use
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -110,6 +110,58 @@ def test_a_name_is_taken_as_it_is(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--name", name, "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["name"] == name
+
+
+@pytest.mark.parametrize("cluster", [(), ("--cluster", "local")])
+def test_a_copied_run_is_continued_under_its_own_name(
+    cluster: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose(overrides=["name=first", "train.steps=7"])
+    RunDirectory(config, "0").close()
+    shutil.copytree("runs/first", "runs/copy")
+    assert main(["train", "--name", "copy", "--resume", "--dry-run", *cluster]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert (resolved["name"], resolved["train"]["steps"]) == ("copy", 7)
+
+
+def test_a_runs_folder_that_cannot_be_is_named(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "file").write_text("")
+    assert "runs=file: no run can be written there" in refused("train", "runs=file")
+
+
+def test_a_damaged_catalogue_file_is_named(tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    RunDirectory(config, "0").close()
+    for content in ("", "{}", "[1]"):
+        (tmp_path / "default" / "catalogue.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"catalogue\.json is missing or damaged"):
+            RunDirectory.check_catalogue(config, "0")
+
+
+def test_a_line_that_was_torn_off_is_forgotten_on_resume(tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    run = RunDirectory(config, "0")
+    run.log("train", 1, {"loss": 1.0})
+    run.close()
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "train", "step": 2, "lo')
+    run = RunDirectory(config, "0", resume=True)
+    run.log("train", 2, {"loss": 2.0})
+    run.close()
+    assert [line["loss"] for line in run.metrics("train")] == [1.0, 2.0]
+
+
+def test_a_run_that_is_a_link_is_replaced_and_what_it_links_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "default").symlink_to(tmp_path / "elsewhere")
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path / 'runs'}"]), "0", overwrite=True)
+    run.close()
+    assert not run.path.is_symlink()
+    assert (tmp_path / "elsewhere" / "kept").is_file()
+    assert {path.name for path in run.path.parent.iterdir()} == {"default"}
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, refused: Refused) -> None:

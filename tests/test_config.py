@@ -156,6 +156,18 @@ def test_a_run_goes_on_with_what_another_cluster_needs(tmp_path: Path) -> None:
     assert (here.cluster, here.rollout.workers, here.learner.ranks) == (compose().cluster, 1, 1)
 
 
+def test_a_damaged_configuration_is_not_filled_up_with_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save(compose(), path)
+    lines = path.read_text().splitlines()
+    for kept in (0, 40, len(lines) - 30):
+        path.write_text("\n".join(lines[:kept]))
+        with pytest.raises(ConfigError, match=r"config\.yaml: .*is missing, so the file is not|must hold a mapping"):
+            load(path)
+        with pytest.raises(ConfigError, match=r"config\.yaml"):
+            compose(cluster="local", started=path)
+
+
 def test_rewards_that_are_no_list_are_refused_with_an_example() -> None:
     with pytest.raises(ConfigError, match=r"write a list, such as rewards='\[\{name: rule\}"):
         compose(overrides=["rewards=rule"])

@@ -18,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -55,6 +56,16 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         query_pre_attn_scalar=32,
     ),
     "granite-scaled-logits": lambda: GraniteConfig(**SHAPE, logits_scaling=4.0, attention_multiplier=0.2),
+    "qwen2-moe-window-in-the-mask": lambda: Qwen2MoeConfig(
+        **SHAPE,
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
     "cohere2-scaled-logits": lambda: Cohere2Config(**SHAPE, logit_scale=0.3, sliding_window=9),
 }
 

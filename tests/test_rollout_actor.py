@@ -115,6 +115,24 @@ def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights
     assert sum(map(len, tables)) == len(IDS)
 
 
+def test_a_worker_that_dies_with_flights_queued_restarts_each_once(fleet: RolloutFleet, folder: Path) -> None:
+    """The flight behind is running again when it is landed, and waits for room in its queue."""
+    ids = np.arange(14)
+    fleet.publish(lambda version: published(version), version=0)
+    expected = landed(fleet, fleet.launch("train", ids, seed=1))
+    fleet.publish(lambda version: published(version), version=1)
+    flights = [fleet.launch("train", ids, seed=0)]
+    fleet.publish(lambda version: published(version), version=2)
+    flights.append(fleet.launch("train", ids, seed=1))
+    kill_process(fleet.workers[0])
+    assert sum(map(len, landed(fleet, flights[0]))) == len(ids)
+    process = ray.get(fleet.workers[0].health.remote())["process"]
+    versions = {2: landed(fleet, flights[1])}
+    assert len(versions[2]) == len(expected)
+    assert set(pa.concat_tables(versions[2])["policy_version"].to_pylist()) == {2}
+    assert ray.get(fleet.workers[0].health.remote())["process"] == process  # nobody had to start it again
+
+
 @pytest.mark.parametrize("groups", [2, 14])
 def test_flights_behind_one_whose_worker_died_are_rolled_out_with_their_own_weights(
     fleet: RolloutFleet, folder: Path, groups: int

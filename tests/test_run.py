@@ -142,6 +142,20 @@ def test_a_run_is_only_replaced_by_one_that_starts(finished_run: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
+def test_a_rollout_worker_that_dies_with_stale_flights_queued_comes_back(tmp_path: Path) -> None:
+    """With a queue of one table the flights behind it wait at the worker when it is killed."""
+    stale = ("learner.sft.epochs=0", "train.staleness=2", "rollout.queue_tables=1", "rollout.groups_per_table=1")
+    settings = (*SMALL, *stale, "rollout.timeout_s=60")
+    process = start(tmp_path, "--name", "stale", "--steps", "8", settings=settings)
+    run = tmp_path / "runs" / "stale"
+    wait_for_step(process, run, 3)
+    for child in actor_processes(process, "RolloutWorker"):
+        child.kill()
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert logged_steps(run, "train") == list(range(1, 9))
+
+
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
     process = start(tmp_path, "--name", "ended", "--steps", "1000")
     deadline = time.monotonic() + 100

@@ -117,6 +117,16 @@ def test_equal_scores_go_to_the_earlier_beam_and_the_lower_token() -> None:
     assert [tokens.tolist() for tokens in found[0].tokens] == [[1, 1, 0], [1, 2, 0], [1, 3, 0]]
 
 
+@pytest.mark.parametrize("forced_chains", ["at_once", "token_by_token"])
+def test_of_equal_scores_the_title_that_ends_first_comes_first(forced_chains: ForcedChains) -> None:
+    titles = [[2, 5, 5, EOS], [3, EOS], [5, 1, EOS]]
+    trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
+    logits = torch.zeros(1, trie.num_nodes, 6)
+    logits[..., 5] = -2.0
+    found, _ = run(trie, logits, beams=2, forced_chains=forced_chains, space="trie")
+    assert [tokens.tolist() for tokens in found[0].tokens] == [[3, EOS], [2, 5, 5, EOS]]
+
+
 def test_forced_chains_take_one_pass() -> None:
     titles = [[first, *range(5, 25), EOS] for first in (1, 2, 3)]
     trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
