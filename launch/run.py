@@ -86,8 +86,8 @@ def try_weights(actors: Actors, model_path: Path) -> None:
         actors.rollouts.loaded()
     except ChecksumMismatch as error:
         raise ConfigError(
-            f"model {model_path}: {error}. Of the first weights this says that vLLM stores those of "
-            f"{architecture(model_path)} in another form than Hugging Face, so that it cannot be trained"
+            f"model {model_path}: vLLM stores the weights of {architecture(model_path)} in another form than Hugging "
+            f"Face, so it cannot be trained ({getattr(error, 'cause', error)})"
         ) from error
     actors.rollouts.sleep()  # the warm-up comes first
 
