@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 SMALL = [
     "data.generated.items=60",
@@ -154,6 +155,23 @@ def test_a_rollout_worker_that_dies_with_stale_flights_queued_comes_back(tmp_pat
     output = finish(process)
     assert process.returncode == 0, output
     assert logged_steps(run, "train") == list(range(1, 9))
+
+
+def test_a_model_that_rollout_workers_cannot_take_is_refused_before_the_warm_up(
+    tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    """vLLM holds GPT-2's matrices transposed."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    shape = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 1024}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    process = start(tmp_path, "--name", "gpt2", "--model", str(tmp_path / "gpt2"), "--steps", "1")
+    output = finish(process)
+    assert process.returncode == 1
+    assert "vLLM stores the weights of GPT2LMHeadModel in another form" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs" / "gpt2").exists()
 
 
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
