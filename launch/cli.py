@@ -45,13 +45,13 @@ def _run(arguments: list[str]) -> int:
     from launch.config import check, compose
 
     groups = options.cluster, options.data, options.model, options.algorithm
-    config = compose(*groups, overrides)
+    named = [text for text in overrides if text.startswith(("name=", "runs="))]
+    config = compose(*groups, named if options.resume else overrides)
     config.name = options.name or config.name  # no override: YAML would read a number in 007
-    if options.resume:
-        started = Path(config.runs) / config.name / "config.yaml"
-        if started.is_file():  # which may be a copy, of a run of another name
-            config = replace(compose(*groups, overrides, started=started), name=config.name, runs=config.runs)
     check(config)
+    started = Path(config.runs) / config.name / "config.yaml"
+    if options.resume and started.is_file():  # a copied run holds the name of another
+        config = replace(compose(*groups, overrides, started=started), name=config.name, runs=config.runs)
     if config.model.path is None or os.path.isdir(config.model.path):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing has to be fetched, so no library needs to ask
     if options.dry_run:

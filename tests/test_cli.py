@@ -125,6 +125,15 @@ def test_a_copied_run_is_continued_under_its_own_name(
     assert (resolved["name"], resolved["train"]["steps"]) == ("copy", 7)
 
 
+def test_what_changes_in_a_continued_run_need_only_fit_its_own_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDirectory(compose(overrides=["train.eval_beams=50"]), "0").close()
+    assert main(["train", "--resume", "--dry-run", "train.eval_ks=[1,50]"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["eval_ks"] == [1, 50]
+
+
 def test_a_runs_folder_that_cannot_be_is_named(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "file").write_text("")
     assert "runs=file: no run can be written there" in refused("train", "runs=file")
