@@ -1,8 +1,7 @@
 """The whole configuration: dataclasses, the YAML groups that fill them, and the checks before anything starts."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import reduce
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,52 +250,6 @@ def check(config: Config) -> None:
         "a rollout worker and a learner rank on each GPU, in turn, need as many rollout.workers as learner.ranks, "
         "rollout.tensor_parallel=1 and train.staleness=0",
     )
-
-
-def check_resumable(config: Config, saved: Config) -> None:
-    """Raise ConfigError naming what differs between a run and the configuration that is to continue it.
-
-    Machines, rollout workers, ranks and the number of steps may change; data, model, algorithm and batch may not.
-    """
-    for section, keys in FIXED_IN_A_RUN.items():
-        for key in keys:
-            name = f"{section}.{key}" if section else key
-            for changed, old, new in _differences(saved, config, name):
-                raise ConfigError(
-                    f"{changed} is {new!r}, but the run was started with {old!r}; resume with the same, or use NAME="
-                )
-
-
-def changes(saved: Config, config: Config) -> list[str]:
-    """What a continued run does in another way than it was started, a line for each key."""
-    names = [name.name for name in fields(Config) if name.name not in ("name", "runs")]
-    differences = [difference for name in names for difference in _differences(saved, config, name)]
-    return [f"{key}: {old!r} until now, {new!r} from now on" for key, old, new in differences]
-
-
-def _differences(saved: Config, config: Config, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) of all that differs at or below a key."""
-    old, new = (dict(_leaves(name, reduce(getattr, name.split("."), c))) for c in (saved, config))
-    return ((key, old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key))
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every setting in `value`, whose own key is `name`."""
-    value = _algorithmic(value)
-    if is_dataclass(value):
-        for entry in fields(value):
-            yield from _leaves(f"{name}.{entry.name}", getattr(value, entry.name))
-    else:
-        yield name, value
-
-
-def _algorithmic(value: Any) -> Any:
-    """A setting without what only says where it is computed or kept."""
-    if isinstance(value, DataConfig):
-        return replace(value, cache="")
-    if isinstance(value, list) and value and isinstance(value[0], RewardTerm):
-        return [(term.name, term.weight, term.label, term.args) for term in value]
-    return value
 
 
 def _require(holds: bool, key: str, value: Any, expectation: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from launch.config import CONFIGS, Config, ConfigError, changes, check_resumable, compose, load, save
+from launch.config import CONFIGS, Config, ConfigError, compose, load, save
+from launch.continuation import changes, check_resumable
 
 
 def test_later_groups_and_overrides_win() -> None:

@@ -1,0 +1,56 @@
+"""What a continued run may do in another way than it was started, and what it then does."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import reduce
+from typing import Any
+
+from catalog.config import DataConfig
+from launch.config import FIXED_IN_A_RUN, Config, ConfigError
+from rewards.config import RewardTerm
+
+
+def check_resumable(config: Config, saved: Config) -> None:
+    """Raise ConfigError naming what differs between a run and the configuration that is to continue it.
+
+    Machines, rollout workers, ranks and the number of steps may change; data, model, algorithm and batch may not.
+    """
+    for section, keys in FIXED_IN_A_RUN.items():
+        for key in keys:
+            name = f"{section}.{key}" if section else key
+            for changed, old, new in _differences(saved, config, name):
+                raise ConfigError(
+                    f"{changed} is {new!r}, but the run was started with {old!r}; resume with the same, or use NAME="
+                )
+
+
+def changes(saved: Config, config: Config) -> list[str]:
+    """What a continued run does in another way than it was started, a line for each key."""
+    names = [name.name for name in fields(Config) if name.name not in ("name", "runs")]
+    differences = [difference for name in names for difference in _differences(saved, config, name)]
+    return [f"{key}: {old!r} until now, {new!r} from now on" for key, old, new in differences]
+
+
+def _differences(saved: Config, config: Config, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of all that differs at or below a key."""
+    old, new = (dict(_leaves(name, reduce(getattr, name.split("."), c))) for c in (saved, config))
+    return ((key, old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every setting in `value`, whose own key is `name`."""
+    value = _algorithmic(value)
+    if is_dataclass(value):
+        for entry in fields(value):
+            yield from _leaves(f"{name}.{entry.name}", getattr(value, entry.name))
+    else:
+        yield name, value
+
+
+def _algorithmic(value: Any) -> Any:
+    """A setting without what only says where it is computed or kept."""
+    if isinstance(value, DataConfig):
+        return replace(value, cache="")
+    if isinstance(value, list) and value and isinstance(value[0], RewardTerm):
+        return [(term.name, term.weight, term.label, term.args) for term in value]
+    return value
