@@ -28,8 +28,7 @@ class BeamBlocks:
         self.length = np.zeros(slots, np.int64)
         """Tokens of each beam that are in the cache, or will be after the next forward pass."""
         self.table = np.zeros((slots, max(_columns(len(prompt), block_size) for prompt in prompts)), np.int32)
-        self._free = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)
-        self._num_free = num_blocks - 1
+        self._free = np.arange(1, num_blocks, dtype=np.int32)
         self.shared = np.zeros(len(prompts), np.int64)
         """Leading tokens of each prompt that an earlier prompt computes."""
         known: dict[tuple[int, bytes], int] = {}
@@ -81,10 +80,10 @@ class BeamBlocks:
         copied = self.table[parted, last].copy()
         self.table[parted, last] = 0
 
-        held = np.zeros(self._num_blocks, bool)
-        held[0] = held[self.table.ravel()] = True
-        self._give(np.unique(old_table[~held[old_table]]))
-        blocks = self._take(len(parted))
+        free = np.ones(self._num_blocks, bool)
+        free[0] = free[self.table.ravel()] = False
+        self._free = np.flatnonzero(free).astype(np.int32)
+        blocks = self._take_neighbours(len(parted))
         self.table[parted, last] = blocks
         return copied, blocks
 
@@ -97,15 +96,19 @@ class BeamBlocks:
         if columns > self.table.shape[1]:
             self.table = np.pad(self.table, ((0, 0), (0, columns - self.table.shape[1])))
 
-    def _take(self, count: int) -> np.ndarray:
-        if count > self._num_free:
-            raise OutOfBlocksError(f"{count} KV-cache blocks are needed, {self._num_free} are free")
-        self._num_free -= count
-        return self._free[self._num_free : self._num_free + count].copy()
+    def _take(self, count: int, first: int = 0) -> np.ndarray:
+        """Blocks that are free no longer: `count` of them, leaving out the `first` ones."""
+        if count > len(self._free):
+            raise OutOfBlocksError(f"{count} KV-cache blocks are needed, {len(self._free)} are free")
+        taken = self._free[first : first + count]
+        self._free = np.delete(self._free, slice(first, first + count)) if first else self._free[count:]
+        return taken
 
-    def _give(self, blocks: np.ndarray) -> None:
-        self._free[self._num_free : self._num_free + len(blocks)] = blocks
-        self._num_free += len(blocks)
+    def _take_neighbours(self, count: int) -> np.ndarray:
+        """Ascending ones without a gap, which are faster to write, where there are so many; else as `_take`."""
+        last = self._free[max(count - 1, 0) :]
+        gapless = last - self._free[: len(last)] == count - 1
+        return self._take(count, int(gapless.argmax()) if gapless.any() else 0)
 
 
 def blocks_needed(length: int, beams: int, level_width: np.ndarray, block_size: int) -> int:

@@ -12,7 +12,7 @@ from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.host_memory import return_freed_memory
 from rollout.vllm_arguments import EngineError, check_vllm, max_model_len, read_model_config
-from rollout.vllm_kernels import OP_PRIORITY, register_norms
+from rollout.vllm_kernels import OP_PRIORITY, register_kernels
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -82,7 +82,7 @@ def create_llm(
     from vllm import LLM
 
     if not on_gpu:
-        register_norms()
+        register_kernels()
     arguments: dict[str, Any] = {
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel,

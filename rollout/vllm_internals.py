@@ -177,8 +177,14 @@ class PagedModel:
         if not len(source):
             return
         read, written = self._to_device(source.astype(np.int64)), self._to_device(destination.astype(np.int64))
+        first, last = int(destination[0]), int(destination[-1])
+        neighbours = last - first == len(destination) - 1 and bool((np.diff(destination) == 1).all())
         for cache in {cache.data_ptr(): cache for cache in self._runner.kv_caches}.values():  # layers may share one
-            cache.index_copy_(0, written, cache.index_select(0, read))
+            copies = cache.index_select(0, read)
+            if neighbours:  # on a CPU, torch scatters with one thread
+                cache[first : last + 1] = copies
+            else:
+                cache.index_copy_(0, written, copies)
 
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
         tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array

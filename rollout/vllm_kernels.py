@@ -7,14 +7,22 @@ OP_PRIORITY = {name: [PROVIDER, "native"] for name in ("rms_norm", "fused_add_rm
 """vLLM's `ir_op_priority`: its compiled norms, which it has on CPU but does not choose there."""
 
 
-def register_norms() -> None:
-    """Offer the compiled norms to vLLM under the name PROVIDER; once per process."""
+def register_kernels() -> None:
+    """Offer the compiled norms to vLLM under the name PROVIDER, and a gate that allocates once; once per process."""
     from vllm import ir
+    from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.platforms import current_platform
 
     if PROVIDER in ir.ops.rms_norm.impls:
         return
     current_platform.import_kernels()
+
+    @SiluAndMul.register_oot(name=SiluAndMul.__name__)
+    class SiluAndMulInPlace(SiluAndMul):
+        @staticmethod
+        def forward_native(x: torch.Tensor) -> torch.Tensor:
+            gate, up = x.chunk(2, -1)
+            return torch.nn.functional.silu(gate).mul_(up)
 
     @ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_norm_is_plain)
     def rms_norm(

@@ -18,11 +18,11 @@ from rollout.search import BeamSearch
 from rollout.stochastic import StochasticBeamSearch
 from rollout.vllm_arguments import EngineError
 from rollout.vllm_internals import PagedModel, TokenBatch
-from rollout.vllm_kernels import register_norms
+from rollout.vllm_kernels import register_kernels
 from rollout.vllm_weights import WeightsWorker
 
 if not torch.cuda.is_available():
-    register_norms()  # tensor-parallel workers are processes of their own
+    register_kernels()  # tensor-parallel workers are processes of their own
 
 LOGITS_BYTES = 128 * 2**20
 """Most memory of one piece of logits; more rows are scored piece by piece."""
@@ -71,8 +71,10 @@ class SearchWorker(WeightsWorker):
         if strategy == "unconstrained":
             level_width = np.full(config.max_completion_tokens, beams)
         total = free = model.num_blocks - 1
+        lengths = {len(prompt) for prompt in prompts}
+        needs = {length: blocks_needed(length, beams, level_width, model.block_size) for length in lengths}
         for i, prompt in enumerate(prompts):
-            need = blocks_needed(len(prompt), beams, level_width, model.block_size)
+            need = needs[len(prompt)]
             if need > total:
                 raise EngineError(
                     f"a prompt of {len(prompt)} tokens with {beams} beams needs {need} KV-cache blocks of "

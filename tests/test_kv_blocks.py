@@ -69,9 +69,8 @@ def test_every_beam_reads_its_own_past(seed: int, groups: int, beams: int, size:
         for slot, tokens in past.items():
             assert cache.read(blocks, slot) == tokens
         held = np.unique(blocks.table)
-        free = blocks._free[: blocks._num_free]
-        assert len(held[held > 0]) + len(np.unique(free)) == 1999
-        assert not np.isin(free, held).any()
+        assert len(held[held > 0]) + len(np.unique(blocks._free)) == 1999
+        assert not np.isin(blocks._free, held).any()
 
 
 def test_equal_beginnings_are_computed_once() -> None:
@@ -91,9 +90,21 @@ def test_a_beam_that_does_not_part_is_not_copied() -> None:
     assert len(source) == 0
 
 
+@pytest.mark.parametrize(("num_blocks", "expected"), [(12, [6, 7]), (7, [2, 4])])
+def test_copies_go_to_neighbouring_blocks_where_there_are_such(num_blocks: int, expected: list[int]) -> None:
+    blocks = BeamBlocks([np.arange(5, dtype=np.int32)], 4, num_blocks, 4)
+    _, written = blocks.follow(np.array([[0, 0, 0, 0]]))
+    assert written.tolist() == [3, 4, 5]
+    _, written = blocks.follow(np.array([[1, 1, 3, 3]]))  # gives back 2 and 4
+    assert written.tolist() == expected
+
+
 def test_too_few_blocks_is_an_error() -> None:
     with pytest.raises(OutOfBlocksError, match="are free"):
         BeamBlocks([np.arange(40, dtype=np.int32)], 2, 5, 4)
+    blocks = BeamBlocks([np.arange(5, dtype=np.int32)], 4, 5, 4)
+    with pytest.raises(OutOfBlocksError, match="3 KV-cache blocks are needed, 2 are free"):
+        blocks.follow(np.array([[0, 0, 0, 0]]))
 
 
 @given(
