@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: the final table, summary.json and report.html."""
+"""What a run leaves for people: the table at its end and report.html."""
 
 import base64
 import html
@@ -6,11 +6,14 @@ import io
 from typing import Any
 
 import matplotlib
+import numpy as np
+import pyarrow.parquet as pq
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from catalog.atomic import atomic_file
+from catalog.catalog import Catalog
 from launch.config import Config, to_yaml
 from launch.progress import Progress
 from launch.run_directory import RunDirectory
@@ -23,6 +26,7 @@ CURVES = (
     ("grad_norm", "gradient norm before clipping"),
     ("mismatch", "mean |rollout - learner| log-probability of a candidate"),
 )
+GROUPS_SHOWN, CANDIDATES_SHOWN, HISTORY_SHOWN = 6, 5, 5
 
 
 def before(config: Config) -> str:
@@ -36,8 +40,8 @@ def print_metrics(progress: Progress, config: Config, summary: dict[str, Any]) -
     progress.line(_gain(config, summary))
 
 
-def write_report(run: RunDirectory, config: Config, summary: dict[str, Any]) -> None:
-    """report.html: the figures, the curves and the configuration on one self-contained page."""
+def write_report(run: RunDirectory, config: Config, summary: dict[str, Any], catalog: Catalog) -> None:
+    """report.html: figures, curves, some of what was generated and the configuration on one self-contained page."""
     columns, rows = _metric_table(config, summary)
     timing = [[stage, f"{seconds:.3f}"] for stage, seconds in summary["timing_s"].items()]
     steps = run.metrics("train")
@@ -58,6 +62,8 @@ th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #d0d7de; text-align: r
 th:first-child, td:first-child {{ text-align: left }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem }}
 figure {{ margin: 0 }} figure img {{ width: 100% }} figcaption {{ color: #57606a; font-size: .9rem }}
+.group {{ margin: 1.5rem 0; overflow-x: auto }} .group p {{ margin: 0 }} .group th, .group td {{ text-align: left }}
+.group th:nth-child(n + 3), .group td:nth-child(n + 3) {{ text-align: right }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }}
 </style></head><body>
 <h1>{title}</h1>
@@ -66,6 +72,7 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }
 <h2>Test metrics</h2><p>{_evaluated(summary)}</p>{_html_table(columns, rows)}<p>{_gain(config, summary)}</p>
 <h2>Mean seconds per step</h2>{_html_table(["stage", "seconds"], timing)}
 {f'<h2>Curves</h2><div class="curves">{curves}</div>' if curves else ""}
+{_generated(run, catalog)}
 <h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre>
 </body></html>
 """
@@ -103,10 +110,46 @@ def _html_table(columns: list[str], rows: list[list[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _generated(run: RunDirectory, catalog: Catalog) -> str:
+    """The first groups of the rollouts that were saved last; nothing where none were."""
+    saved = {int(path.stem.removeprefix("step-")): path for path in run.rollouts.glob("step-*.parquet")}
+    if not saved:
+        return ""
+    step = max(saved)
+    groups = pq.read_table(saved[step]).slice(0, GROUPS_SHOWN).to_pylist()
+    return f"<h2>Generated in step {step}</h2>" + "".join(_group(group, catalog) for group in groups)
+
+
+def _group(group: dict[str, Any], catalog: Catalog) -> str:
+    history = catalog.examples("train").history_classes(group["example_id"])[-HISTORY_SHOWN:]
+    liked = " · ".join(html.escape(catalog.title(item_class)) for item_class in history)
+    target_class, ranked = group["target_class"], group["candidate_class"]
+    rows = [
+        [str(rank), _candidate(item_class, target_class, catalog), f"{sum(logprobs):.2f}", f"{reward:+.3f}"]
+        for rank, (item_class, logprobs, reward) in enumerate(
+            zip(ranked, group["candidate_logprobs"], group["reward"], strict=True), 1
+        )
+        if rank <= CANDIDATES_SHOWN or item_class == target_class
+    ]
+    table = _html_table(["", f"best of {len(ranked)} candidates", "log-probability", "reward"], rows)
+    target = html.escape(catalog.title(target_class))
+    return f'<div class="group"><p>liked last: {liked}</p><p>next: <b>{target}</b></p>{table}</div>'
+
+
+def _candidate(item_class: int, target_class: int, catalog: Catalog) -> str:
+    if item_class < 0:
+        return "(not in the catalogue)"
+    return catalog.title(item_class) + (" ✓" if item_class == target_class else "")
+
+
 def _curve(steps: list[dict[str, Any]], name: str) -> str:
-    """One metric over the steps as an inline PNG."""
+    """One metric over the steps, and its mean over the last tenth of all steps at each, as an inline PNG."""
+    number, value = zip(*((step["step"], step[name]) for step in steps if name in step), strict=True)
+    last = max(1, len(value) // 10)
+    mean = np.convolve(np.pad(value, (last - 1, 0), "edge"), np.full(last, 1 / last), "valid")
     figure, axes = plt.subplots(figsize=(4.2, 2.6), dpi=150)
-    axes.plot([step["step"] for step in steps if name in step], [step[name] for step in steps if name in step], lw=1.2)
+    axes.plot(number, value, lw=1, color="#9ecae1")
+    axes.plot(number, mean, lw=1.6, color="#1f77b4")
     axes.set_xlabel("step")
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

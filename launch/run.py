@@ -73,7 +73,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         confirmed_loads = actors.rollouts.confirmed_loads
     summary = summarise(config, catalog, directory, evaluated, after, steps, confirmed_loads)
     directory.write_json("summary.json", summary)
-    write_report(directory, config, summary)
+    write_report(directory, config, summary, catalog)
     directory.close()
     print_metrics(progress, config, summary)
     progress.line(f"{directory.path}: report.html, summary.json, metrics.jsonl, tensorboard, rollouts, checkpoints")

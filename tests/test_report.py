@@ -1,9 +1,12 @@
 """What a run leaves for people says what was measured, in words they can read."""
 
+import html
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from catalog.build import build_catalog
@@ -39,9 +42,36 @@ def test_the_gain_is_that_of_ndcg_at_the_largest_cut_off(
     expected = ndcg_at_k(np.array(after), k) - ndcg_at_k(np.array(before), k)
     assert [key for key in summary if key.endswith("_gain")] == [f"ndcg@{k}_gain"]
     assert summary[f"ndcg@{k}_gain"]["mean"] == pytest.approx(expected)
-    write_report(run, config, summary)
+    write_report(run, config, summary, catalog)
     run.close()
     assert f"NDCG@{k} gain of RL over SFT: {expected:+.4f}" in (run.path / "report.html").read_text()
+
+
+def test_the_report_shows_what_was_generated_last(catalog: Catalog, tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}", "train.eval_beams=5", "train.eval_ks=[5]"])
+    run = RunDirectory(config, catalog.fingerprint)
+    for step, target in ((9, 5), (10, 7)):
+        group = {
+            "example_id": [0],
+            "target_class": [target],
+            "candidate_class": [[3, 4, -1, 8, 9, 10, target]],
+            "candidate_logprobs": [[[-0.5, -0.75]] * 7],
+            "reward": [[-0.5] * 6 + [1.0]],
+        }
+        pq.write_table(pa.table(group), run.rollouts / f"step-{step}.parquet")
+    ranks = evaluated(config, [0, -1])
+    summary = summarise(config, catalog, run, ranks, ranks, 0, 3)
+    run.log("train", 1, {"loss": 0.5})
+    write_report(run, config, summary, catalog)
+    run.close()
+    page = html.unescape((run.path / "report.html").read_text())
+    assert "Generated in step 10" in page
+    assert page.count("<figure>") == 1
+    rows = re.findall(r"<tr><td>(\d+)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    shown = [catalog.title(3), catalog.title(4), "(not in the catalogue)", catalog.title(8), catalog.title(9)]
+    assert rows[:5] == [(str(rank), title, "-1.25", "-0.500") for rank, title in enumerate(shown, 1)]
+    assert rows[5:] == [("7", f"{catalog.title(7)} ✓", "-1.25", "+1.000")]
+    assert all(catalog.title(c) in page for c in catalog.examples("train").history_classes(0)[-5:])
 
 
 def test_saved_groups_can_be_read(catalog: Catalog) -> None:
