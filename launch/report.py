@@ -57,12 +57,12 @@ def write_report(run: RunDirectory, config: Config, summary: dict[str, Any], cat
 <title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
+table {{ display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right }}
 th:first-child, td:first-child {{ text-align: left }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem }}
 figure {{ margin: 0 }} figure img {{ width: 100% }} figcaption {{ color: #57606a; font-size: .9rem }}
-.group {{ margin: 1.5rem 0; overflow-x: auto }} .group p {{ margin: 0 }} .group th, .group td {{ text-align: left }}
+.group {{ margin: 1.5rem 0 }} .group p {{ margin: 0 }} .group th, .group td {{ text-align: left }}
 .group th:nth-child(n + 3), .group td:nth-child(n + 3) {{ text-align: right }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }}
 </style></head><body>
