@@ -1,4 +1,4 @@
-"""The `rere` command: `rere train`, `rere prepare`, `rere reward check`, `rere reward train-sasrec`."""
+"""The `rere` command: `rere train`, `prepare`, `recommend`, `compare`, `reward check`, `reward train-sasrec`."""
 
 import argparse
 import os
@@ -38,6 +38,14 @@ def _run(arguments: list[str]) -> int:
         from catalog.prepare import main as prepare
 
         return prepare(arguments[1:])
+    if arguments[:1] == ["recommend"]:
+        from launch.recommend import main as recommend
+
+        return recommend(arguments[1:])
+    if arguments[:1] == ["compare"]:
+        from launch.compare import main as compare
+
+        return compare(arguments[1:])
     options = _parser().parse_args(arguments)
     overrides = [text for text in options.overrides if text != "--"]
     if options.steps is not None:
@@ -83,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")
     commands.add_parser("prepare", help="make a data folder of raw interactions")
+    commands.add_parser("recommend", help="the titles that the policy of a run recommends after given ones")
+    commands.add_parser("compare", help="finished runs side by side")
     train = commands.add_parser("train", help="warm up, train and evaluate a recommender")
     train.add_argument("--cluster", help="a file of configs/cluster (local)")
     train.add_argument("--data", help="a file of configs/data or a folder (embedded)")

@@ -3,7 +3,7 @@
 checkpoints/step-N/
     model.safetensors, config.json, tokenizer.json ...   a Hugging Face directory of the policy, adapters merged
     zero/                                                weights and optimizer state, each rank its part (DeepSpeed)
-    reference.safetensors                                the reference model, where there is one
+    reference/model.safetensors                          the reference model, where there is one
     rng-RANK.pt                                          random number generators of each rank
     state.json                                           steps done, ranks, stage, and the driver's data position
     manifest.json                                        size and SHA-256 of every other file
@@ -20,6 +20,8 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+REFERENCE = "reference/model.safetensors"
+"""In a folder of its own: vLLM takes every safetensors file of a model's folder for a part of its weights."""
 PREFIX = "step-"
 
 

@@ -109,7 +109,7 @@ class Learner:
         self.save_huggingface(folder)
         torch.save(self._random_state(), folder / f"rng-{self.engine.rank}.pt")
         if self.engine.rank == 0 and self._reference is not None:
-            self._reference.save(folder / "reference.safetensors")
+            self._reference.save(folder / checkpoint.REFERENCE)
         self.engine.barrier()
         if self.engine.rank == 0:
             checkpoint.commit(
@@ -139,7 +139,7 @@ class Learner:
         if random_state.exists():
             self._restore_random_state(torch.load(random_state))
         if self._reference is not None:
-            self._reference.load(path / "reference.safetensors")
+            self._reference.load(path / checkpoint.REFERENCE)
         self._update.updates_done = state["updates_done"]
         return state["driver"]
 

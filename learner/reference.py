@@ -53,6 +53,7 @@ class Reference:
                 own.mul_(1.0 - alpha).add_(weight.to(own.device), alpha=alpha)
 
     def save(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: weight.detach().cpu().contiguous() for name, weight in self._weights.items()}, file)
 
     def load(self, file: Path) -> None:

@@ -318,3 +318,21 @@ def test_a_run_is_not_resumed_on_changed_data(
 
 def test_resuming_what_never_was_is_refused(refused: Refused) -> None:
     assert "nothing to resume" in refused("train", "--name", "ghost", "--resume")
+
+
+def test_what_cannot_be_recommended_is_refused(data: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "run runs/ghost does not exist" in refused("recommend", "runs/ghost", "Acme Bolt M1, Steel")
+    RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
+    assert "has no checkpoint step-N yet" in refused("recommend", "runs/mine", "Acme Bolt M1, Steel")
+    (tmp_path / "runs/mine/checkpoints/sft").mkdir()
+    assert "has no step-3, only sft" in refused("recommend", "runs/mine", "Acme Bolt", "--checkpoint", "step-3")
+    assert "give the titles of one history" in refused("recommend", "runs/mine")
+    assert "--count must be 1 or more" in refused("recommend", "runs/mine", "Acme Bolt", "--count", "0")
+    (tmp_path / "histories").write_text('["Acme Bolt M1, Steel"]\n[]\n')
+    assert "histories, line 2: a list of titles" in refused("recommend", "runs/mine", "--file", "histories")
+
+
+def test_what_cannot_be_compared_is_refused(data: Path, refused: Refused) -> None:
+    assert "there is no run" in refused("compare", "runs/ghost")
+    RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
+    assert "only finished runs can be compared" in refused("compare", "runs/mine")

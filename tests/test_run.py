@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,13 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from catalog.build import build_catalog
+from launch.compare import FinishedRun, comparison
+from launch.config import ConfigError, load
+from launch.recommend import prompt_tokens, recommend
 
 SMALL = [
     "data.generated.items=60",
@@ -104,6 +111,46 @@ def test_a_run_leaves_what_it_promises(finished_run: Path) -> None:
         assert hits == [item_class == group["target_class"] for item_class in group["candidate_class"]]
     assert (finished_run / "checkpoints" / "step-3" / "model.safetensors").is_file()
     assert "<h1>whole</h1>" in (finished_run / "report.html").read_text()
+
+
+def test_its_policy_recommends_as_hugging_face_would_rank(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished_run.parent.parent)  # its configuration names the cache from here
+    catalog = build_catalog(load(finished_run / "config.yaml").data, str(finished_run / "checkpoints" / "step-3"))
+    histories = [[catalog.title(3), catalog.title(7)], [catalog.title(5), "Acme Bolt, of another shop"]]
+    _, groups = recommend(finished_run, histories, 4)
+    path = finished_run / "checkpoints" / "step-3"
+    policy = AutoModelForCausalLM.from_pretrained(path)
+    prompts = prompt_tokens(load(finished_run / "config.yaml").data, str(path), histories)
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert len(group.tokens) == 4
+        for tokens, score in zip(group.tokens, group.score, strict=True):
+            with torch.no_grad():
+                logits = policy(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens).long()[:, None]).sum()
+            assert score == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_it_can_be_compared(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished_run.parent.parent)
+    other = finished_run.with_name("other")
+    shutil.copytree(finished_run, other)
+    columns, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
+    same = dict(zip(columns, rows[1], strict=True))
+    assert (same["run"], same["steps"], same["against whole"]) == ("other", "3", "+0.0000")
+    assert same["95% interval"] == "+0.0000 to +0.0000"
+    after = json.loads((other / "eval-rl.json").read_text())
+    after["hit_ranks"] = [0] * len(after["hit_ranks"])
+    (other / "eval-rl.json").write_text(json.dumps(after))
+    _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
+    before = json.loads((finished_run / "summary.json").read_text())["metrics"]["rl"]["ndcg@10"]
+    assert dict(zip(columns, rows[1], strict=True))["against whole"] == f"{1 - before:+.4f}"
+    after["example_ids"][0] += 1
+    (other / "eval-rl.json").write_text(json.dumps(after))
+    _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
+    assert dict(zip(columns, rows[1], strict=True))["95% interval"] == "other examples"
+    (other / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="only finished runs can be compared"):
+        FinishedRun(other)
 
 
 def test_rollout_and_learner_agree_on_the_log_probabilities(finished_run: Path) -> None:

@@ -1,0 +1,94 @@
+"""`rere compare`: finished runs side by side, and how sure it is that one is better than the first."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from catalog.catalog import Catalog
+from catalog.errors import CatalogError
+from catalog.metrics import ndcg_per_example, paired_bootstrap
+from catalog.trie import TrieError
+from launch.config import ConfigError, load
+from launch.progress import Progress
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table; 0 when it succeeded."""
+    parser = argparse.ArgumentParser(prog="rere compare", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, such as runs/*")
+    runs = [FinishedRun(path) for path in parser.parse_args(arguments).runs if path.is_dir()]
+    if not runs:
+        raise ConfigError("there is no run in the folders that were given")
+    columns, rows = comparison(runs)
+    Progress().table(f"runs, by NDCG@{runs[0].k} against {runs[0].name}", columns, rows)
+    return 0
+
+
+class FinishedRun:
+    """What a finished run has left of its evaluation. Raises ConfigError naming the file that is missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._path = path.name, path
+        self.summary, self._after = self._read("summary.json"), self._read("eval-rl.json")
+        self.config = load(path / "config.yaml")
+        self.k = max(self.config.train.eval_ks)
+
+    def _read(self, file: str) -> dict[str, Any]:
+        try:
+            return json.loads((self._path / file).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self._path / file}: {error}; only finished runs can be compared") from error
+
+    def metric(self, phase: str, name: str) -> float | None:
+        """phase: "sft" or "rl". None where the run has not measured it."""
+        return self.summary["metrics"][phase].get(name)
+
+    @cached_property
+    def examples(self) -> list[tuple[Any, Any]] | None:
+        """(user, target item) of each evaluated example; None where the run's catalogue is no longer in the cache."""
+        try:
+            catalog = Catalog.load(Path(self.config.data.cache) / self.summary["catalogue"])
+        except (CatalogError, TrieError):
+            return None
+        test, ids = catalog.examples("test"), self._after["example_ids"]
+        targets = catalog.item_ids.take(pa.array(test.target_item[ids])).to_pylist()
+        return [(test.user_id(example_id), target) for example_id, target in zip(ids, targets, strict=True)]
+
+    def gain_over(self, other: "FinishedRun", k: int) -> dict[str, float] | None:
+        """paired_bootstrap of NDCG@k from another run to this one; None unless they evaluated the same examples."""
+        if self.examples is None or self.examples != other.examples or k > self.k:
+            return None
+        before, after = (ndcg_per_example(run._after["hit_ranks"], k) for run in (other, self))
+        return paired_bootstrap(before, after, [user for user, _ in self.examples], seed=0)
+
+
+def comparison(runs: Sequence[FinishedRun]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table; the gains are those over the first run."""
+    first, k = runs[0], runs[0].k
+    columns = ["run", "model", "steps", "before RL", "RL", f"against {first.name}", "95% interval", "s / step"]
+    return columns, [_row(run, first, k) for run in runs]
+
+
+def _row(run: FinishedRun, first: FinishedRun, k: int) -> list[str]:
+    gain = None if run is first else run.gain_over(first, k)
+    before, after = (run.metric(phase, f"ndcg@{k}") for phase in ("sft", "rl"))
+    return [
+        run.name,
+        Path(run.summary["model"]).name,
+        str(run.summary["steps"]),
+        "not measured" if before is None else f"{before:.4f}",
+        "not measured" if after is None else f"{after:.4f}",
+        *_gain_words(gain, run is first),
+        f"{run.summary['timing_s']['step']:.2f}",
+    ]
+
+
+def _gain_words(gain: dict[str, float] | None, is_first: bool) -> tuple[str, str]:
+    if gain is None:
+        return ("", "") if is_first else ("", "other examples")
+    return f"{gain['mean']:+.4f}", f"{gain['low']:+.4f} to {gain['high']:+.4f}"

@@ -1,0 +1,158 @@
+"""`rere recommend`: the titles that the policy of a run recommends after given ones."""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from catalog.build import build_catalog
+from catalog.catalog import Catalog
+from catalog.config import DataConfig
+from catalog.template import prompt_texts
+from catalog.tokenizer import encode_prompts, load_tokenizer
+from launch.config import ConfigError, load
+from launch.progress import Progress
+from launch.run_directory import RunDirectory
+from learner import checkpoint
+from rollout.engines import create_engine
+from rollout.groups import Candidates
+
+KV_CACHE_GIB = 1.0
+"""At most; a run's own may be sized for hundreds of groups at once, and what does not fit together goes in turn."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a table for titles given as arguments, a line of JSON per history for a file of them; 0 on success."""
+    options = _parser().parse_args(arguments)
+    if options.count < 1:
+        raise ConfigError(f"--count must be 1 or more, got {options.count}")
+    if bool(options.titles) == (options.file is not None):
+        raise ConfigError("give the titles of one history, oldest first, or --file with a list of titles per line")
+    histories = list(_read(options.file)) if options.file else [options.titles]
+    catalog, groups = recommend(options.run, histories, options.count, options.checkpoint)
+    for history, group in zip(histories, groups, strict=True):
+        if options.file:
+            print(json.dumps(_line(group, catalog), ensure_ascii=False))
+        else:
+            Progress().table(f"after {' · '.join(history)}", *_table(group, catalog))
+    return 0
+
+
+def recommend(
+    run: Path, histories: Sequence[Sequence[str]], count: int, step: str | None = None
+) -> tuple[Catalog, list[Candidates]]:
+    """The run's catalogue, and for each history of titles, oldest first, the `count` best by constrained beam search.
+
+    step: name of one of the run's checkpoints; by default the newest. Raises ConfigError or CheckpointError naming
+    what of the run is missing or damaged. A title that the catalogue does not have is read all the same, with a word
+    on the error stream.
+    """
+    if not run.is_dir():
+        raise ConfigError(f"run {run} does not exist")
+    config = replace(load(run / "config.yaml"), name=run.resolve().name, runs=str(run.resolve().parent))
+    path = _checkpoint(run / "checkpoints", step)
+    catalog = build_catalog(config.data, str(path))
+    RunDirectory.check_catalogue(config, catalog.fingerprint)
+    _mention_unknown(histories, catalog)
+    rollout = replace(config.rollout, kv_cache_gib=min(config.rollout.kv_cache_gib, KV_CACHE_GIB))
+    with _errors_only():
+        engine = create_engine(path, catalog.path / "trie.arrow", rollout)
+    try:
+        prompts = prompt_tokens(config.data, str(path), histories)
+        nothing = [0] * len(prompts)
+        return catalog, engine.generate(prompts, nothing, nothing, group_size=count, strategy="beam")
+    finally:
+        engine.shutdown()
+
+
+def _checkpoint(folder: Path, step: str | None) -> Path:
+    """An intact checkpoint."""
+    path = checkpoint.latest(folder) if step is None else folder / step
+    if path is None:
+        raise ConfigError(f"{folder} has no checkpoint step-N yet: there is no policy to ask")
+    if not path.is_dir():
+        raise ConfigError(f"{folder} has no {step}, only {', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")
+    checkpoint.check(path)
+    return path
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """What libraries write to the error stream is shown only where they fail."""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            log.seek(0)
+            os.write(kept, log.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Token ids of the prompts as training saw them, the last titles and tokens where there are too many."""
+    texts = prompt_texts(data.template, [history[-data.max_history :] for history in histories])
+    prompts = encode_prompts(load_tokenizer(tokenizer_path), texts).last(data.max_prompt_tokens)
+    return [prompts[row].tolist() for row in range(len(prompts))]
+
+
+def _mention_unknown(histories: Sequence[Sequence[str]], catalog: Catalog) -> None:
+    known = set(catalog.titles.to_pylist())
+    for title in dict.fromkeys(title for history in histories for title in history if title not in known):
+        close = difflib.get_close_matches(title, known, n=3)
+        words = f"close to it: {', '.join(map(repr, close))}" if close else "nothing is close to it"
+        print(f"{title!r} is no title of the catalogue, and read all the same; {words}", file=sys.stderr)
+
+
+def _read(file: Path) -> Iterator[list[str]]:
+    """Raises ConfigError naming the line that is no list of titles."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            history = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{file}, line {number}: not JSON ({error})") from error
+        if not isinstance(history, list) or not history or not all(isinstance(title, str) for title in history):
+            raise ConfigError(f'{file}, line {number}: a list of titles is needed, such as ["one", "two"]')
+        yield history
+
+
+def _line(group: Candidates, catalog: Catalog) -> dict[str, Any]:
+    classes = group.item_class.tolist()
+    return {
+        "titles": [catalog.title(item_class) for item_class in classes],
+        "item_ids": [catalog.item_ids_of_class(item_class) for item_class in classes],
+        "logprobs": group.score.tolist(),
+    }
+
+
+def _table(group: Candidates, catalog: Catalog) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [title, ", ".join(map(str, ids)), f"{logprob:.2f}"]
+        for title, ids, logprob in zip(*_line(group, catalog).values(), strict=True)
+    ]
+    return ["recommended", "item", "log-probability"], rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rere recommend", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run, such as runs/default")
+    parser.add_argument("titles", nargs="*", help="a history, oldest first")
+    parser.add_argument("--file", type=Path, help="a JSON list of titles per line; prints a line of JSON for each")
+    parser.add_argument("--count", type=int, default=10, help="titles to recommend (10)")
+    parser.add_argument("--checkpoint", help="one of the run's checkpoints, such as step-40 (the newest)")
+    return parser
