@@ -187,6 +187,17 @@ def test_chunks_and_batches_change_nothing(
         np.testing.assert_allclose(one.score, other.score, atol=1e-4)
 
 
+@pytest.mark.parametrize("destination", [[5, 6, 7], [9, 5, 7]])
+def test_blocks_are_copied_wherever_they_go(engine: Any, destination: list[int]) -> None:
+    source, caches = [7, 1, 5], paged_model(engine)._runner.kv_caches
+    for cache in caches:
+        cache.normal_()
+    expected = [cache[source] for cache in caches]
+    paged_model(engine).copy_blocks(np.array(source), np.array(destination))
+    for cache, blocks in zip(caches, expected, strict=True):
+        assert torch.equal(cache[destination], blocks)
+
+
 def test_scoring_forced_chains_at_once_changes_nothing(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ragged_prompts(24)
     at_once = generate(engine, prompts, 16)
