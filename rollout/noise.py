@@ -19,7 +19,7 @@ def uniform(seed: torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:
     state = _mix(seed + _GOLDEN)
     for counter in counters:
         state = _mix((state ^ counter) + _GOLDEN)
-    return (_shifted(state, 11).double() + 0.5) * 2.0**-53
+    return (_shifted(state, 12).double() + 0.5) * 2.0**-52  # one bit more would round up to 1
 
 
 def gumbel(seed: torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,12 @@ def test_a_group_is_a_function_of_its_seed_alone() -> None:
     assert len({tuple(group.item_class.tolist()) for group in together}) > 5
 
 
+def test_noise_never_reaches_one() -> None:
+    all_bits_set = torch.tensor([-3223976110786282492])  # what seed 0 and this counter are hashed to
+    assert uniform(torch.tensor([0]), all_bits_set) < 1
+    assert torch.isfinite(gumbel(torch.tensor([0]), all_bits_set))
+
+
 def test_noise_is_uniform_and_its_counters_matter() -> None:
     counter = torch.arange(100_000)
     seed = torch.zeros_like(counter)
