@@ -84,17 +84,21 @@ def _module_of_import(place: str, name: str, root: Path) -> ModuleType:
 
 
 def _module_of_file(file: Path, name: str) -> ModuleType:
+    """Run once per process, as an import would, since a reward is looked up several times before a run starts."""
     file = file.resolve()
     if not file.is_file():
         raise RewardError(f"reward {name!r}: there is no file {file}")
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
     loader = SourceFileLoader(f"reward_file_{file.stem}_{zlib.crc32(bytes(file)):08x}", str(file))
+    if loader.name in sys.modules:
+        return sys.modules[loader.name]
     module = ModuleType(loader.name)
     module.__file__ = str(file)
     sys.modules[loader.name] = module
     try:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[loader.name]
         raise RewardError(f"reward {name!r}: running {file} failed: {error!r}") from error
     return module

@@ -129,6 +129,12 @@ def test_found_by_name_import_path_and_file(tmp_path: Path) -> None:
     sys.path.remove(str(tmp_path))
 
 
+def test_a_file_is_run_once(tmp_path: Path) -> None:
+    (tmp_path / "counted.py").write_text("open(__file__ + '.runs', 'a').write('.')\ndef f(group):\n    return [0.0]\n")
+    assert resolve(f"{tmp_path}/counted.py:f") is resolve("counted.py:f", root=tmp_path)
+    assert (tmp_path / "counted.py.runs").read_text() == "."
+
+
 def test_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = [EntryPoint("cheap", "faulty_rewards:title_length", registry.ENTRY_POINTS)]
     monkeypatch.setattr(registry, "entry_points", lambda group, name=None: [e for e in installed if name != "x"])
