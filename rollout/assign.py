@@ -1,5 +1,6 @@
 """Which worker generates which groups."""
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,9 +27,11 @@ def _deal(lengths: np.ndarray, sizes: Sequence[int]) -> list[list[int]]:
     """Indices for each hand, sizes[k] for hand k: longest first, to the hand with the fewest tokens for its size."""
     hands: list[list[int]] = [[] for _ in sizes]
     tokens = [0] * len(sizes)
-    for index in np.argsort(-lengths, kind="stable"):
-        open_hands = [k for k, hand in enumerate(hands) if len(hand) < sizes[k]]
-        hand = min(open_hands, key=lambda k: (tokens[k] / sizes[k], k))
-        hands[hand].append(int(index))
+    emptiest = [(0.0, hand) for hand, size in enumerate(sizes) if size]
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        _, hand = heapq.heappop(emptiest)
+        hands[hand].append(index)
         tokens[hand] += int(lengths[index])
+        if len(hands[hand]) < sizes[hand]:
+            heapq.heappush(emptiest, (tokens[hand] / sizes[hand], hand))
     return [sorted(hand) for hand in hands]
