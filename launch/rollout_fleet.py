@@ -23,6 +23,7 @@ from rollout.streams import (
     RolloutStream,
     RolloutTimeout,
     WorkerLost,
+    await_restart,
     bring_back,
     collect,
     first_line,
@@ -107,6 +108,7 @@ class RolloutFleet:
                         f"rollout worker {rank} died {MAX_DEATHS} times while its engine started "
                         f"({first_line(death)}); Ray's logs of its processes (session_latest/logs/worker-*) say why"
                     ) from death
+                await_restart(self.workers[rank], deadline - time.monotonic(), f"rollout worker {rank}")
                 waiting[self.workers[rank].ready.remote()] = rank
 
     @property

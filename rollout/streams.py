@@ -225,6 +225,17 @@ def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s:
         _retry_until(deadline, lambda: weights.load(worker), f"{name}: reload of version {weights.version}")
 
 
+def await_restart(worker: ActorHandle, timeout_s: float, name: str) -> None:
+    """Wait until a dead worker's new process answers: before, every call fails as if it had died once more.
+
+    Raises RolloutTimeout naming it, or WorkerLost when it stays dead.
+    """
+    try:
+        _retry_until(time.monotonic() + timeout_s, lambda: worker.health.remote(), f"{name}: restart")
+    except RayActorError as error:
+        raise WorkerLost(f"{name}: died and was not restarted ({first_line(error)})") from error
+
+
 def _retry_until(deadline: float, call: Callable[[], ray.ObjectRef], what: str) -> None:
     """Repeat a call to an actor that is being restarted. Raises RayActorError when it is dead for good."""
     while True:
