@@ -145,8 +145,7 @@ class RolloutFleet:
     ) -> Flight:
         """Start rolling out one group per example with the published weights."""
         assert self._weights is not None
-        examples = self.catalog.examples(split)
-        lengths = [len(examples.prompt_tokens(int(i))) for i in example_ids]
+        lengths = self.catalog.examples(split).prompt_lengths[example_ids]
         shares = assign(lengths, len(self.workers), self.config.groups_per_table)
         streams = [
             stream_rollout(

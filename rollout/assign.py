@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def assign(prompt_lengths: Sequence[int], workers: int, groups_per_table: int) -> list[list[int]]:
+def assign(prompt_lengths: Sequence[int] | np.ndarray, workers: int, groups_per_table: int) -> list[list[int]]:
     """Deal groups to workers so that each has as many groups and about as many prompt tokens as the others.
 
     Within a worker, every table of groups_per_table groups has about the same number of prompt tokens. Returns the

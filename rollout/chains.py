@@ -57,6 +57,6 @@ def reach(trie: DeviceTrie, node: torch.Tensor, wanted: torch.Tensor) -> tuple[t
     beams may go ahead."""
     running, start = node >= 0, node.clamp_min(0)
     chain, to_end = trie.chain[start].long(), trie.forced_to_end[start]
-    choice = torch.where(running & ~to_end, chain, trie.max_tokens).amin(1, keepdim=True)
+    choice = torch.where(running & ~to_end, chain, trie.num_depths).amin(1, keepdim=True)
     goes = running & wanted[:, None]
     return torch.where(goes, torch.minimum(chain, choice), 0), goes & to_end & (chain < choice)

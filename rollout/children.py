@@ -38,8 +38,8 @@ class DeviceTrie:
         return cls(first_edge, edge_token, edge_target, np.diff(trie.level_start, append=trie.num_nodes), trie)
 
     @property
-    def max_tokens(self) -> int:
-        """Room for the longest title, end-of-sequence included, and one more: where a group stands that is done."""
+    def num_depths(self) -> int:
+        """Depths at which a group can stand: before each token of the longest title, and behind its last."""
         return len(self.level_width)
 
     @property

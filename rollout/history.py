@@ -32,7 +32,7 @@ class Past:
     """Which step every beam took at every depth, so that a title's tokens and log-probabilities can be read back."""
 
     def __init__(self, trie: DeviceTrie, groups: int, beams: int) -> None:
-        shape = (groups, trie.max_tokens, beams)
+        shape = (groups, trie.num_depths, beams)
         self._trie = trie
         self._parent = torch.zeros(shape, dtype=torch.int64, device=trie.device)
         self._edge = torch.zeros(shape, dtype=torch.int64, device=trie.device)
@@ -51,7 +51,7 @@ class Past:
             return
         ahead = torch.arange(taken.shape[1], device=taken.device)
         # What is not taken may lie behind the longest title; no step but end-of-sequence, kept elsewhere, is its last.
-        at = (self._group[:, None], (depth[:, None] + ahead).clamp_max(self._trie.max_tokens - 1))
+        at = (self._group[:, None], (depth[:, None] + ahead).clamp_max(self._trie.num_depths - 1))
         stays = torch.arange(taken.shape[2], device=taken.device).expand_as(taken)
         edge = chains.edge[..., :-1].transpose(1, 2)
         for past, new in ((self._parent, stays), (self._edge, edge), (self._logprob, logprob.transpose(1, 2))):
@@ -61,10 +61,10 @@ class Past:
         """Tokens and log-probabilities [P, K, D] of the first `depth` steps to each `beam`, both [P, K]."""
         parent, logprob = self._parent.cpu().numpy(), self._logprob.cpu().numpy()
         token = self._trie.edge_token[self._edge].cpu().numpy()
-        found = (*beam.shape, self._trie.max_tokens)
+        found = (*beam.shape, self._trie.num_depths)
         tokens, logprobs = np.zeros(found, np.int32), np.zeros(found, np.float32)
         group = np.arange(len(beam))[:, None]
-        for step in range(self._trie.max_tokens - 1, -1, -1):
+        for step in range(self._trie.num_depths - 1, -1, -1):
             at = np.where(step < depth, beam, 0)
             tokens[..., step], logprobs[..., step] = token[group, step, at], logprob[group, step, at]
             beam = np.where(step < depth, parent[group, step, at], beam)
