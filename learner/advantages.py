@@ -20,14 +20,11 @@ def group_advantages(rewards: Sequence[np.ndarray], normalize_std: bool = True) 
     return [_standardize(np.asarray(group, np.float64), normalize_std) for group in rewards]
 
 
-def leave_one_out_advantages(rewards: Sequence[np.ndarray], normalize_std: bool = False) -> Advantages:
-    """r minus the mean of the group's other rewards (RLOO, arXiv 2402.14740); 0 for a group of one.
-
-    With `normalize_std` the result is divided by the group's unbiased std + 1e-4.
-    """
+def leave_one_out_advantages(rewards: Sequence[np.ndarray]) -> Advantages:
+    """r minus the mean of the group's other rewards (RLOO, arXiv 2402.14740); 0 for a group of one."""
     return [
-        _standardize(np.asarray(group, np.float64), normalize_std) * np.float32(len(group) / max(len(group) - 1, 1))
-        for group in rewards
+        centered * np.float32(len(centered) / max(len(centered) - 1, 1))
+        for centered in group_advantages(rewards, normalize_std=False)
     ]
 
 

@@ -45,6 +45,12 @@ class CompletionBatch:
         return values.masked_fill(~self.mask, 0.0).sum(-1)
 
 
+Contributions = Callable[[CompletionBatch, LearnerConfig], tuple[torch.Tensor, Metrics]]
+"""(batch, config) -> (loss contributions [C], metrics [C] each)."""
+AdvantagesOf = Callable[[Sequence[np.ndarray], bool], Advantages]
+"""(rewards of each group, normalize_std) -> advantages of each group."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """A policy-gradient objective.
@@ -57,10 +63,9 @@ class Objective:
     included - so that the losses of the micro-batches add up to the loss of the unsplit batch, however it is split.
     """
 
-    name: str
-    contributions: Callable[[CompletionBatch, LearnerConfig], tuple[torch.Tensor, Metrics]]
+    contributions: Contributions
     normaliser: Normaliser
-    advantages: Callable[[Sequence[np.ndarray], bool], Advantages]
+    advantages: AdvantagesOf
 
     def __call__(self, batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, Metrics]:
         """Loss contributions [C] to be summed and divided by `count`, and metrics [C] to be averaged."""
@@ -74,14 +79,12 @@ class Objective:
 
 
 def objective(
-    *,
-    mean_over: Normaliser,
-    advantages: Callable[[Sequence[np.ndarray], bool], Advantages] = group_advantages,
-) -> Callable[[Callable[[CompletionBatch, LearnerConfig], tuple[torch.Tensor, Metrics]]], Objective]:
-    """Make an Objective of a function (batch, config) -> (contributions [C], metrics)."""
+    *, mean_over: Normaliser, advantages: AdvantagesOf = group_advantages
+) -> Callable[[Contributions], Objective]:
+    """Decorate a function of the kind Contributions to make it an Objective."""
 
-    def declare(function: Callable[[CompletionBatch, LearnerConfig], tuple[torch.Tensor, Metrics]]) -> Objective:
-        return Objective(function.__name__, function, mean_over, advantages)
+    def declare(contributions: Contributions) -> Objective:
+        return Objective(contributions, mean_over, advantages)
 
     return declare
 
