@@ -73,7 +73,8 @@ def describe_batch(
     """Check the batch arithmetic of a run and return it.
 
     prompt_tokens, title_tokens: the longest of the data. Raises BatchError naming the configuration keys where ranks
-    would have nothing to do, or where a single group or completion exceeds the token budget of a micro-batch.
+    would have nothing to do, or where one prompt with one title exceeds the token budget of a micro-batch. (A group
+    may exceed it: it gets a micro-batch of its own.)
     """
     check_batch(config, prompts_per_step)
     if config.packing == "tree":

@@ -59,10 +59,10 @@ class Group:
     example_id: int
     """Row of the example in its split."""
     policy_version: int
-    """Optimiser steps in the weights that produced the candidates."""
+    """RL steps in the weights that produced the candidates."""
     user_id: str
     history_titles: list[str]
-    """Titles that the prompt shows, oldest first."""
+    """Titles of the user's history, oldest first; the prompt shows them as far as data.max_prompt_tokens allows."""
     history_classes: list[int]
     """Item classes (distinct titles) of the history."""
     target_title: str

@@ -20,10 +20,10 @@ GROUP_SCHEMA = pa.schema(
 )
 """One row per group: a prompt with its candidates in the order of the search, rank 0 first.
 
-candidate_class is -1 for a candidate that is no title (unconstrained rollouts only). candidate_tokens include the
-end-of-sequence token, candidate_logprobs has one value for each of them under the policy of policy_version, and
-score orders the candidates. `stochastic_beam` adds the column INCLUSION_WEIGHT, and rewards add columns of
-list<float32>, one value per candidate.
+policy_version: RL steps in the weights. candidate_class is -1 for a candidate that is no title (unconstrained
+rollouts only). candidate_tokens include the end-of-sequence token, except in an unconstrained text that was cut off;
+candidate_logprobs has one value for each of them under the policy of policy_version, and score orders the candidates.
+`stochastic_beam` adds the column INCLUSION_WEIGHT, and rewards add columns of list<float32>, one value per candidate.
 """
 
 INCLUSION_WEIGHT = "inclusion_weight"
@@ -32,10 +32,10 @@ INCLUSION_WEIGHT = "inclusion_weight"
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of one group, rank 0 first. All four have length G (fewer where the catalogue is smaller)."""
+    """The candidates of one group, rank 0 first: G of each, or fewer (see docs/strategies.md)."""
 
     tokens: Sequence[np.ndarray]
-    """int32 [T_i] each, end-of-sequence included."""
+    """int32 [T_i] each, end-of-sequence included where the text was not cut off."""
     logprobs: Sequence[np.ndarray]
     """float32 [T_i] each, log-probability of every token under the rollout policy."""
     item_class: np.ndarray
