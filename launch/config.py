@@ -207,7 +207,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for a value that cannot work, naming its key."""
     learner, rollout, train = config.learner, config.rollout, config.train
     for key, value, expectation in out_of_range(config):
-        _require(False, key, value, expectation)
+        raise ConfigError(f"{key}={value}: {expectation}")
     _require(rollout.group_size > 1, "rollout.group_size", rollout.group_size, "a group needs 2 candidates or more")
     _require(rollout.oversample >= 1, "rollout.oversample", rollout.oversample, "must be 1 or more")
     _require(

@@ -99,7 +99,7 @@ def _gain(config: Config, summary: dict[str, Any]) -> str:
     k = max(config.train.eval_ks)
     gain = summary[f"ndcg@{k}_gain"]
     return (
-        f"NDCG@{k} gain of RL over SFT: {gain['mean']:+.4f}  "
+        f"NDCG@{k} gain of RL over {'SFT' if config.learner.sft.epochs else 'the model before'}: {gain['mean']:+.4f}  "
         f"(95% interval {gain['low']:+.4f} to {gain['high']:+.4f}, paired bootstrap over users)"
     )
 

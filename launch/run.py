@@ -66,12 +66,12 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         actors.rewards.ready(config.cluster.start_timeout_s)
         surviving(actors, progress, partial(try_weights, actors, model_path))
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
-        evaluated = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
+        sft = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
         with progress.stage("train", steps) as stage:
             surviving(actors, progress, partial(train_to_the_end, actors, order, config, directory, stage, steps))
-        after = evaluation("rl", actors, config, catalog, directory, progress)
+        rl = evaluation("rl", actors, config, catalog, directory, progress)
         confirmed_loads = actors.rollouts.confirmed_loads
-    summary = summarise(config, catalog, directory, evaluated, after, steps, confirmed_loads)
+    summary = summarise(config, catalog, directory, sft, rl, steps, confirmed_loads)
     directory.write_json("summary.json", summary)
     write_report(directory, config, summary, catalog)
     directory.close()
@@ -188,12 +188,13 @@ def summarise(
     config: Config,
     catalog: Catalog,
     directory: RunDirectory,
-    before: dict[str, Any],
-    after: dict[str, Any],
+    sft: dict[str, Any],
+    rl: dict[str, Any],
     steps: int,
     confirmed_loads: int,
 ) -> dict[str, Any]:
-    """The content of summary.json. confirmed_loads: see RolloutFleet."""
+    """The content of summary.json. sft, rl: what `evaluation` found before and after RL. confirmed_loads: see
+    RolloutFleet."""
     logged, test, k = directory.metrics("train"), catalog.examples("test"), max(config.train.eval_ks)
     stages = ("rollout", "reward", "learn", "sync", "step")
     return {
@@ -202,22 +203,20 @@ def summarise(
         "model": config.model.path or "small",
         "catalogue": catalog.fingerprint,
         "checkpoint": str(checkpoint.latest(directory.checkpoints) or directory.checkpoints),
-        "evaluated": len(before["example_ids"]),
+        "evaluated": len(sft["example_ids"]),
         "test_examples": len(test),
         "steps": steps,
         "groups": steps * config.train.prompts_per_step,
-        "invalid_candidates": int(
-            before["invalid"] + after["invalid"] + sum(line["invalid_candidates"] for line in logged)
-        ),
+        "invalid_candidates": int(sft["invalid"] + rl["invalid"] + sum(line["invalid_candidates"] for line in logged)),
         "metrics": {
-            "sft": before["metrics"],
-            "rl": after["metrics"],
-            "best_possible": best_possible(config, catalog, np.array(before["example_ids"])),
+            "sft": sft["metrics"],
+            "rl": rl["metrics"],
+            "best_possible": best_possible(config, catalog, np.array(sft["example_ids"])),
         },
         f"ndcg@{k}_gain": paired_bootstrap(
-            ndcg_per_example(np.array(before["hit_ranks"]), k),
-            ndcg_per_example(np.array(after["hit_ranks"]), k),
-            [test.user_id(example_id) for example_id in before["example_ids"]],
+            ndcg_per_example(np.array(sft["hit_ranks"]), k),
+            ndcg_per_example(np.array(rl["hit_ranks"]), k),
+            [test.user_id(example_id) for example_id in sft["example_ids"]],
             seed=0,
         ),
         "timing_s": {

@@ -74,6 +74,17 @@ def test_the_report_shows_what_was_generated_last(catalog: Catalog, tmp_path: Pa
     assert all(catalog.title(c) in page for c in catalog.examples("train").history_classes(0)[-5:])
 
 
+def test_without_sft_the_gain_is_not_said_to_be_over_it(catalog: Catalog, tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}", "learner.sft.epochs=0"])
+    run = RunDirectory(config, catalog.fingerprint)
+    summary = summarise(config, catalog, run, evaluated(config, [-1, 0]), evaluated(config, [0, 0]), 0, 3)
+    write_report(run, config, summary, catalog)
+    run.close()
+    page = (run.path / "report.html").read_text()
+    assert "gain of RL over the model before: +" in page
+    assert "SFT" not in page.partition("<h2>Configuration")[0]
+
+
 def test_saved_groups_can_be_read(catalog: Catalog) -> None:
     classes = pa.array([[3, -1], []], pa.list_(pa.int32()))
     groups = pa.table({"target_class": pa.array([3, 5], pa.int32()), "candidate_class": classes})
