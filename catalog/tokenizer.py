@@ -95,11 +95,10 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 def known_fingerprint(path: str | Path, cache: Path) -> str:
     """tokenizer_fingerprint of a Hugging Face directory, by the contents of its files: loaded once, then read from
     `cache`, because transformers takes seconds to import. Raises as load_tokenizer."""
-    known = _memory_of(path, cache)
-    if known.is_file() and Path(path).is_dir():
-        return known.read_text()
+    if (remembered := remembered_fingerprint(path, cache)) is not None:
+        return remembered
     fingerprint = tokenizer_fingerprint(load_tokenizer(path))
-    with atomic_file(known) as temporary:
+    with atomic_file(_memory_of(path, cache)) as temporary:
         temporary.write_text(fingerprint)
     return fingerprint
 

@@ -33,7 +33,7 @@ class Experience:
             validate_groups(table)
             if "reward" not in table.column_names:
                 raise GroupTableError(f"group table: column 'reward' is missing; it has {table.column_names}")
-        names = [*tables[0].schema.names]
+        names = tables[0].column_names
         table = pa.concat_tables([table.select(names) for table in tables]).combine_chunks()
         return cls(
             prompts=_lists(table, "prompt_tokens"),

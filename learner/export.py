@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from learner.engine import ZeroEngine
-from learner.lora import merged_parameters
+from learner.lora import Adapted, merged_parameters
 from rollout.weights import WeightBucket, combine, tensor_checksum
 
 BUCKET_BYTES = 64 * 2**20
@@ -56,7 +56,9 @@ def save_huggingface(engine: ZeroEngine, model: nn.Module, tokenizer_path: str, 
     engine.barrier()
 
 
-def _gathered(engine: ZeroEngine, bucket: list) -> Iterator[list[tuple[str, Tensor]]]:
+def _gathered(
+    engine: ZeroEngine, bucket: list[tuple[str, nn.Parameter, Adapted | None]]
+) -> Iterator[list[tuple[str, Tensor]]]:
     needed = [weight for _, parameter, layer in bucket for weight in (parameter, *(layer.parameters if layer else ()))]
     with engine.gathered(needed):
         yield [

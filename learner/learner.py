@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from catalog.catalog import Catalog
+from catalog.trie import Trie
 from learner import checkpoint
 from learner.config import LearnerConfig
 from learner.engine import DTYPES, ZeroEngine, to_universal
@@ -153,7 +154,7 @@ class Learner:
         if self.engine.rank == 0:
             shutil.rmtree(folder)
 
-    def _load_policy(self, model_path: str, trie: Any, trainable: bool) -> Policy:
+    def _load_policy(self, model_path: str, trie: Trie | None, trainable: bool) -> Policy:
         config = self._config
         lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[config.dtype])
         if trainable:  # the reference is in evaluation mode

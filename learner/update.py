@@ -25,6 +25,7 @@ from learner.schedule import learning_rate
 from rollout.groups import INCLUSION_WEIGHT, GroupTableError
 
 TOTALS = ("loss", "completion_tokens", "packed_tokens")
+"""Metrics of an update that are summed over all ranks; the others are means over the candidates that were fed."""
 MEANS = ("loss", "kl", "clipped", "grad_norm")
 """Metrics that a step reports as the mean of its updates; of the others, those of its first update."""
 

@@ -15,15 +15,10 @@ from rewards.errors import RewardError
 from rewards.group import Groups
 from rewards.interface import Reward, make_reward, score
 from rewards.layout import Layout
-from rewards.metrics import reward_metrics
+from rewards.metrics import TERM, TOTAL, reward_metrics
 from rewards.registry import resolve
 from rewards.rule import rule_rewards
 from rollout.groups import GROUP_SCHEMA
-
-COLUMN = "reward/{}"
-"""Column of a term, before its weight."""
-TOTAL = "reward"
-"""Column of the weighted sum of all terms."""
 
 
 class RewardActor:
@@ -89,7 +84,7 @@ class RewardActor:
         layout = Layout.of(table)
         total = np.zeros(layout.num_candidates, np.float32)
         for key, weight in weights.items():
-            table = table.append_column(COLUMN.format(key), columns[key])
+            table = table.append_column(TERM + key, columns[key])
             total += np.float32(weight) * layout.flat(columns[key])
         if not np.isfinite(total).all():
             raise RewardError(f"the weighted sum of the rewards overflows float32; their weights are {weights}")

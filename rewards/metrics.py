@@ -8,7 +8,10 @@ import pyarrow as pa
 from rewards.layout import Layout
 from rewards.rule import hits
 
-PREFIX = "reward/"
+TOTAL = "reward"
+"""Column of the weighted sum of all terms."""
+TERM = "reward/"
+"""Beginning of the column of a term, before its weight; its name follows."""
 
 
 def reward_metrics(tables: Sequence[pa.Table]) -> dict[str, float]:
@@ -25,7 +28,7 @@ def reward_metrics(tables: Sequence[pa.Table]) -> dict[str, float]:
         return {}
     table = pa.concat_tables(tables)
     layout = Layout.of(table)
-    reward = layout.flat(table["reward"]).astype(np.float64)
+    reward = layout.flat(table[TOTAL]).astype(np.float64)
     std = _std_within(layout, reward)
     hit = hits(table, layout)
     metrics = {
@@ -36,10 +39,10 @@ def reward_metrics(tables: Sequence[pa.Table]) -> dict[str, float]:
         "invalid_candidates": float((layout.flat(table["candidate_class"]) < 0).sum()),
     }
     for name in table.column_names:
-        if name.startswith(PREFIX):
+        if name.startswith(TERM):
             values = layout.flat(table[name]).astype(np.float64)
-            metrics[f"rewards/{name.removeprefix(PREFIX)}/mean"] = float(values.mean())
-            metrics[f"rewards/{name.removeprefix(PREFIX)}/std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            metrics[f"rewards/{name.removeprefix(TERM)}/mean"] = float(values.mean())
+            metrics[f"rewards/{name.removeprefix(TERM)}/std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     at_rank = np.bincount(layout.rank[hit], minlength=int(layout.sizes.max()))
     return metrics | {f"hits/rank_{rank}": count / layout.num_groups for rank, count in enumerate(at_rank.tolist())}
 

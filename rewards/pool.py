@@ -13,6 +13,9 @@ from rewards.errors import RewardError, RewardTimeoutError
 from rewards.stage import Stage, Work
 from rewards.terms import stages_of
 
+METRICS_TIMEOUT_S = 600.0
+"""Longest wait for the metrics of one step, whose tables are scored already."""
+
 
 @dataclass(frozen=True)
 class Handle:
@@ -21,11 +24,7 @@ class Handle:
     scored: ObjectRef
     """The table with its rewards, once they are there."""
     work: Work
-    """What puts it together; its value is the seconds that each term took."""
-
-
-METRICS_TIMEOUT_S = 600.0
-"""Longest wait for the metrics of one step, which its tables are already scored for."""
+    """Of the actor that adds the terms up; `work.value()` is the seconds that each term took."""
 
 
 class RewardPool:

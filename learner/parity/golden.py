@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from catalog.config import TemplateConfig
+from catalog.template import prompt_end, response_texts
 from catalog.tokenizer import encode_prompts, encode_titles, load_tokenizer, tokenizer_fingerprint
 from catalog.trie import Trie
 
@@ -111,14 +112,8 @@ class GoldenSet:
         """The trie of all titles, by item class."""
         titles = list(dict.fromkeys(self.table("items.parquet")["title"].to_pylist()))
         template = TemplateConfig()
-        tokens = encode_titles(
-            self.tokenizer,
-            template.prompt.partition("{history}")[2],
-            [template.response.format(title=title) for title in titles],
-            titles,
-        )
         return Trie.from_titles(
-            [tokens[index].tolist() for index in range(len(titles))],
+            encode_titles(self.tokenizer, prompt_end(template), response_texts(template, titles), titles),
             eos_token=self.tokenizer.eos_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
         )
