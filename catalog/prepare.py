@@ -14,6 +14,7 @@ from catalog.atomic import atomic_folder
 from catalog.columns import Columns, ItemIndex
 from catalog.errors import CatalogError
 from catalog.interactions import cut_by_time, sliding_histories
+from catalog.ragged import Ragged
 
 
 def prepare(
@@ -55,11 +56,7 @@ def prepare(
             f"{interactions}: nothing is left of {len(time)} interactions with k={k}, start={start}, end={end}, "
             f"max_title_words={max_title_words}; widen the window or lower k"
         )
-    kept = kept[np.lexsort((time[kept], user[kept]))]
-    lengths = np.bincount(user[kept])
-    targets, histories = sliding_histories(row_of[kept], lengths[lengths > 0], max_history)
-    order = np.argsort(time[kept[targets]], kind="stable")
-    histories, rows = histories.take(order), kept[targets[order]]
+    rows, histories = _examples(kept, user, row_of, time, max_history)
     examples = pa.table(
         {
             "user_id": users.dictionary.take(pa.array(user[rows])),
@@ -68,19 +65,18 @@ def prepare(
             "timestamp": time[rows],
         }
     )
-    cut = cut_by_time(time[rows])
-    for split, part in cut.items():
-        if part.start == part.stop:
+    splits = {split: examples[part] for split, part in cut_by_time(time[rows]).items()}
+    for split, table in splits.items():
+        if not len(table):
             raise CatalogError(f"{interactions}: only {len(rows)} examples are left, too few for a {split} split")
     used = pa.array(np.unique(row_of[kept]))
-    left = pa.table({"item_id": index.ids.take(used), "title": titles.take(used)})
-    _write(out_dir, left, {split: examples.slice(part.start, part.stop - part.start) for split, part in cut.items()})
+    _write(out_dir, pa.table({"item_id": index.ids.take(used), "title": titles.take(used)}), splits)
     return {
         "interactions": len(time),
         "interactions_kept": len(kept),
-        "users": int((lengths > 0).sum()),
+        "users": len(np.unique(user[kept])),
         "items": len(used),
-        **{split: part.stop - part.start for split, part in cut.items()},
+        **{split: len(table) for split, table in splits.items()},
     }
 
 
@@ -97,6 +93,20 @@ def _k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
         if dense.all():
             return kept
         kept = kept[dense]
+
+
+def _examples(
+    kept: np.ndarray, user: np.ndarray, item: np.ndarray, time: np.ndarray, max_history: int
+) -> tuple[np.ndarray, Ragged]:
+    """The target of every example as a row of the log, and its history of items; examples in time order.
+
+    kept: rows of the log. user, item, time: of every row.
+    """
+    by_user = kept[np.lexsort((time[kept], user[kept]))]
+    _, lengths = np.unique(user[by_user], return_counts=True)
+    targets, histories = sliding_histories(item[by_user], lengths, max_history)
+    order = np.argsort(time[by_user[targets]], kind="stable")
+    return by_user[targets[order]], histories.take(order)
 
 
 def _short_titles(titles: pa.LargeStringArray, max_words: int) -> np.ndarray:
