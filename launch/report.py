@@ -44,7 +44,7 @@ def write_report(run: RunDirectory, config: Config, summary: dict[str, Any], cat
     """report.html: figures, curves, some of what was generated and the configuration on one self-contained page."""
     columns, rows = _metric_table(config, summary)
     timing = [[stage, f"{seconds:.3f}"] for stage, seconds in summary["timing_s"].items()]
-    steps = run.metrics("train")
+    steps = run.metrics("train", summary["steps"])
     curves = "".join(
         f"<figure><img alt='{html.escape(title)}' src='{_curve(steps, name)}'>"
         f"<figcaption>{html.escape(title)}</figcaption></figure>"

@@ -195,7 +195,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json. sft, rl: what `evaluation` found before and after RL. confirmed_loads: see
     RolloutFleet."""
-    logged, test, k = directory.metrics("train"), catalog.examples("test"), max(config.train.eval_ks)
+    logged, test, k = directory.metrics("train", steps), catalog.examples("test"), max(config.train.eval_ks)
     stages = ("rollout", "reward", "learn", "sync", "step")
     return {
         "name": config.name,

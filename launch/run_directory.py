@@ -133,11 +133,13 @@ class RunDirectory:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
 
-    def metrics(self, phase: str) -> list[dict[str, Any]]:
-        """All logged lines of a phase; a step that was logged again after a resume counts once, the last time."""
+    def metrics(self, phase: str, steps: int) -> list[dict[str, Any]]:
+        """Logged lines of the first `steps` steps of a phase; one that was logged again after a resume counts once,
+        the last time, and one that a shorter resumed run no longer has does not count."""
         path = self.path / METRICS
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return list({line["step"]: line for line in lines if line["phase"] == phase}.values())
+        counted = (line for line in lines if line["phase"] == phase and line["step"] <= steps)
+        return list({line["step"]: line for line in counted}.values())
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file of the run, written whole or not at all."""

@@ -158,7 +158,15 @@ def test_a_line_that_was_torn_off_is_forgotten_on_resume(tmp_path: Path) -> None
     run = RunDirectory(config, "0", resume=True)
     run.log("train", 2, {"loss": 2.0})
     run.close()
-    assert [line["loss"] for line in run.metrics("train")] == [1.0, 2.0]
+    assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 2.0]
+
+
+def test_steps_that_a_shorter_resumed_run_no_longer_has_do_not_count(tmp_path: Path) -> None:
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 4.0)):
+        run.log("train", step, {"loss": loss})
+    run.close()
+    assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 4.0]
 
 
 def test_a_run_that_is_a_link_is_replaced_and_what_it_links_to_stays(tmp_path: Path) -> None:
