@@ -93,24 +93,26 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def known_fingerprint(path: str | Path, cache: Path) -> str:
-    """tokenizer_fingerprint of a Hugging Face directory, by the contents of its files: loaded once, then read from
-    `cache`, because transformers takes seconds to import. Raises as load_tokenizer."""
+    """tokenizer_fingerprint of a Hugging Face directory, remembered in `cache` by the contents of its files.
+
+    Loading the tokenizer anew would take seconds, because transformers does to import. Raises as load_tokenizer.
+    """
     if (remembered := remembered_fingerprint(path, cache)) is not None:
         return remembered
     fingerprint = tokenizer_fingerprint(load_tokenizer(path))
-    with atomic_file(_memory_of(path, cache)) as temporary:
+    with atomic_file(_fingerprint_file(path, cache)) as temporary:
         temporary.write_text(fingerprint)
     return fingerprint
 
 
 def remembered_fingerprint(path: str | Path, cache: Path) -> str | None:
     """What known_fingerprint would read from `cache`; None where it would have to load the tokenizer."""
-    known = _memory_of(path, cache)
+    known = _fingerprint_file(path, cache)
     return known.read_text() if known.is_file() and Path(path).is_dir() else None
 
 
-def _memory_of(path: str | Path, cache: Path) -> Path:
-    """The file of `cache` for the fingerprint of a tokenizer with these contents."""
+def _fingerprint_file(path: str | Path, cache: Path) -> Path:
+    """Where `cache` keeps the fingerprint of a tokenizer whose files have these contents."""
     content = [FINGERPRINT_PROBE, version("transformers"), version("tokenizers")]
     for file in sorted(Path(path).glob("*")):
         if file.is_file() and file.suffix not in WEIGHTS:

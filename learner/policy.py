@@ -76,7 +76,7 @@ class Policy(nn.Module):
     def group_tokens(
         self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]
     ) -> list[int]:
-        """Tokens that each group adds to a batch; of padded batches the most that they can be beside these others."""
+        """Tokens that each group adds to a batch: packed alone, or padded to the longest sequence of all of them."""
         if self.packing == "tree":
             return [packed_tokens(*group) for group in zip(prompts, candidates, strict=True)]
         width = max(

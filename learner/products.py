@@ -84,8 +84,10 @@ def padded_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def rounded_rows(rows: int) -> int:
-    """The next multiple of 16, for more than 512 rows the next number with five binary digits that count: at most a
-    sixteenth more, and about a hundred numbers in all."""
+    """The next multiple of 16, above 512 rows the next number of five significant binary digits.
+
+    That is at most a sixteenth more for many rows, and about a hundred numbers in all.
+    """
     step = max(16, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // step) * step
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 MAX_RUN = 96
-# Queries up to which neighbouring subtrees are one run: more queries see more that is not theirs, fewer more calls.
+# Most queries of a run: longer runs compute more that is masked, shorter ones take more calls.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 

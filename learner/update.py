@@ -32,7 +32,7 @@ MEANS = ("loss", "kl", "clipped", "grad_norm")
 
 @dataclass
 class MicroBatch:
-    """What one forward pass sees. A rank that has fewer than the others repeats one with weight 0."""
+    """What one forward pass sees. A rank that has fewer than the others feeds a stand-in of weight 0."""
 
     packed: PackedBatch
     advantages: Tensor
@@ -40,8 +40,9 @@ class MicroBatch:
     logp_rollout: Tensor
     """float32 [C, T], 0 behind the end of a candidate."""
     candidate_weights: Tensor | float = 1.0
-    """float32 [C]: of each candidate's contribution, 1 on average."""
+    """float32 [C]: factors of the candidates' contributions, 1 on average."""
     weight: float = 1.0
+    """Of all of its contributions and metrics: 0 for a stand-in."""
     logp_ref: Tensor | None = None
     logp_old: Tensor | None = None
 

@@ -19,7 +19,7 @@ from rollout.groups import group_table, validate_groups
 from rollout.host_memory import host_environment
 
 TIMINGS = ("calls", "groups", "candidate_tokens", "generate_s", "loads", "load_weights_s")
-"""What a worker counts: engine calls, the groups and tokens that these gave, weight loads, and seconds of both."""
+"""Totals of a worker: calls of its engine, groups and tokens generated, weight loads, and the seconds of both."""
 EngineFactory = Callable[[str, Path, RolloutConfig], RolloutEngine]
 
 

@@ -48,13 +48,15 @@ class Chains:
 
     @property
     def steps(self) -> torch.Tensor:
-        """bool [P, G, K]: the steps that lead from node to node."""
+        """bool [P, G, K]: which steps each beam takes; it has `length` of them."""
         return torch.arange(self.node.shape[2] - 1, device=self.node.device) < self.length[..., None]
 
 
 def reach(trie: DeviceTrie, node: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`length` and `ends` of Chains. node: int64 [P, G], -1 where no beam is running. wanted: bool [P], groups whose
-    beams may go ahead."""
+    """`length` and `ends` of Chains.
+
+    node: int64 [P, G], -1 where no beam is running. wanted: bool [P], groups whose beams may go ahead.
+    """
     running, start = node >= 0, node.clamp_min(0)
     chain, to_end = trie.chain[start].long(), trie.forced_to_end[start]
     choice = torch.where(running & ~to_end, chain, trie.num_depths).amin(1, keepdim=True)

@@ -51,7 +51,7 @@ class DeviceTrie:
         return self.first_edge[node + 1] - self.first_edge[node]
 
     def fanout_after(self, node: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """int64, like node: number of children of the node that is `steps` forced steps below, at most `chain`."""
+        """int64, like node: number of children of the node `steps` forced steps down, at most `chain` of it."""
         return torch.where(steps == self.chain[node], self._chain_fanout[node], 1)
 
     @cached_property
