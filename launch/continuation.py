@@ -5,7 +5,6 @@ from dataclasses import fields, is_dataclass, replace
 from functools import reduce
 from typing import Any
 
-from catalog.config import DataConfig
 from launch.config import FIXED_IN_A_RUN, Config, ConfigError
 from rewards.config import RewardTerm
 
@@ -15,6 +14,7 @@ def check_resumable(config: Config, saved: Config) -> None:
 
     Machines, rollout workers, ranks and the number of steps may change; data, model, algorithm and batch may not.
     """
+    saved, config = _without_places(saved), _without_places(config)
     for section, keys in FIXED_IN_A_RUN.items():
         for key in keys:
             name = f"{section}.{key}" if section else key
@@ -38,19 +38,18 @@ def _differences(saved: Config, config: Config, name: str) -> Iterator[tuple[str
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every setting in `value`, whose own key is `name`."""
-    value = _algorithmic(value)
+    """(key, value) of every setting in `value`, whose own key is `name`; entries of a list by their number."""
     if is_dataclass(value):
         for entry in fields(value):
             yield from _leaves(f"{name}.{entry.name}", getattr(value, entry.name))
+    elif isinstance(value, list) and value and is_dataclass(value[0]):
+        for index, entry in enumerate(value):
+            yield from _leaves(f"{name}.{index}", entry)
     else:
         yield name, value
 
 
-def _algorithmic(value: Any) -> Any:
-    """A setting without what only says where it is computed or kept."""
-    if isinstance(value, DataConfig):
-        return replace(value, cache="")
-    if isinstance(value, list) and value and isinstance(value[0], RewardTerm):
-        return [(term.name, term.weight, term.label, term.args) for term in value]
-    return value
+def _without_places(config: Config) -> Config:
+    """A configuration without what only says where something is computed or kept."""
+    rewards = [RewardTerm(term.name, term.weight, term.label, term.args) for term in config.rewards]
+    return replace(config, data=replace(config.data, cache=""), rewards=rewards)

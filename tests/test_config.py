@@ -138,6 +138,15 @@ def test_what_differs_in_a_continued_run_is_named_key_by_key() -> None:
     ]
 
 
+def test_what_may_differ_in_a_continued_run_is_named_too() -> None:
+    new = compose(overrides=["data.cache=elsewhere", "rewards=[{name: rule}, {name: ranking, timeout_s: 900}]"])
+    check_resumable(new, compose())
+    assert changes(compose(), new) == [
+        "data.cache: '.cache/catalog' until now, 'elsewhere' from now on",
+        "rewards.1.timeout_s: 120.0 until now, 900.0 from now on",
+    ]
+
+
 def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
     started = tmp_path / "config.yaml"
     first = compose(algorithm="dapo", overrides=["train.steps=7", "learner.optimizer.learning_rate=0.5"])
