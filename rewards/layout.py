@@ -22,11 +22,7 @@ class Layout:
     @classmethod
     def of(cls, table: pa.Table) -> "Layout":
         """The layout of a group table; only `candidate_class` is looked at."""
-        return cls.of_lists(table["candidate_class"])
-
-    @classmethod
-    def of_lists(cls, lists: pa.ChunkedArray | pa.ListArray) -> "Layout":
-        sizes = _combined(lists).value_lengths().to_numpy(zero_copy_only=False)
+        sizes = _combined(table["candidate_class"]).value_lengths().to_numpy(zero_copy_only=False)
         return cls(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
 
     @property
