@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import REPOSITORY
+from catalog.atomic import atomic_folder
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.config import TemplateConfig
@@ -124,7 +125,8 @@ def _warmed_up(config: Config, model_path: Path, catalog: Catalog) -> Path:
             actors.learner.join()
             for _ in actors.learner.sft(Path(folder)):
                 pass
-            actors.learner.save_huggingface(path)
+            with atomic_folder(path) as temporary:  # a folder that is there is taken for whole
+                actors.learner.save_huggingface(temporary)
     return path
 
 
