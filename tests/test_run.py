@@ -161,11 +161,16 @@ def test_rollout_and_learner_agree_on_the_log_probabilities(finished_run: Path) 
 def test_a_run_goes_on_where_it_stopped_and_survives_a_dead_learner(finished_run: Path) -> None:
     process = start(finished_run.parent.parent, "--name", "whole", "--steps", "6", "--resume", settings=())
     wait_for_step(process, finished_run, 4)
-    beside = start(finished_run.parent.parent, "--name", "whole", "--steps", "6", "--resume", settings=())
-    assert f"is in use by process {process.pid} on" in finish(beside)
-    for child in actor_processes(process, "LearnerRank"):
-        child.kill()
+    process.send_signal(signal.SIGSTOP)  # else it might end before the one beside it has started
+    try:
+        beside = start(finished_run.parent.parent, "--name", "whole", "--steps", "6", "--resume", settings=())
+        assert f"is in use by process {process.pid} on" in finish(beside)
+        for child in actor_processes(process, "LearnerRank"):
+            child.kill()
+    finally:
+        process.send_signal(signal.SIGCONT)
     output = finish(process)
+    assert "starting all ranks again" in output
     assert process.returncode == 0, output
     steps = logged_steps(finished_run, "train")
     assert steps[:4] == [1, 2, 3, 4]
