@@ -50,10 +50,15 @@ $(VENV)/.ready-cpu: requirements-cpu.lock pyproject.toml | $(VENV)/bin/python
 	  { $(RUN) -c 'import torch, vllm, ray, deepspeed, transformers'; exit 1; }
 	@touch $@
 
+# torch and its companions are pinned with ===, since == also takes the CPU builds (+cpu) that pip may find first.
 $(VENV)/.ready-gpu: requirements-gpu.lock pyproject.toml | $(VENV)/bin/python
+	@$(RUN) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "error: Triton compiles against Python.h, which is missing (Debian: python3-dev)"; exit 1; }
 	@echo "environment: installing $$(grep -c == requirements-gpu.lock) pinned packages for GPUs (about 10 GB)"
 	@$(RUN) -m pip install -q --no-deps -r requirements-gpu.lock
 	@$(RUN) -m pip install -q --no-deps --no-build-isolation -e .
+	@$(RUN) -c 'import torch, vllm, ray, deepspeed, transformers' >/dev/null 2>&1 || \
+	  { $(RUN) -c 'import torch, vllm, ray, deepspeed, transformers'; exit 1; }
 	@touch $@
 
 launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="a.b=c" DRY_RUN=1 RESUME=1 OVERWRITE=1
