@@ -99,8 +99,16 @@ def check_this_machine(config: Config, placement: Placement) -> None:
     if config.cluster.address == "local":
         import torch
 
-        found = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-        check_devices(config, placement, found)
+        gpus = torch.cuda.device_count()  # also counts those that an old driver keeps from CUDA
+        if gpus and placement.total("GPU") and not torch.cuda.is_available():
+            try:
+                torch.cuda.init()
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"CLUSTER={config.cluster.name}: torch cannot use the GPUs of this machine (CUDA "
+                    f"{torch.version.cuda}): {error}"
+                ) from error
+        check_devices(config, placement, {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)})
 
 
 def reserve(placement: Placement, timeout_s: float) -> PlacementGroup | None:

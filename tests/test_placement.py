@@ -3,7 +3,7 @@
 import pytest
 
 from launch.config import ConfigError, compose
-from launch.placement import actor_options, check_devices, plan
+from launch.placement import actor_options, check_devices, check_this_machine, plan
 
 
 def test_eight_gpus_are_split_between_rollouts_and_learner() -> None:
@@ -42,6 +42,18 @@ def test_missing_gpus_are_named() -> None:
     config = compose(cluster="8xA100")
     with pytest.raises(ConfigError, match=r"CLUSTER=8xA100 needs 8 GPU \(found 0\)"):
         check_devices(config, plan(config), {"CPU": 64.0})
+
+
+def test_gpus_that_cuda_cannot_use_are_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", too_old)
+    config = compose(cluster="8xA100")
+    with pytest.raises(ConfigError, match=r"CLUSTER=8xA100: torch cannot use .* driver on your system is too old"):
+        check_this_machine(config, plan(config))
 
 
 def test_a_cpu_profile_needs_no_devices() -> None:
