@@ -24,6 +24,7 @@ class WeightsWorker(SleepWorker):
     """
 
     model_config: Any
+    vllm_config: Any
 
     def load_bucket_weights(self, buckets: Sequence[WeightBucket]) -> int:
         """Replace all weights, waking a worker that sleeps; this rank's share of the checksum of what it then holds.
@@ -32,12 +33,14 @@ class WeightsWorker(SleepWorker):
         is taken of what each layer holds after vLLM's own loaders have run, immediately before a matrix is packed, and
         the packed matrix must then multiply a probe as the plain one does.
         """
+        from vllm.config import set_current_vllm_config
+
         model = self.model_runner.model
         tensors = [named for bucket in buckets for named in bucket.tensors()]
         _check_dtype(tensors, self.model_config.dtype)
         self.wake("weights")
         held: dict[str, int] = {}
-        with torch.no_grad(), _watch_packing(model, held):
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config), _watch_packing(model, held):
             _reload(model, self.model_config, tensors)
         for module_name, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
