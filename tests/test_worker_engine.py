@@ -198,6 +198,26 @@ def test_blocks_are_copied_wherever_they_go(engine: Any, destination: list[int])
         assert torch.equal(cache[destination], blocks)
 
 
+def test_passes_padded_to_a_captured_size_change_nothing(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where CUDA graphs of fixed sizes are replayed: tokens beyond the batch are what an earlier pass left."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor
+
+    sizes: list[tuple[int, int]] = []
+
+    def dispatch(tokens: int, **_: Any) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        sizes.append((tokens, min(-(-tokens // 64) * 64, 1024)))
+        return CUDAGraphMode.PIECEWISE, BatchDescriptor(sizes[-1][1])
+
+    prompts = ragged_prompts(64)
+    expected = generate(engine, prompts, 16)
+    monkeypatch.setattr(paged_model(engine)._runner.cudagraph_dispatcher, "dispatch", dispatch)
+    for one, other in zip(generate(engine, prompts, 16), expected, strict=True):
+        assert one.item_class.tolist() == other.item_class.tolist()
+        np.testing.assert_allclose(one.score, other.score, atol=1e-4)
+    assert any(tokens < padded for tokens, padded in sizes)
+
+
 def test_scoring_forced_chains_at_once_changes_nothing(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ragged_prompts(24)
     at_once = generate(engine, prompts, 16)
@@ -352,6 +372,37 @@ def test_an_engine_that_sleeps_holds_nothing_and_wakes_with_the_next_weights(
     assert engine.load_weights(weights) == checksum(named_weights(model))
     for old, again in zip(before, generate(engine, prompts, 8), strict=True):
         np.testing.assert_array_equal(old.score, again.score)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 1e-2)])
+def test_on_a_gpu_scores_are_the_models_own_before_and_after_sleep(
+    tiny_model_dir: Path, trie_path: Path, trie: Trie, dtype: str, tolerance: float
+) -> None:
+    """tolerance: of scores, relative to the largest. Only the second engine sleeps: one of a process can."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    sleeps = dtype == "bfloat16"
+    config = RolloutConfig(kv_cache_gib=0.05, dtype=dtype, max_batched_tokens=1024, sleep=sleeps)  # type: ignore[arg-type]
+    engine = create_engine(tiny_model_dir, trie_path, config)
+    learner = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=getattr(torch, dtype)).eval()
+    weights, reference = named_weights(learner), learner.float()
+    prompts = ragged_prompts(64)[::3]
+    exact = [
+        plain_beam_search(trie, token_logprobs(reference, trie, prompt).__getitem__, trie.num_classes)
+        for prompt in prompts
+    ]
+    for _ in range(2):
+        for group, best in zip(generate(engine, prompts, 16), exact, strict=True):
+            score = {item_class: value for value, item_class, _ in best}
+            rounding = tolerance * max(map(abs, score.values()))
+            np.testing.assert_allclose(group.score, [score[c] for c in group.item_class.tolist()], atol=rounding)
+            assert (np.diff(group.score) <= 0).all()
+            assert len(set(group.item_class.tolist())) == 16
+        if sleeps:
+            engine.sleep()
+        assert engine.load_weights([WeightBucket.pack(weights)]) == checksum(weights)
+    engine.shutdown()
 
 
 def test_bfloat16_differs_only_within_its_rounding(tiny_model_dir: Path, trie_path: Path, trie: Trie) -> None:
