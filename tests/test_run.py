@@ -158,6 +158,23 @@ def test_rollout_and_learner_agree_on_the_log_probabilities(finished_run: Path) 
     assert all(line["mismatch"] < 1e-3 for line in lines if line["phase"] == "train")
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+def test_a_worker_and_a_rank_take_one_gpu_in_turn(tmp_path: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    process = start(tmp_path, "--cluster", "1xGPU", "--name", "gpu", "--steps", "2")
+    output, _ = process.communicate(timeout=1150)
+    assert process.returncode == 0, output
+    run = tmp_path / "runs" / "gpu"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["invalid_candidates"], summary["confirmed_weight_loads"]) == (2, 0, 1 + 1 + 2)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["mismatch"] < 0.5 for line in lines if line["phase"] == "train")  # of sums in bfloat16
+
+
 def test_a_run_goes_on_where_it_stopped_and_survives_a_dead_learner(finished_run: Path) -> None:
     process = start(finished_run.parent.parent, "--name", "whole", "--steps", "6", "--resume", settings=())
     wait_for_step(process, finished_run, 4)

@@ -382,6 +382,9 @@ def test_on_a_gpu_scores_are_the_models_own_before_and_after_sleep(
     """tolerance: of scores, relative to the largest. Only the second engine sleeps: one of a process can."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    import vllm.envs
+
+    vllm.envs.disable_envs_cache()  # an engine of this process has frozen what it found
     sleeps = dtype == "bfloat16"
     config = RolloutConfig(kv_cache_gib=0.05, dtype=dtype, max_batched_tokens=1024, sleep=sleeps)  # type: ignore[arg-type]
     engine = create_engine(tiny_model_dir, trie_path, config)
