@@ -78,8 +78,29 @@ def flex_tree_attention(
         block_mask=blocks,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=_kernel_options(query) if query.is_cuda else None,
     )
     return output.transpose(1, 2).contiguous()
+
+
+def _kernel_options(query: torch.Tensor) -> dict[str, int] | None:
+    device: Any = torch.cuda.get_device_properties(query.device)
+    return flex_kernel_options(query.shape[-1], query.element_size(), device.shared_memory_per_block_optin)
+
+
+def flex_kernel_options(head_size: int, element_size: int, shared_memory: int) -> dict[str, int] | None:
+    """What lets flex attention's kernels fit where torch's own choice for wide heads does not: None where it does.
+
+    shared_memory: bytes that one block of threads can have: 99 KiB on consumer cards, 163 on an A100, 227 on an H100.
+    """
+    row_bytes = (1 << (head_size - 1).bit_length()) * element_size
+    if row_bytes < 512 or shared_memory > 200 * 1024:
+        return None
+    if shared_memory > 150 * 1024:  # only that of float32 heads of other sizes than 64 and 128 is too large
+        return {"fwd_num_stages": 2} if element_size == 4 else None
+    if element_size == 4:
+        return {"fwd_num_stages": 1}
+    return {"fwd_num_stages": 1, "bwd_num_stages": 1} | {f"bwd_BLOCK_{tile}": 32 for tile in ("M1", "N1", "M2", "N2")}
 
 
 @cache

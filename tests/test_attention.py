@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from learner.attention import flex_tree_attention, tree_attention
+from learner.attention import flex_kernel_options, flex_tree_attention, tree_attention
 from learner.packing import pack_groups
 from learner.tree_mask import TreeMask
 from tests.test_packing import large_groups, split, whole_blocks
@@ -52,3 +52,13 @@ def test_flex_attention_on_cuda_and_its_gradients_equal_those_of_runs(
     gradients = [torch.autograd.grad((output * weights).sum(), inputs) for output in (found, expected)]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "element_size", "kib", "changed"),
+    [(128, 2, 99, False), (256, 2, 99, True), (256, 2, 163, False), (96, 4, 163, True), (128, 4, 227, False)],
+)
+def test_flex_kernels_are_made_smaller_where_they_would_not_fit(
+    head_size: int, element_size: int, kib: int, changed: bool
+) -> None:
+    assert (flex_kernel_options(head_size, element_size, kib * 1024) is not None) == changed
