@@ -16,7 +16,7 @@ from ray import ObjectRef
 
 from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
-from launch.config import Config
+from launch.config import Config, ConfigError
 from launch.learner_gang import LearnerGang
 from launch.placement import Placement, actor_options, check_devices, reserve
 from launch.rollout_fleet import RolloutFleet
@@ -44,13 +44,16 @@ def _own_sigterm() -> Iterator[None]:
 def _connect(config: Config) -> None:
     if config.cluster.address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's actors would otherwise yield to every other program
-        ray.init(
-            include_dashboard=False,
-            object_store_memory=int(config.cluster.object_store_gib * 2**30),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _system_config={"free_objects_period_milliseconds": 0},
-        )
+        try:
+            ray.init(
+                include_dashboard=False,
+                object_store_memory=int(config.cluster.object_store_gib * 2**30),
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _system_config={"free_objects_period_milliseconds": 0},
+            )
+        except ValueError as error:  # such as a large store with the small /dev/shm of a container
+            raise ConfigError(f"cluster.object_store_gib={config.cluster.object_store_gib:g}: {error}") from error
     else:
         try:
             ray.init(address=config.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
