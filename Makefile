@@ -19,6 +19,14 @@ STEPS ?=
 ARGS ?=
 OUT ?=
 
+KNOWN := CLUSTER DATA MODEL ALGORITHM NAME STEPS ARGS OUT DRY_RUN RESUME OVERWRITE GOLDEN SCALE DEVICE VENV PYTHON \
+	TORCH_CPU_INDEX SHELL
+UNKNOWN := $(filter-out $(KNOWN),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+ifneq ($(UNKNOWN),)
+$(error unknown: $(UNKNOWN). Variables are $(KNOWN); keys of the configuration go into ARGS="section.key=value")
+endif
+NO := 0 no false
+
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(DEVICE)
 ENV := DS_ACCELERATOR=$(if $(filter gpu,$(DEVICE)),cuda,cpu)
@@ -65,8 +73,8 @@ launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="
 	@$(ENV) $(RUN) -m launch.cli train $(if $(CLUSTER),--cluster "$(CLUSTER)") \
 	  $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(ALGORITHM),--algorithm "$(ALGORITHM)") $(if $(NAME),--name "$(NAME)") $(if $(STEPS),--steps "$(STEPS)") \
-	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run) $(if $(filter-out 0,$(RESUME)),--resume) \
-	  $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
+	  $(if $(filter-out $(NO),$(DRY_RUN)),--dry-run) $(if $(filter-out $(NO),$(RESUME)),--resume) \
+	  $(if $(filter-out $(NO),$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
 
 test: $(READY)  ## run the tests
 	@$(ENV) $(RUN) -m pytest -q

@@ -68,8 +68,14 @@ def _run(arguments: list[str]) -> int:
         dry_run(config)
         return 0
     from launch.run import run
+    from learner import checkpoint
 
-    run(config, resume=options.resume, overwrite=options.overwrite)
+    try:
+        run(config, resume=options.resume, overwrite=options.overwrite)
+    except KeyboardInterrupt:
+        if (latest := checkpoint.latest(Path(config.runs) / config.name / "checkpoints")) is not None:
+            print(f"RESUME=1 NAME={config.name} goes on from {latest}", file=sys.stderr)
+        raise
     return 0
 
 

@@ -110,6 +110,8 @@ class TrainConfig:
     # Width of the evaluation's beam search.
     eval_ks: list[int] = field(default_factory=lambda: [1, 3, 5, 10])
     # Cut-offs of HR@K and NDCG@K; at most eval_beams. The gain of RL over SFT is that of NDCG at the largest.
+    eval_every: int = 0
+    # Steps between evaluations on the validation split (as many examples and beams as on the test split); 0: none.
     checkpoint_every: int = 100
     # Steps between checkpoints; the last step always has one.
     checkpoints_kept: int = 2
@@ -217,7 +219,8 @@ def check(config: Config) -> None:
         f"each cut-off must lie between 1 and train.eval_beams ({train.eval_beams})",
     )
     _require(bool(config.rewards), "rewards", config.rewards, "at least one reward is needed, such as [{name: rule}]")
-    _require(config.name == Path(config.name).name != "", "name", config.name, "must be a plain folder name")
+    plain = config.name == Path(config.name).name and config.name[:1] not in ("", ".")
+    _require(plain, "name", config.name, "must be a plain folder name that does not begin with a dot")
     _require(
         not learner.inclusion_weights or rollout.strategy == "stochastic_beam",
         "learner.inclusion_weights",

@@ -1,4 +1,4 @@
-"""Ranking metrics of the current policy on the test split, by constrained beam search."""
+"""Ranking metrics of the current policy on a split, by constrained beam search."""
 
 import numpy as np
 import pyarrow as pa
@@ -15,23 +15,26 @@ from rewards.layout import Layout
 from rewards.rule import hits
 
 
-def eval_examples(config: Config, catalog: Catalog) -> np.ndarray:
-    """int64 [n]: the evaluated rows of the test split, evenly spaced in time; all of them where eval_examples is 0."""
-    available = len(catalog.examples("test"))
+def eval_examples(config: Config, catalog: Catalog, split: str) -> np.ndarray:
+    """int64 [n]: the evaluated rows of a split, evenly spaced in time; all of them where eval_examples is 0."""
+    available = len(catalog.examples(split))
     wanted = config.train.eval_examples or available
     return np.unique(np.linspace(0, available - 1, min(wanted, available)).round().astype(np.int64))
 
 
-def evaluate(fleet: RolloutFleet, config: Config, example_ids: np.ndarray, stage: Stage) -> tuple[np.ndarray, int]:
+def evaluate(
+    fleet: RolloutFleet, config: Config, split: str, example_ids: np.ndarray, stage: Stage | None = None
+) -> tuple[np.ndarray, int]:
     """(int64 [n]: rank of each example's target in the beams or MISS; number of candidates that are no title)."""
-    flight = fleet.launch("test", example_ids, config.train.seed, group_size=config.train.eval_beams, strategy="beam")
+    flight = fleet.launch(split, example_ids, config.train.seed, group_size=config.train.eval_beams, strategy="beam")
     rank_of: dict[int, int] = {}
     invalid = 0
     for table in fleet.land(flight):
         ids, ranks, wrong = fetch(_hit_ranks.remote(table), config.rollout.timeout_s, "counting the hits of a table")
         rank_of.update(zip(ids.tolist(), ranks.tolist(), strict=True))
         invalid += wrong
-        stage.update(len(rank_of))
+        if stage is not None:
+            stage.update(len(rank_of))
     return np.array([rank_of[int(example)] for example in example_ids], np.int64), invalid
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from math import prod
 from pathlib import Path
 
 from catalog.atomic import atomic_folder
@@ -34,6 +35,17 @@ def architecture(path: Path) -> str:
     return json.loads((path / "config.json").read_text())["architectures"][0]
 
 
+def parameters(path: Path) -> int:
+    """Weights in the safetensors files of a Hugging Face directory; 0 where it has none."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in path.glob("model*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            total += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
+
+
 def download(name: str) -> Path:
     """The local snapshot of a model of the Hugging Face hub, fetched if need be. Raises ConfigError."""
     from huggingface_hub import snapshot_download
@@ -52,8 +64,19 @@ def download(name: str) -> Path:
 def fresh_model(config: ModelConfig, texts: list[str], cache: Path) -> Path:
     """A Qwen2 from random weights with a byte-level BPE trained on `texts`, made once per configuration and texts.
 
-    Raises ConfigError for a shape that no attention kernel takes.
+    Raises ConfigError as check_shape.
     """
+    check_shape(config)
+    path = _fresh_path(config, texts, cache)
+    if path.is_dir():
+        return path
+    with atomic_folder(path) as temporary:
+        _write_fresh(config, texts, temporary)
+    return path
+
+
+def check_shape(config: ModelConfig) -> None:
+    """Raise ConfigError for a fresh model of a shape that no attention kernel takes."""
     if config.hidden % config.heads or config.heads % config.kv_heads:
         raise ConfigError(
             f"model.hidden={config.hidden}, model.heads={config.heads}, model.kv_heads={config.kv_heads}: "
@@ -63,12 +86,6 @@ def fresh_model(config: ModelConfig, texts: list[str], cache: Path) -> Path:
         raise ConfigError(
             f"model.hidden / model.heads = {config.hidden // config.heads}: the head size must be 32 or more"
         )
-    path = _fresh_path(config, texts, cache)
-    if path.is_dir():
-        return path
-    with atomic_folder(path) as temporary:
-        _write_fresh(config, texts, temporary)
-    return path
 
 
 def _fresh_path(config: ModelConfig, texts: list[str], cache: Path) -> Path:

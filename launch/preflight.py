@@ -6,11 +6,12 @@ from pathlib import Path
 from catalog.catalog import Catalog
 from launch.config import Config
 from launch.data_order import DataOrder
+from launch.model import check_shape
 from launch.placement import Placement, plan
 from learner.arithmetic import BatchArithmetic, check_batch, describe_batch
-from learner.config import objective_names
+from learner.config import LearnerConfig, objective_names
 from learner.deepspeed_keys import check_deepspeed
-from rollout.vllm_arguments import check_lengths, check_vllm
+from rollout.vllm_arguments import EngineError, check_lengths, check_vllm
 
 
 def check_config(config: Config) -> Placement:
@@ -20,7 +21,9 @@ def check_config(config: Config) -> Placement:
     only by objectives and rewards that are not the project's own, and by rewards that need it.
     """
     placement = plan(config)  # finds the rewards, to know what their actors reserve
-    _check_objective(config.learner.objective)
+    _check_objective(config.learner)
+    if config.model.path is None:
+        check_shape(config.model)
     check_deepspeed(config.learner.deepspeed)
     check_vllm(config.rollout.vllm)
     check_batch(config.learner, config.train.prompts_per_step)
@@ -33,7 +36,11 @@ def plan_steps(config: Config, catalog: Catalog, model_path: Path) -> tuple[Data
     Raises ConfigError, EngineError or BatchError naming the keys that do not fit the data.
     """
     prompt_tokens, title_tokens = int(catalog.stats["prompt_tokens"]["max"]), int(catalog.trie.max_tokens)
-    check_lengths(model_path, config.rollout, prompt_tokens, title_tokens)
+    try:
+        check_lengths(model_path, config.rollout, prompt_tokens, title_tokens)
+    except EngineError as error:
+        longest = max(range(catalog.num_classes), key=lambda title: len(catalog.trie.title_tokens(title)))
+        raise EngineError(f"{error}. The longest title is {catalog.title(longest)[:60]!r}...") from error
     examples = len(catalog.examples("train"))
     order = DataOrder(examples, config.train.prompts_per_step, config.train.seed)
     steps = config.train.steps if config.train.steps is not None else order.steps_in(config.train.epochs)
@@ -49,12 +56,12 @@ def plan_steps(config: Config, catalog: Catalog, model_path: Path) -> tuple[Data
     return order, steps, batch
 
 
-def _check_objective(name: str) -> None:
-    """Raise ObjectiveError where there is none of that name or import path."""
-    if name in objective_names():
+def _check_objective(config: LearnerConfig) -> None:
+    """Raise ObjectiveError where there is none of that name or import path, or it fails on a small batch."""
+    if config.objective in objective_names():
         return
     if str(Path.cwd()) not in sys.path:  # Ray's actors look there too
         sys.path.append(str(Path.cwd()))
-    from learner.objectives import resolve
+    from learner.objectives import check_objective, resolve
 
-    resolve(name)
+    check_objective(resolve(config.objective), config)

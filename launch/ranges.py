@@ -57,6 +57,7 @@ NOT_NEGATIVE = (
     "learner.threads",
     "learner.lora.rank",
     "learner.sft.epochs",
+    "train.eval_every",
     "learner.sft.valid_examples",
     "train.steps",
     "train.staleness",

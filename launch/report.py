@@ -45,11 +45,16 @@ def write_report(run: RunDirectory, config: Config, summary: dict[str, Any], cat
     columns, rows = _metric_table(config, summary)
     timing = [[stage, f"{seconds:.3f}"] for stage, seconds in summary["timing_s"].items()]
     steps = run.metrics("train", summary["steps"])
+    k = max(config.train.eval_ks)
+    valid = run.metrics("valid", summary["steps"])
     curves = "".join(
-        f"<figure><img alt='{html.escape(title)}' src='{_curve(steps, name)}'>"
+        f"<figure><img alt='{html.escape(title)}' src='{_curve(logged, name)}'>"
         f"<figcaption>{html.escape(title)}</figcaption></figure>"
-        for name, title in CURVES
-        if any(name in step for step in steps)
+        for logged, name, title in (
+            (valid, f"ndcg@{k}", f"NDCG@{k} on the validation split"),
+            *((steps, name, title) for name, title in CURVES),
+        )
+        if any(name in step for step in logged)
     )
     title = html.escape(summary["name"])
     page = f"""<!doctype html>

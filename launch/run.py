@@ -16,7 +16,7 @@ from launch.continuation import changes
 from launch.data_order import DataOrder
 from launch.evaluate import eval_examples, evaluate
 from launch.learner_gang import LearnerLost
-from launch.model import architecture, prepare_model
+from launch.model import architecture, parameters, prepare_model
 from launch.placement import Placement, check_this_machine
 from launch.preflight import check_config, plan_steps
 from launch.progress import Progress, Stage
@@ -53,6 +53,8 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         model_path = prepare_model(config)
         catalog = build_catalog(config.data, str(model_path))
         stage.update(detail=_catalog_words(catalog))
+    for line in _model_words(config, model_path):
+        progress.line(line)
     if resume:
         RunDirectory.check_catalogue(config, catalog.fingerprint)
     order, steps, batch = plan_steps(config, catalog, model_path)
@@ -65,10 +67,12 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
         surviving(actors, progress, partial(try_weights, actors, model_path))
+        try_rewards(actors)
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
         sft = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
         with progress.stage("train", steps) as stage:
-            surviving(actors, progress, partial(train_to_the_end, actors, order, config, directory, stage, steps))
+            training = partial(train_to_the_end, actors, order, config, catalog, directory, stage, steps)
+            surviving(actors, progress, training)
         rl = evaluation("rl", actors, config, catalog, directory, progress)
         confirmed_loads = actors.rollouts.confirmed_loads
     summary = summarise(config, catalog, directory, sft, rl, steps, confirmed_loads)
@@ -90,7 +94,15 @@ def try_weights(actors: Actors, model_path: Path) -> None:
             f"model {model_path}: vLLM stores the weights of {architecture(model_path)} in another form than Hugging "
             f"Face, so it cannot be trained ({getattr(error, 'cause', error)})"
         ) from error
-    actors.rollouts.sleep()  # the warm-up comes first
+
+
+def try_rewards(actors: Actors) -> None:
+    """Roll out and score a group per worker before training: a reward that cannot shows now, not after SFT."""
+    rollouts, rewards = actors.rollouts, actors.rewards
+    flight = rollouts.launch("train", np.arange(len(rollouts.workers)), seed=0)
+    scoring = [rewards.submit(table, "train") for table in rollouts.land(flight)]
+    rewards.metrics(list(rewards.results(scoring)))
+    rollouts.sleep()  # the warm-up comes first
 
 
 def warm_up(
@@ -115,12 +127,23 @@ def warm_up(
 
 
 def train_to_the_end(
-    actors: Actors, order: DataOrder, config: Config, directory: RunDirectory, stage: Stage, steps: int
+    actors: Actors,
+    order: DataOrder,
+    config: Config,
+    catalog: Catalog,
+    directory: RunDirectory,
+    stage: Stage,
+    steps: int,
 ) -> None:
     """All steps that are still to be done after the newest checkpoint."""
+
+    def validate() -> dict[str, float]:
+        ranks, _ = evaluate(actors.rollouts, config, "valid", eval_examples(config, catalog, "valid"))
+        return ranking_metrics(ranks, config.train.eval_ks)
+
     first = restore(actors, directory)
     stage.update(first)
-    train(actors, order, config.train, directory, stage, first=first, steps=steps)
+    train(actors, order, config.train, directory, stage, validate, first=first, steps=steps)
 
 
 def surviving(actors: Actors, progress: Progress, work: Callable[[], T]) -> T:
@@ -171,11 +194,11 @@ def evaluation(
     file = f"eval-{phase}.json"
     if directory.has(file) and phase == "sft":
         return directory.read_json(file)
-    example_ids = eval_examples(config, catalog)
+    example_ids = eval_examples(config, catalog, "test")
     with progress.stage(f"evaluate {before(config) if phase == 'sft' else 'RL'}", len(example_ids)) as stage:
         if version is not None:
             actors.rollouts.publish(actors.learner.export, version)
-        ranks, invalid = evaluate(actors.rollouts, config, example_ids, stage)
+        ranks, invalid = evaluate(actors.rollouts, config, "test", example_ids, stage)
         metrics = ranking_metrics(ranks, config.train.eval_ks)
         k = max(config.train.eval_ks)
         stage.update(detail=f"NDCG@{k} {metrics[f'ndcg@{k}']:.4f}")
@@ -233,6 +256,19 @@ def best_possible(config: Config, catalog: Catalog, example_ids: np.ndarray) -> 
     """Metrics of ranking by the true probabilities on the evaluated examples; None where they are unknown."""
     ranks = catalog.examples("test").best_rank
     return None if ranks is None else ranking_metrics(ranks[example_ids], config.train.eval_ks)
+
+
+def _model_words(config: Config, model_path: Path) -> list[str]:
+    """What is trained, and where that is written."""
+    millions = parameters(model_path) / 1e6
+    size = f", {millions:.3g} million parameters" if millions else ""
+    lines = [
+        f"model: {architecture(model_path)}{size} of {config.model.path or 'random weights'}, {config.learner.dtype}; "
+        f"run: {Path(config.runs) / config.name}"
+    ]
+    if config.model.path is None and config.data.path is not None:
+        lines.append("note: without MODEL= a small model from random weights is trained, to try things out")
+    return lines
 
 
 def _catalog_words(catalog: Catalog) -> str:

@@ -83,7 +83,12 @@ class RunDirectory:
         if resume and not path.exists():
             raise ConfigError(f"run {path} does not exist; there is nothing to resume")
         if resume:
-            check_resumable(config, load(path / "config.yaml"))
+            _check_resumable(config, path)
+        if overwrite and path.exists() and not _is_run(path):
+            raise ConfigError(
+                f"{path} is not the folder of a run (it has neither config.yaml nor {CATALOGUE}), so OVERWRITE=1 does "
+                "not delete it; use NAME= or another folder of runs"
+            )
         if path.exists() and not resume and not overwrite:
             raise ConfigError(
                 f"run {path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
@@ -151,6 +156,24 @@ class RunDirectory:
 
     def close(self) -> None:
         self._tensorboard.close()
+
+
+def _check_resumable(config: Config, path: Path) -> None:
+    try:
+        check_resumable(config, load(path / "config.yaml"))
+    except ConfigError as error:
+        sft = path / "checkpoints" / "sft"
+        if not sft.is_dir():
+            raise
+        raise ConfigError(f"{error}; from its weights after SFT: MODEL={sft}, learner.sft.epochs=0") from error
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is what a run has left, or empty, or a link, which would go alone."""
+    return path.is_symlink() or (
+        path.is_dir()
+        and (any((path / file).is_file() for file in ("config.yaml", CATALOGUE)) or not any(path.iterdir()))
+    )
 
 
 def _delete(run: Path) -> None:

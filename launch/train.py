@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from launch.actors import Actors
@@ -12,6 +12,9 @@ from launch.progress import Stage
 from launch.rollout_fleet import Flight
 from launch.run_directory import RunDirectory
 
+RECENT = 20
+"""Steps whose means are shown."""
+
 
 def train(
     actors: Actors,
@@ -19,6 +22,7 @@ def train(
     config: TrainConfig,
     run: RunDirectory,
     stage: Stage,
+    validate: Callable[[], dict[str, float]],
     *,
     first: int,
     steps: int,
@@ -26,15 +30,19 @@ def train(
     """Steps first .. steps - 1 of ReRe; the policy version is the number of steps done.
 
     With staleness k the groups of the next k steps are already being rolled out while a step is learned, so with
-    weights at most k versions old. k = 0 is the paper.
+    weights at most k versions old. k = 0 is the paper. No step after an evaluation is rolled out before it.
+
+    validate: metrics of the published weights, asked for after every config.eval_every-th step.
     """
     rollouts, rewards, learner = actors.rollouts, actors.rewards, actors.learner
     flights: deque[Flight] = deque()
+    recent: deque[dict[str, float]] = deque(maxlen=RECENT)
+    validated = ""
     launched = first
     for step in range(first, steps):
         clock = Clock()
         with clock("step"):
-            while launched < min(steps, step + 1 + config.staleness):
+            while launched < min(steps, step + 1 + config.staleness, _next_evaluation(step, config.eval_every, steps)):
                 flights.append(rollouts.launch("train", order[launched], seed=config.seed))
                 launched += 1
             with clock("rollout"):
@@ -52,11 +60,20 @@ def train(
 
         metrics |= rewards.metrics(groups) | clock.metrics()
         run.log("train", step + 1, metrics)
-        stage.update(step + 1, _words(metrics))
+        recent.append(metrics)
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            run.log("valid", step + 1, found := validate())
+            validated = f"  valid NDCG@{max(config.eval_ks)} {found[f'ndcg@{max(config.eval_ks)}']:.4f}"
+        stage.update(step + 1, _words(recent) + validated)
         if (step + 1) % config.rollouts_every == 0 or step + 1 == steps:
             actors.save_rollouts(groups, run.rollouts / f"step-{step + 1}.parquet")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
             learner.save(run.checkpoints / f"step-{step + 1}", {"steps_done": step + 1}, keep=config.checkpoints_kept)
+
+
+def _next_evaluation(step: int, every: int, steps: int) -> int:
+    """The number of steps that are done when the next evaluation takes place; `steps` where there is none."""
+    return (step // every + 1) * every if every else steps
 
 
 class Clock:
@@ -75,8 +92,13 @@ class Clock:
         return {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
 
 
-def _words(metrics: dict[str, float]) -> str:
+def _words(recent: Sequence[dict[str, float]]) -> str:
+    """Means over the last steps; a single step says little, and ranking rewards add up to about 0 in every group."""
+    mean = {
+        name: sum(metrics.get(name, 0.0) for metrics in recent) / len(recent)
+        for name in ("groups_with_hit", "reward", "loss", "kl", "timing_s/step")
+    }
     return (
-        f"reward {metrics['reward']:+.3f}  hit {metrics['groups_with_hit']:.0%}  loss {metrics['loss']:+.4f}  "
-        f"kl {metrics.get('kl', 0.0):.1e}  {metrics['timing_s/step']:.2f} s/step"
+        f"hit {mean['groups_with_hit']:.0%}  reward {mean['reward']:+.4f}  loss {mean['loss']:+.4f}  "
+        f"kl {mean['kl']:.1e}  {mean['timing_s/step']:.2f} s/step"
     )

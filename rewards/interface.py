@@ -9,13 +9,13 @@ Both return one finite float per candidate, in the order of the candidates.
 """
 
 import inspect
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
+from catalog.errors import traceback_below
 from rewards.errors import RewardError, name_examples
 from rewards.group import Group, Groups, TitleCatalog
 
@@ -61,7 +61,9 @@ def _instance(name: str, written: Callable[..., Any], catalog: TitleCatalog, arg
     except RewardError:
         raise
     except (Exception, SystemExit) as error:
-        raise RewardError(f"reward {name!r} could not be made with args {args}:\n{_own_frames(error)}") from error
+        raise RewardError(
+            f"reward {name!r} could not be made with args {args}:\n{traceback_below(error, __file__)}"
+        ) from error
     if not callable(reward):
         raise RewardError(f"reward {name!r}: class {written.__name__} needs a method __call__(self, groups)")
     return reward
@@ -155,15 +157,7 @@ def check_written(name: str, written: Any, args: dict[str, Any]) -> None:
 
 
 def _raised(name: str, example_ids: list[int], error: BaseException) -> RewardError:
-    return RewardError(f"reward {name!r} raised on {name_examples(example_ids)}:\n{_own_frames(error)}")
-
-
-def _own_frames(error: BaseException) -> str:
-    """The traceback below this file: the frames that the author of the reward wrote or called."""
-    frames = error.__traceback__
-    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+    return RewardError(f"reward {name!r} raised on {name_examples(example_ids)}:\n{traceback_below(error, __file__)}")
 
 
 def _shown(value: Any, most: int = 80) -> str:

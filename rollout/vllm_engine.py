@@ -1,7 +1,10 @@
 """Creates the vLLM engine that both rollout engines drive."""
 
+import difflib
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +106,10 @@ def create_llm(
     }
     try:
         llm = LLM(str(model_path), **arguments)
+    except TypeError as error:
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            raise EngineError(f"rollout.vllm.{unknown[1]}: {_unknown_argument(unknown[1])}") from error
+        raise
     except ValueError as error:
         if "kv" in str(error).lower() and "memory" in str(error).lower():
             reason = str(error).split(" Try ")[0]
@@ -114,6 +121,13 @@ def create_llm(
     if not on_gpu:
         return_freed_memory()
     return llm
+
+
+def _unknown_argument(name: str) -> str:
+    from vllm import EngineArgs
+
+    near = difflib.get_close_matches(name, [field.name for field in fields(EngineArgs)], n=3)
+    return "vLLM has no such argument" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def _cpu_arguments() -> dict[str, Any]:

@@ -266,6 +266,8 @@ def test_a_dry_run_is_quick(tmp_path: Path) -> None:
         (["learner.ranks=3", "train.prompts_per_step=2"], "train.prompts_per_step=2 gives some of learner.ranks=3"),
         (["learner.ranks=3", "learner.sft.batch_size=2"], "learner.sft.batch_size=2 is smaller than learner.ranks=3"),
         (["learner.offload_optimizer=true"], "learner.offload_optimizer needs learner.zero_stage of 1, 2 or 3"),
+        (["model.hidden=64"], "model.hidden / model.heads = 16: the head size must be 32 or more"),
+        (["name=.."], "name=..: must be a plain folder name that does not begin with a dot"),
     ],
 )
 def test_what_the_configuration_tells_is_refused_before_anything_is_built(
@@ -282,6 +284,34 @@ def test_an_objective_of_the_working_directory_is_found(tmp_path: Path, monkeypa
     )
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--dry-run", "learner.objective=my_objective:mine"]) == 0
+    assert main(["train", "--dry-run", "learner.objective=my_objective.py:mine"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return batch.token_mean(-batch.logp)", "returned Tensor; it must return (contributions, metrics)"),
+        ("return -batch.logp.mean(), {}", "must be one number per completion, a tensor of shape (4,); got ()"),
+        ("return batch.token_mean(-batch.logp), {'size': 1.0}", "size must be one number per completion"),
+        ("return batch.advantages, {}", "do not depend on batch.logp"),
+        ("return batch.token_mean(batch.logp.log()), {}", "are not finite"),
+        ("raise KeyError('mine')", "in lossy"),
+    ],
+)
+def test_what_an_objective_does_wrong_is_said_before_anything_starts(
+    body: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"lossy_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(
+        "from learner.objectives import objective\n\n"
+        f"@objective(mean_over='completions')\ndef lossy(batch, config):\n    {body}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["train", "--dry-run", f"learner.objective={name}:lossy"]) == 1
+    error = capsys.readouterr().err
+    assert f"error: objective {name}:lossy" in error
+    assert message in error
 
 
 def test_a_run_of_the_same_name_is_kept(data: Path, tmp_path: Path, refused: Refused) -> None:
@@ -302,6 +332,41 @@ def test_a_run_is_replaced_only_when_the_new_one_can_start(data: Path, tmp_path:
     message = refused("train", "--data", str(data), "--name", "mine", "--overwrite", "rewards=[{name: rul}]")
     assert "rul" in message
     assert kept.is_dir()
+
+
+def test_what_is_no_run_is_not_deleted(data: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "runs" / "thesis").mkdir(parents=True)
+    (tmp_path / "runs" / "thesis" / "thesis.txt").write_text("years")
+    message = refused("train", "--data", str(data), "--name", "thesis", "--overwrite")
+    assert "is not the folder of a run" in message
+    assert (tmp_path / "runs" / "thesis" / "thesis.txt").read_text() == "years"
+
+
+def test_what_a_run_without_steps_is_resumed_with_says_how_to_keep_its_warm_up(
+    data: Path, tmp_path: Path, refused: Refused
+) -> None:
+    RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
+    change = ["train", "--name", "mine", "--resume", "rewards=[{name: rule}]"]
+    assert "MODEL=" not in refused(*change)
+    (tmp_path / "runs/mine/checkpoints/sft").mkdir()
+    assert "from its weights after SFT: MODEL=runs/mine/checkpoints/sft" in refused(*change)
+
+
+@pytest.mark.parametrize("words", [["DRYRUN=1"], ["STEP=3", "DRY_RUN=1"], ["Data=folder"]])
+def test_a_mistyped_make_variable_is_refused(words: list[str]) -> None:
+    made = subprocess.run(["make", "-n", "launch", *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert f"unknown: {words[0].partition('=')[0]}. Variables are CLUSTER DATA MODEL" in made.stderr
+
+
+@pytest.mark.parametrize(("value", "resumes"), [("1", True), ("yes", True), ("0", False), ("no", False), ("", False)])
+def test_make_passes_what_it_is_given(value: str, resumes: bool) -> None:
+    command = ["make", "-n", "launch", "NAME=mine", f"RESUME={value}", "ARGS=a.b=c"]
+    made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    (line,) = [line for line in made.stdout.replace("\\\n", " ").splitlines() if "launch.cli train" in line]
+    assert ("--resume" in line) == resumes
+    assert '--name "mine"' in line
+    assert line.rstrip().endswith("-- a.b=c")
 
 
 def test_a_run_is_not_resumed_on_changed_data(

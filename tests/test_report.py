@@ -62,11 +62,12 @@ def test_the_report_shows_what_was_generated_last(catalog: Catalog, tmp_path: Pa
     ranks = evaluated(config, [0, -1])
     summary = summarise(config, catalog, run, ranks, ranks, 0, 3)
     run.log("train", 1, {"loss": 0.5})
-    write_report(run, config, summary, catalog)
+    run.log("valid", 1, {"ndcg@5": 0.25})
+    write_report(run, config, summary | {"steps": 1}, catalog)
     run.close()
     page = html.unescape((run.path / "report.html").read_text())
     assert "Generated in step 10" in page
-    assert page.count("<figure>") == 1
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == ["NDCG@5 on the validation split", "loss"]
     rows = re.findall(r"<tr><td>(\d+)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
     shown = [catalog.title(3), catalog.title(4), "(not in the catalogue)", catalog.title(8), catalog.title(9)]
     assert rows[:5] == [(str(rank), title, "-1.25", "-0.500") for rank, title in enumerate(shown, 1)]

@@ -39,6 +39,7 @@ SMALL = [
     "train.eval_ks=[1,10]",
     "train.rollouts_every=1",
     "train.checkpoint_every=1",
+    "train.eval_every=2",
 ]
 
 
@@ -104,6 +105,7 @@ def test_a_run_leaves_what_it_promises(finished_run: Path) -> None:
     assert "vllm" in summary["versions"]
     assert set(logged_steps(finished_run, "sft")) == {1, 2}
     assert logged_steps(finished_run, "train") == [1, 2, 3]
+    assert logged_steps(finished_run, "valid") == [2]
     assert {path.name for path in (finished_run / "rollouts").iterdir()} == {f"step-{i}.parquet" for i in (1, 2, 3)}
     groups = pq.read_table(finished_run / "rollouts" / "step-1.parquet")
     for group in groups.to_pylist():
@@ -241,6 +243,16 @@ def test_a_model_that_rollout_workers_cannot_take_is_refused_before_the_warm_up(
     assert "vLLM stores the weights of GPT2LMHeadModel in another form" in output
     assert "Traceback" not in output
     assert not (tmp_path / "runs" / "gpt2").exists()
+
+
+def test_a_reward_that_fails_is_found_before_the_warm_up(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def short(group):\n    return [1.0] * (len(group.candidate_titles) - 1)\n")
+    process = start(tmp_path, "--name", "short", "--steps", "1", "rewards=[{name: rule}, {name: 'mine.py:short'}]")
+    output = finish(process)
+    assert process.returncode == 1
+    assert "reward 'short' returned 15 values" in output
+    assert "SFT  " not in output
+    assert not (tmp_path / "runs" / "short").exists()
 
 
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:

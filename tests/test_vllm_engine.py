@@ -57,3 +57,8 @@ def test_whatever_an_engine_is_given_by_us_is_known_as_ours(
     free = {"max_model_len", "max_num_seqs", "enforce_eager", "block_size", "ir_op_priority", "disable_log_stats"}
     assert given.keys() >= {"dtype", "logits_processors", "worker_extension_cls"}
     assert given.keys() - OWNED.keys() - FIXED.keys() <= free
+
+
+def test_an_argument_that_vllm_does_not_have_is_named(tiny_model_dir: Path) -> None:
+    with pytest.raises(EngineError, match=r"vllm\.enforce_eagr: vLLM has no such.*did you mean enforce_eager"):
+        create_llm(tiny_model_dir, RolloutConfig(kv_cache_gib=0.05, vllm={"enforce_eagr": True}))

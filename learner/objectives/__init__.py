@@ -3,17 +3,14 @@
 from importlib import import_module
 
 from learner.config import objective_names
-from learner.objectives.base import CompletionBatch, Objective, objective
+from learner.objectives.base import CompletionBatch, Objective, ObjectiveError, check_objective, objective
 
-__all__ = ["CompletionBatch", "Objective", "ObjectiveError", "objective", "resolve"]
-
-
-class ObjectiveError(ValueError):
-    """A name that leads to no objective."""
+__all__ = ["CompletionBatch", "Objective", "ObjectiveError", "check_objective", "objective", "resolve"]
 
 
 def resolve(name_or_path: str) -> Objective:
-    """The objective of a file of this folder ("grpo"), or of an import path ("package.module:function").
+    """The objective of a file of this folder ("grpo"), or of an import path ("package.module:function", also
+    "module.py:function").
 
     Raises ObjectiveError when there is none or it is not declared with @objective.
     """
@@ -24,6 +21,7 @@ def resolve(name_or_path: str) -> Objective:
                 f"no objective {name_or_path!r}; known are {objective_names()}, or 'package.module:function'"
             )
         module, attribute = f"{__name__}.{name_or_path}", name_or_path
+    module = module.removesuffix(".py").replace("/", ".")
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

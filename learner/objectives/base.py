@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from catalog.errors import traceback_below
 from learner.advantages import Advantages, group_advantages
 from learner.config import LearnerConfig
 
@@ -51,6 +52,10 @@ AdvantagesOf = Callable[[Sequence[np.ndarray], bool], Advantages]
 """(rewards of each group, normalize_std) -> advantages of each group."""
 
 
+class ObjectiveError(ValueError):
+    """A name that leads to no objective, or an objective that does not do what one must."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """A policy-gradient objective.
@@ -68,14 +73,60 @@ class Objective:
     advantages: AdvantagesOf
 
     def __call__(self, batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, Metrics]:
-        """Loss contributions [C] to be summed and divided by `count`, and metrics [C] to be averaged."""
-        return self.contributions(batch, config)
+        """Loss contributions [C] to be summed and divided by `count`, and metrics [C] to be averaged.
+
+        Raises ObjectiveError with the traceback of what the function raised, or where it returns anything else.
+        """
+        try:
+            returned = self.contributions(batch, config)
+        except Exception as error:
+            raise ObjectiveError(f"objective {self} raised:\n{traceback_below(error, __file__)}") from error
+        self._check(returned, len(batch.logp))
+        return returned
+
+    def __str__(self) -> str:
+        return f"{self.contributions.__module__}:{getattr(self.contributions, '__name__', self.contributions)}"
+
+    def _check(self, returned: object, completions: int) -> None:
+        if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
+            raise ObjectiveError(
+                f"objective {self} returned {type(returned).__name__}; it must return (contributions, metrics): a "
+                "tensor [C] and a dict of tensors [C]"
+            )
+        contributions, metrics = returned
+        for what, value in (("its contributions", contributions), *metrics.items()):
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            if shape != (completions,):
+                raise ObjectiveError(
+                    f"objective {self}: {what} must be one number per completion, a tensor of shape ({completions},); "
+                    f"got {shape}. The learner itself sums contributions and divides them"
+                )
 
     def count(self, candidates: Sequence[Sequence[Sequence[int]]]) -> int:
         """What the update's contributions are divided by. candidates[group][rank] are the tokens of a candidate."""
         if self.normaliser == "completions":
             return sum(len(group) for group in candidates)
         return sum(len(tokens) for group in candidates for tokens in group)
+
+
+def check_objective(objective: Objective, config: LearnerConfig) -> None:
+    """Call an objective on a small batch. Raises ObjectiveError where it fails, or its loss would train nothing."""
+    logp = -torch.linspace(0.1, 2.0, 12).view(4, 3)
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False], [True, True, True]])
+    logp = logp.masked_fill(~mask, 0.0).requires_grad_()
+    reference = (logp.detach() * 1.1) if config.beta else None
+    batch = CompletionBatch(logp, mask, torch.tensor([1.0, -0.5, 0.0, -0.5]), logp_ref=reference)
+    contributions, _ = objective(batch, config)
+    if not contributions.requires_grad:
+        raise ObjectiveError(
+            f"objective {objective}: its contributions do not depend on batch.logp: nothing can learn"
+        )
+    (gradient,) = torch.autograd.grad(contributions.sum(), logp)
+    if not (contributions.isfinite().all() and gradient.isfinite().all()):
+        raise ObjectiveError(
+            f"objective {objective}: of a small batch with finite log-probabilities its contributions or their "
+            f"gradient are not finite: {contributions.tolist()}"
+        )
 
 
 def objective(
