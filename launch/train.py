@@ -37,7 +37,7 @@ def train(
     rollouts, rewards, learner = actors.rollouts, actors.rewards, actors.learner
     flights: deque[Flight] = deque()
     recent: deque[dict[str, float]] = deque(maxlen=RECENT)
-    validated = ""
+    validated: dict[str, float] = {}
     launched = first
     for step in range(first, steps):
         clock = Clock()
@@ -62,9 +62,9 @@ def train(
         run.log("train", step + 1, metrics)
         recent.append(metrics)
         if config.eval_every and (step + 1) % config.eval_every == 0:
-            run.log("valid", step + 1, found := validate())
-            validated = f"  valid NDCG@{max(config.eval_ks)} {found[f'ndcg@{max(config.eval_ks)}']:.4f}"
-        stage.update(step + 1, _words(recent) + validated)
+            validated = validate()
+            run.log("valid", step + 1, validated)
+        stage.update(step + 1, _words(recent, validated))
         if (step + 1) % config.rollouts_every == 0 or step + 1 == steps:
             actors.save_rollouts(groups, run.rollouts / f"step-{step + 1}.parquet")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
@@ -92,8 +92,11 @@ class Clock:
         return {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
 
 
-def _words(recent: Sequence[dict[str, float]]) -> str:
-    """Means over the last steps; a single step says little, and ranking rewards add up to about 0 in every group."""
+def _words(recent: Sequence[dict[str, float]], validated: dict[str, float]) -> str:
+    """Means over the last steps, since a single one says little, and the last of the validation metrics.
+
+    The mean reward hardly moves: ranking rewards add up to about 0 in every group.
+    """
     mean = {
         name: sum(metrics.get(name, 0.0) for metrics in recent) / len(recent)
         for name in ("groups_with_hit", "reward", "loss", "kl", "timing_s/step")
@@ -101,4 +104,4 @@ def _words(recent: Sequence[dict[str, float]]) -> str:
     return (
         f"hit {mean['groups_with_hit']:.0%}  reward {mean['reward']:+.4f}  loss {mean['loss']:+.4f}  "
         f"kl {mean['kl']:.1e}  {mean['timing_s/step']:.2f} s/step"
-    )
+    ) + "".join(f"  valid {name} {value:.4f}" for name, value in list(validated.items())[-1:])
