@@ -152,13 +152,15 @@ class MemoryWatch:
     >>> watch.peak_gib
 
     On a GPU it is device memory, else proportional memory: a page shared by k processes counts 1/k in each, so that
-    the object store counts once. That walks page tables, which takes long; what is shared hardly changes meanwhile, so
-    between two such walks only private memory is read. Each way rests 50 times as long as it computes.
+    the object store counts once. That walks page tables, which takes long; what is shared and which processes there
+    are hardly changes, so between two such walks only private memory is read. Each way rests 50 times as long as it
+    computes.
     """
 
     def __init__(self) -> None:
         self.peak_gib = 0.0
         self._shared = 0
+        self._pids: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -172,19 +174,16 @@ class MemoryWatch:
 
     def measure(self) -> float:
         """Memory now, in GiB; also counts for the peak."""
-        pids = self._pids()
-        now = _device_bytes(pids) if NVIDIA_SMI else sum(map(_proportional_bytes, pids))
-        self._shared = now - sum(map(_private_bytes, pids))
+        root = psutil.Process()
+        self._pids = [process.pid for process in (root, *root.children(recursive=True))]
+        now = _device_bytes(self._pids) if NVIDIA_SMI else sum(map(_proportional_bytes, self._pids))
+        self._shared = now - sum(map(_private_bytes, self._pids))
         self.peak_gib = max(self.peak_gib, now / GIB)
         return now / GIB
 
     def _glance(self) -> None:
-        now = self._shared + sum(map(_private_bytes, self._pids()))
+        now = self._shared + sum(map(_private_bytes, self._pids))
         self.peak_gib = max(self.peak_gib, now / GIB)
-
-    def _pids(self) -> list[int]:
-        root = psutil.Process()
-        return [process.pid for process in (root, *root.children(recursive=True))]
 
     def _sample(self) -> None:
         rest = next_walk = 0.0
