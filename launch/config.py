@@ -175,6 +175,10 @@ def compose(
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: write section.key=value")
+        if key.startswith(("rewards.", "rewards[")):
+            raise ConfigError(
+                f"override {override!r}: write the whole list, such as rewards='[{{name: rule}},{{name: ranking}}]'"
+            )
         addition = _dotlist(override)
         if key == "rewards" and not OmegaConf.is_list(addition.rewards):
             raise ConfigError(

@@ -41,6 +41,8 @@ def test_every_committed_group_composes(group: str) -> None:
         ("learner.lora.dropout=1", "learner.lora.dropout=1.0: must be at least 0 and less than 1"),
         ("model.heads=0", "model.heads=0: must be greater than 0"),
         ("rewards=[]", "at least one reward"),
+        ("rewards.0.weight=2", "write the whole list, such as rewards="),
+        ("rewards[1].weight=2", "write the whole list, such as rewards="),
         ("name=../elsewhere", "plain folder name"),
         ("train.rollouts_every=0", "train.rollouts_every=0: must be greater than 0"),
         ("train.epochs=-3", "train.epochs=-3.0: must be greater than 0"),
