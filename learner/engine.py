@@ -134,8 +134,8 @@ class ZeroEngine:
             norm = float(self._engine.get_global_grad_norm())
         if not norm < float("inf"):
             raise FloatingPointError(
-                f"the gradient norm is {norm}: lower learner.optimizer.learning_rate, or look for extreme rewards "
-                "in the step's rollouts"
+                f"the gradient norm is {norm}: lower learner.optimizer.learning_rate, or look for extreme rewards in "
+                "the step's rollouts, or at what an objective of your own computes of them"
             )
         return norm
 
