@@ -21,9 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table; 0 when it succeeded."""
     parser = argparse.ArgumentParser(prog="rere compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, such as runs/*")
-    runs = [FinishedRun(path) for path in parser.parse_args(arguments).runs if path.is_dir()]
-    if not runs:
-        raise ConfigError("there is no run in the folders that were given")
+    runs = [FinishedRun(path) for path in parser.parse_args(arguments).runs]
     columns, rows = comparison(runs)
     Progress().table(f"runs, by NDCG@{runs[0].k} against {runs[0].name}", columns, rows)
     return 0
@@ -33,6 +31,8 @@ class FinishedRun:
     """What a finished run has left of its evaluation. Raises ConfigError naming the file that is missing."""
 
     def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise ConfigError(f"there is no run {path}")
         self.name, self._path = path.name, path
         self.summary, self._after = self._read("summary.json"), self._read("eval-rl.json")
         self.config = load(path / "config.yaml")

@@ -11,7 +11,7 @@ from launch.placement import Placement, plan
 from learner.arithmetic import BatchArithmetic, check_batch, describe_batch
 from learner.config import LearnerConfig, objective_names
 from learner.deepspeed_keys import check_deepspeed
-from rollout.vllm_arguments import EngineError, check_lengths, check_vllm
+from rollout.vllm_arguments import LengthError, check_lengths, check_vllm
 
 
 def check_config(config: Config) -> Placement:
@@ -38,9 +38,9 @@ def plan_steps(config: Config, catalog: Catalog, model_path: Path) -> tuple[Data
     prompt_tokens, title_tokens = int(catalog.stats["prompt_tokens"]["max"]), int(catalog.trie.max_tokens)
     try:
         check_lengths(model_path, config.rollout, prompt_tokens, title_tokens)
-    except EngineError as error:
+    except LengthError as error:
         longest = max(range(catalog.num_classes), key=lambda title: len(catalog.trie.title_tokens(title)))
-        raise EngineError(f"{error}. The longest title is {catalog.title(longest)[:60]!r}...") from error
+        raise LengthError(f"{error}. The longest title is {catalog.title(longest)[:60]!r}...") from error
     examples = len(catalog.examples("train"))
     order = DataOrder(examples, config.train.prompts_per_step, config.train.seed)
     steps = config.train.steps if config.train.steps is not None else order.steps_in(config.train.epochs)

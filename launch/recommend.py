@@ -26,6 +26,7 @@ from rollout.groups import Candidates
 
 KV_CACHE_GIB = 1.0
 """At most; a run's own may be sized for hundreds of groups at once, and what does not fit together goes in turn."""
+UNKNOWN_SHOWN = 3
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     if bool(options.titles) == (options.file is not None):
         raise ConfigError("give the titles of one history, oldest first, or --file with a list of titles per line")
     histories = list(_read(options.file)) if options.file else [options.titles]
+    if not histories:
+        raise ConfigError(f"{options.file} is empty: a list of titles per line is needed")
     catalog, groups = recommend(options.run, histories, options.count, options.checkpoint)
     for history, group in zip(histories, groups, strict=True):
         if options.file:
@@ -108,11 +111,15 @@ def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Seq
 
 
 def _mention_unknown(histories: Sequence[Sequence[str]], catalog: Catalog) -> None:
+    """Name the first of them and what is close to each, which takes seconds in a large catalogue; count the rest."""
     known = set(catalog.titles.to_pylist())
-    for title in dict.fromkeys(title for history in histories for title in history if title not in known):
+    unknown = list(dict.fromkeys(title for history in histories for title in history if title not in known))
+    for title in unknown[:UNKNOWN_SHOWN]:
         close = difflib.get_close_matches(title, known, n=3)
         words = f"close to it: {', '.join(map(repr, close))}" if close else "nothing is close to it"
         print(f"{title!r} is no title of the catalogue, and read all the same; {words}", file=sys.stderr)
+    if len(unknown) > UNKNOWN_SHOWN:
+        print(f"so are {len(unknown) - UNKNOWN_SHOWN} other titles", file=sys.stderr)
 
 
 def _read(file: Path) -> Iterator[list[str]]:

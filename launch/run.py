@@ -99,7 +99,8 @@ def try_weights(actors: Actors, model_path: Path) -> None:
 def try_rewards(actors: Actors) -> None:
     """Roll out and score a group per worker before training: a reward that cannot shows now, not after SFT."""
     rollouts, rewards = actors.rollouts, actors.rewards
-    flight = rollouts.launch("train", np.arange(len(rollouts.workers)), seed=0)
+    examples = min(len(rollouts.workers), len(rollouts.catalog.examples("train")))
+    flight = rollouts.launch("train", np.arange(examples), seed=0)
     scoring = [rewards.submit(table, "train") for table in rollouts.land(flight)]
     rewards.metrics(list(rewards.results(scoring)))
     rollouts.sleep()  # the warm-up comes first

@@ -210,6 +210,9 @@ class RolloutWorker:
 
 
 def group_seed(seed: int, policy_version: int, example_id: int) -> int:
-    """The seed of one group, in [0, 2^63): it depends on neither the batch nor the worker."""
+    """The seed of one group, in [0, 2^63): it depends on neither the batch nor the worker.
+
+    policy_version: -1 in the trial before training.
+    """
     state = np.random.SeedSequence([seed, policy_version % 2**32, example_id]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

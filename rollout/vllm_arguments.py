@@ -45,6 +45,10 @@ class EngineError(RuntimeError):
     """A rollout engine cannot be made, or cannot serve what it was asked; the message names the key to change."""
 
 
+class LengthError(EngineError):
+    """Prompts and titles that no engine of this configuration can take."""
+
+
 def check_vllm(theirs: dict[str, Any]) -> None:
     """Raise EngineError for an argument of `rollout.vllm` that the project decides itself, naming the key to set."""
     for name in sorted(theirs):
@@ -80,11 +84,11 @@ def max_model_len(model_config: dict[str, Any], config: RolloutConfig) -> int:
 
 
 def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: int, title_tokens: int) -> None:
-    """Raises EngineError where the longest prompt and the longest completion do not fit into the engine together."""
+    """Raises LengthError where the longest prompt and the longest completion do not fit into the engine together."""
     completion = max(title_tokens, config.max_completion_tokens if config.strategy == "unconstrained" else 0)
     limit = max_model_len(read_model_config(model_path), config)
     if prompt_tokens + completion > limit:
-        raise EngineError(
+        raise LengthError(
             f"the longest prompt has {prompt_tokens} tokens, completions up to {completion}, together more than the "
             f"engine's {limit}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len (a model cannot take "
             "more than it has positions)"

@@ -352,23 +352,6 @@ def test_what_a_run_without_steps_is_resumed_with_says_how_to_keep_its_warm_up(
     assert "from its weights after SFT: MODEL=runs/mine/checkpoints/sft" in refused(*change)
 
 
-@pytest.mark.parametrize("words", [["DRYRUN=1"], ["STEP=3", "DRY_RUN=1"], ["Data=folder"]])
-def test_a_mistyped_make_variable_is_refused(words: list[str]) -> None:
-    made = subprocess.run(["make", "-n", "launch", *words], cwd=REPOSITORY, capture_output=True, text=True)
-    assert made.returncode == 2
-    assert f"unknown: {words[0].partition('=')[0]}. Variables are CLUSTER DATA MODEL" in made.stderr
-
-
-@pytest.mark.parametrize(("value", "resumes"), [("1", True), ("yes", True), ("0", False), ("no", False), ("", False)])
-def test_make_passes_what_it_is_given(value: str, resumes: bool) -> None:
-    command = ["make", "-n", "launch", "NAME=mine", f"RESUME={value}", "ARGS=a.b=c"]
-    made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    (line,) = [line for line in made.stdout.replace("\\\n", " ").splitlines() if "launch.cli train" in line]
-    assert ("--resume" in line) == resumes
-    assert '--name "mine"' in line
-    assert line.rstrip().endswith("-- a.b=c")
-
-
 def test_a_run_is_not_resumed_on_changed_data(
     data: Path, tiny_model_dir: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,9 +386,12 @@ def test_what_cannot_be_recommended_is_refused(data: Path, tmp_path: Path, refus
     assert "--count must be 1 or more" in refused("recommend", "runs/mine", "Acme Bolt", "--count", "0")
     (tmp_path / "histories").write_text('["Acme Bolt M1, Steel"]\n[]\n')
     assert "histories, line 2: a list of titles" in refused("recommend", "runs/mine", "--file", "histories")
+    (tmp_path / "histories").write_text("")
+    assert "histories is empty" in refused("recommend", "runs/mine", "--file", "histories")
 
 
 def test_what_cannot_be_compared_is_refused(data: Path, refused: Refused) -> None:
     assert "there is no run" in refused("compare", "runs/ghost")
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
     assert "only finished runs can be compared" in refused("compare", "runs/mine")
+    assert "there is no run runs/ghost" in refused("compare", "runs/ghost", "runs/mine")

@@ -1,0 +1,25 @@
+"""What `make` takes and passes on."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("words", [["DRYRUN=1"], ["STEP=3", "DRY_RUN=1"], ["Data=folder"]])
+def test_a_mistyped_make_variable_is_refused(words: list[str]) -> None:
+    made = subprocess.run(["make", "-n", "launch", *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert f"unknown: {words[0].partition('=')[0]}. Variables are CLUSTER DATA MODEL" in made.stderr
+
+
+@pytest.mark.parametrize(("value", "resumes"), [("1", True), ("yes", True), ("0", False), ("no", False), ("", False)])
+def test_make_passes_what_it_is_given(value: str, resumes: bool) -> None:
+    command = ["make", "-n", "launch", "NAME=mine", f"RESUME={value}", "ARGS=a.b=c"]
+    made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    (line,) = [line for line in made.stdout.replace("\\\n", " ").splitlines() if "launch.cli train" in line]
+    assert ("--resume" in line) == resumes
+    assert '--name "mine"' in line
+    assert line.rstrip().endswith("-- a.b=c")
