@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
+NAME_WIDTH = 40
+"""Names of a table's rows are not cut up to here, however narrow the terminal."""
 
 
 class Stage:
@@ -55,8 +57,10 @@ class Progress:
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table; the first column is text, the others are figures."""
         table = Table(title=title, title_justify="left")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+        widest = max((len(row[0]) for row in rows), default=0)
+        table.add_column(columns[0], min_width=min(widest, NAME_WIDTH), overflow="fold")
+        for column in columns[1:]:
+            table.add_column(column, justify="right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self.console.print(table)
