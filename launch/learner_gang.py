@@ -99,6 +99,10 @@ class LearnerGang:
         self._saved = None
         return self._all("step", [rank.step.remote(*tables) for rank in self._ranks])[0]
 
+    def check_rollouts(self, tables: Sequence[ObjectRef]) -> None:
+        """Raise where scored tables do not come from the present weights."""
+        self._all("check_rollouts", [rank.check_rollouts.remote(*tables) for rank in self._ranks])
+
     def export(self, version: int) -> PublishedWeights:
         """Put the weights into the object store, once, with their checksum."""
         buckets = [bucket for _, bucket in self._stream("export_weights")]  # all of rank 0

@@ -31,6 +31,7 @@ POSITIVE = (
     "rollout.queue_tables",
     "rollout.timeout_s",
     "learner.importance_cap",
+    "learner.mismatch_limit",
     "learner.updates_per_batch",
     "learner.micro_batch_tokens",
     "learner.logit_mib",

@@ -66,8 +66,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
-        surviving(actors, progress, partial(try_weights, actors, model_path))
-        try_rewards(actors)
+        surviving(actors, progress, partial(trial, actors, model_path))
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
         sft = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
         with progress.stage("train", steps) as stage:
@@ -84,8 +83,14 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     return summary
 
 
+def trial(actors: Actors, model_path: Path) -> None:
+    """What only shows when it runs, before the warm-up takes its time."""
+    try_weights(actors, model_path)
+    try_groups(actors)
+
+
 def try_weights(actors: Actors, model_path: Path) -> None:
-    """Load the weights before training into every worker: those that a worker cannot take show now, not after SFT."""
+    """Load the weights before training into every worker: those that it cannot take show now."""
     actors.rollouts.publish(actors.learner.export, version=-1)
     try:
         actors.rollouts.loaded()
@@ -96,14 +101,16 @@ def try_weights(actors: Actors, model_path: Path) -> None:
         ) from error
 
 
-def try_rewards(actors: Actors) -> None:
-    """Roll out and score a group per worker before training: a reward that cannot shows now, not after SFT."""
+def try_groups(actors: Actors) -> None:
+    """Roll out a group per worker: rewards that cannot score it show now, and models that vLLM computes otherwise."""
     rollouts, rewards = actors.rollouts, actors.rewards
     examples = min(len(rollouts.workers), len(rollouts.catalog.examples("train")))
     flight = rollouts.launch("train", np.arange(examples), seed=0)
     scoring = [rewards.submit(table, "train") for table in rollouts.land(flight)]
-    rewards.metrics(list(rewards.results(scoring)))
-    rollouts.sleep()  # the warm-up comes first
+    groups = list(rewards.results(scoring))
+    rewards.metrics(groups)
+    rollouts.sleep()  # the learner comes next
+    actors.learner.check_rollouts(groups)
 
 
 def warm_up(

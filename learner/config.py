@@ -77,6 +77,9 @@ class LearnerConfig:
     # Divide advantages by the group's standard deviation.
     importance_cap: float | None = 2.0
     # Truncation of the importance weight against the rollout's log-probabilities; used when staleness > 0.
+    mismatch_limit: float | None = None
+    # Largest mean difference of a candidate's log-probability to that of a rollout with the same weights; beyond it
+    # the run ends, since its rollouts come from another policy. None: 0.1 in float32, 5 in bfloat16.
     inclusion_weights: bool = False
     # With rollout.strategy=stochastic_beam: weigh every candidate by its inclusion weight instead of 1 / G, so that
     # the mean over a group is an unbiased estimate of the mean over the policy.

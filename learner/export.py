@@ -1,9 +1,10 @@
 """Whole weights of the policy under their Hugging Face names, whatever ZeRO stage holds them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from learner.engine import ZeroEngine
 from learner.lora import Adapted, merged_parameters
@@ -30,19 +31,28 @@ def named_weights(
         yield from _gathered(engine, bucket)
 
 
-def weight_buckets(engine: ZeroEngine, model: nn.Module) -> Iterator[WeightBucket]:
+def named_as_saved(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Weights as Hugging Face's files have them, which is what vLLM reads: experts one by one, some names others."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return list(revert_weight_conversion(model, dict(tensors)).items())
+
+
+def weight_buckets(engine: ZeroEngine, model: PreTrainedModel) -> Iterator[WeightBucket]:
     """Copies of all weights in buckets, on rank 0; nothing on the other ranks, which must exhaust it too."""
     for tensors in named_weights(engine, model):
         if engine.rank == 0:
-            yield WeightBucket.pack(tensors)
+            yield WeightBucket.pack(named_as_saved(model, tensors))
 
 
-def weights_checksum(engine: ZeroEngine, model: nn.Module) -> int:
+def weights_checksum(engine: ZeroEngine, model: PreTrainedModel) -> int:
     """rollout.weights.checksum of all weights; all ranks must call."""
-    return combine(tensor_checksum(*entry) for bucket in named_weights(engine, model) for entry in bucket)
+    return combine(
+        tensor_checksum(*entry) for bucket in named_weights(engine, model) for entry in named_as_saved(model, bucket)
+    )
 
 
-def save_huggingface(engine: ZeroEngine, model: nn.Module, tokenizer_path: str, path: Path) -> None:
+def save_huggingface(engine: ZeroEngine, model: PreTrainedModel, tokenizer_path: str, path: Path) -> None:
     """Write a Hugging Face directory (weights, configuration, tokenizer) on rank 0; all ranks must call."""
     weights: dict[str, Tensor] = {}
     for bucket in named_weights(engine, model):
@@ -51,7 +61,7 @@ def save_huggingface(engine: ZeroEngine, model: nn.Module, tokenizer_path: str, 
     if engine.rank == 0:
         from transformers import AutoTokenizer
 
-        model.save_pretrained(path, state_dict=weights)  # type: ignore[operator]
+        model.save_pretrained(path, state_dict=weights)
         AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(path)
     engine.barrier()
 

@@ -78,6 +78,10 @@ class Learner:
         """One RL step on all groups of the tables, which have a `reward` column; see PolicyUpdate.step."""
         return self._update.step(Experience.from_tables(tables))
 
+    def check_rollouts(self, tables: Sequence[pa.Table]) -> None:
+        """Raise MismatchError unless these groups come from the present weights; see PolicyUpdate.check_rollouts."""
+        self._update.check_rollouts(Experience.from_tables(tables))
+
     def return_freed_memory(self) -> None:
         """Give the system, or the GPU, what freed tensors have left; a small model on a CPU keeps it."""
         if self.engine.device.type == "cuda":

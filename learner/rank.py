@@ -155,6 +155,11 @@ class LearnerRank:
         """One RL step on the groups of all tables (every rank gets all of them); metrics are equal on all ranks."""
         return self._learner.step(tables)
 
+    @_named
+    def check_rollouts(self, *tables: pa.Table) -> None:
+        """Fail unless these scored groups come from the present weights; every rank gets all of them."""
+        self._learner.check_rollouts(tables)
+
     @_named_stream
     def export_weights(self) -> Iterator[WeightBucket]:
         """All weights in buckets from rank 0; the other ranks yield nothing."""

@@ -29,6 +29,13 @@ TOTALS = ("loss", "completion_tokens", "packed_tokens")
 MEANS = ("loss", "kl", "clipped", "grad_norm")
 """Metrics that a step reports as the mean of its updates; of the others, those of its first update."""
 
+MISMATCH_LIMITS = {"float32": 0.1, "bfloat16": 5.0}
+"""Far above what rounding does to the sum of a title's log-probabilities, far below what other weights do."""
+
+
+class MismatchError(RuntimeError):
+    """Rollouts and learner give the same candidates other log-probabilities, and not by rounding."""
+
 
 @dataclass
 class MicroBatch:
@@ -71,11 +78,14 @@ class PolicyUpdate:
         self._objective = resolve(config.objective)
         self._total = total_steps * config.updates_per_batch
         self._off_policy = staleness > 0
+        limit = config.mismatch_limit
+        self._mismatch_limit = MISMATCH_LIMITS[config.dtype] if limit is None else limit
 
     def step(self, experience: Experience) -> dict[str, float]:
         """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.
 
         Every rank computes all advantages, and takes its share of the groups by the plan that all ranks agree on.
+        Raises MismatchError where the groups come from other weights than staleness allows.
         """
         seconds: dict[str, float] = defaultdict(float)
         with self._phase(seconds, "learn"):
@@ -93,6 +103,8 @@ class PolicyUpdate:
                 )
                 for update in range(self._config.updates_per_batch)
             ]
+        if not self._off_policy and not self._config.lora.dropout:
+            self._check_mismatch(updates[0]["mismatch"])
         return {
             **updates[0],
             **{name: float(np.mean([update[name] for update in updates])) for name in MEANS if name in updates[0]},
@@ -101,6 +113,28 @@ class PolicyUpdate:
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "tokens_per_second": sum(update["packed_tokens"] for update in updates) / seconds["learn"],
         }
+
+    @torch.no_grad()
+    def check_rollouts(self, experience: Experience) -> None:
+        """Raise MismatchError unless these groups come from the policy as it is now; nothing is updated."""
+        no_advantages = [np.zeros_like(rewards) for rewards in experience.rewards]
+        self._policy.eval()  # without the dropout of adapters
+        sums: dict[str, float] = defaultdict(float)
+        for row in range(len(experience)):
+            micro = self._micro_batch(experience, no_advantages, [row], counts=True)
+            for name, value in _sums(micro, self._engine(micro.packed)).items():
+                sums[name] += float(value.sum())
+        self._policy.train()
+        self._check_mismatch(sums["mismatch"] / max(sums["candidates"], 1.0))
+
+    def _check_mismatch(self, mismatch: float) -> None:
+        if not mismatch <= self._mismatch_limit:
+            raise MismatchError(
+                "rollout and learner have the same weights, but the log-probabilities that they give a candidate "
+                f"differ by {mismatch:.3g} on average (learner.mismatch_limit={self._mismatch_limit:g}): vLLM and "
+                "transformers compute this model differently. Try rollout.engine=requests or float32, take another "
+                "model, or raise the limit where so much is known to be rounding"
+            )
 
     def _micro_batches(self, experience: Experience, advantages: list[np.ndarray]) -> list[MicroBatch]:
         """This rank's share of the groups that can move the policy.

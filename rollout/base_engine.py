@@ -12,7 +12,7 @@ from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
 from rollout.groups import Candidates
-from rollout.vllm_engine import check_requests, check_temperature, check_vocabulary
+from rollout.vllm_engine import call_workers, check_requests, check_temperature, check_vocabulary
 from rollout.weights import WeightBucket, combine
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ class BaseEngine(ABC):
 
     def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
         """See RolloutEngine.load_weights."""
-        loaded = self._llm.collective_rpc("load_bucket_weights", args=(list(buckets),))
+        loaded = call_workers(self._llm, "load_bucket_weights", list(buckets))
         self._llm.reset_prefix_cache()
         return combine(loaded)
 
     def sleep(self) -> None:
         """See RolloutEngine.sleep."""
-        self._llm.collective_rpc("fall_asleep")
+        call_workers(self._llm, "fall_asleep")
 
     def shutdown(self) -> None:
         """See RolloutEngine.shutdown."""

@@ -123,6 +123,16 @@ def create_llm(
     return llm
 
 
+def call_workers(llm: "LLM", method: str, *arguments: Any) -> list[Any]:
+    """What a method of every worker returns. Raises what it raised; an EngineError if in a process of its own."""
+    try:
+        return llm.collective_rpc(method, args=arguments)
+    except RuntimeError as error:
+        if (told := re.fullmatch("Worker failed with error '(.*)', please check the.*", str(error), re.S)) is None:
+            raise
+        raise EngineError(told[1]) from error
+
+
 def _unknown_argument(name: str) -> str:
     from vllm import EngineArgs
 

@@ -1,16 +1,15 @@
 """New weights into a running vLLM worker, and the checksum of what it then really holds."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rollout.host_memory import WORTH_RETURNING, return_freed_memory
-from rollout.vllm_internals import UnsupportedModelError
+from rollout.vllm_layout import HeldWeights
 from rollout.vllm_sleep import SleepWorker
-from rollout.weights import WeightBucket, WeightsError, combine, tensor_checksum
+from rollout.weights import WeightBucket, WeightsError
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 """Largest difference between a packed matrix product and the plain one, relative to the largest output."""
@@ -20,11 +19,12 @@ class WeightsWorker(SleepWorker):
     """Methods that vLLM adds to its worker class: loading weights and saying what was loaded.
 
     >>> llm = create_llm(model_path, config, worker_extension="rollout.vllm_weights.WeightsWorker")
-    >>> loaded = combine(llm.collective_rpc("load_bucket_weights", args=(buckets,)))
+    >>> loaded = combine(call_workers(llm, "load_bucket_weights", buckets))
     """
 
     model_config: Any
     vllm_config: Any
+    _by_place = False
 
     def load_bucket_weights(self, buckets: Sequence[WeightBucket]) -> int:
         """Replace all weights, waking a worker that sleeps; this rank's share of the checksum of what it then holds.
@@ -36,47 +36,40 @@ class WeightsWorker(SleepWorker):
         from vllm.config import set_current_vllm_config
 
         model = self.model_runner.model
-        tensors = [named for bucket in buckets for named in bucket.tensors()]
+        tensors = dict(named for bucket in buckets for named in bucket.tensors())
         _check_dtype(tensors, self.model_config.dtype)
         self.wake("weights")
-        held: dict[str, int] = {}
+        one_rank = self.vllm_config.parallel_config.tensor_parallel_size == 1
+        held = HeldWeights(model, by_place=self._by_place or not one_rank)
         with torch.no_grad(), set_current_vllm_config(self.vllm_config), _watch_packing(model, held):
             _reload(model, self.model_config, tensors)
         for module_name, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.numel() and not _is_tied_copy(model, module):
-                    held.update(_held_checksums(model, module_name, module, name, parameter))
-        _check_names({name for name, _ in tensors}, set(held))
-        self.weight_bytes = sum(tensor.nbytes for _, tensor in tensors)
+                    held.note(module_name, module, name, parameter)
+        checksum = held.checksum(tensors)
+        self._by_place = held.by_place
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if self.model_runner.device.type == "cpu" and self.weight_bytes >= WORTH_RETURNING:
             return_freed_memory()  # what packing needed
         self.wake("kv_cache")
-        return combine(held.values())
+        return checksum
 
 
-def _check_dtype(tensors: Sequence[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
-    for name, tensor in tensors:
+def _check_dtype(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise WeightsError(
                 f"{name} arrived as {tensor.dtype}, the engine holds {dtype}: export the weights in rollout.dtype"
             )
 
 
-def _check_names(arrived: set[str], held: set[str]) -> None:
-    if arrived != held:
-        raise WeightsError(
-            f"the weights that arrived are not those that the engine holds: missing {sorted(held - arrived)[:5]}, "
-            f"unknown {sorted(arrived - held)[:5]}; each parameter must come once, under its Hugging Face name, and "
-            "this architecture must store them under these names in vLLM, too, or it cannot be trained"
-        )
-
-
-def _reload(model: Any, model_config: Any, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+def _reload(model: Any, model_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
     try:
-        model.load_weights(iter(tensors))
+        model.load_weights(iter(tensors.items()))
     except (KeyError, ValueError) as error:
         raise WeightsError(f"vLLM does not take the weights: {error}") from error
     finally:
@@ -113,8 +106,15 @@ def _repack_tied_head(head: Any, embedding: Any) -> None:
     _check_product("lm_head", head, embedding.weight)
 
 
+def _repack_experts(layer: Any) -> None:
+    """A reload leaves experts as they arrived where the kernel, on CPU, takes packed ones."""
+    kernel = getattr(layer.quant_method, "moe_kernel", None)
+    if kernel is not None and layer.w13_weight.device.type == "cpu":
+        kernel.fused_experts.process_weights_after_loading(layer)
+
+
 @contextmanager
-def _watch_packing(model: torch.nn.Module, held: dict[str, int]) -> Iterator[None]:
+def _watch_packing(model: torch.nn.Module, held: HeldWeights) -> Iterator[None]:
     """While open: whenever vLLM packs a layer, note the checksums of what it packs and check what comes out."""
     watched = [(name, module) for name, module in model.named_modules() if hasattr(module, "quant_method")]
     for module_name, module in watched:
@@ -124,9 +124,10 @@ def _watch_packing(model: torch.nn.Module, held: dict[str, int]) -> Iterator[Non
         def watch(layer: Any, module_name: str = module_name, pack: Callable[[Any], None] = pack) -> None:
             plain = dict(layer.named_parameters(recurse=False))
             pack(layer)
+            _repack_experts(layer)
             for name, tensor in plain.items():
                 if getattr(layer, name).numel() < tensor.numel():
-                    held.update(_held_checksums(model, module_name, layer, name, tensor))
+                    held.note(module_name, layer, name, tensor)
             if hasattr(layer, "cpu_linear"):
                 _check_product(module_name, layer, plain["weight"])
 
@@ -146,66 +147,3 @@ def _check_product(name: str, layer: Any, weight: torch.Tensor) -> None:
     error, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not error <= PROBE_TOLERANCE[weight.dtype] * (scale + 1e-6):
         raise WeightsError(f"{name}: the packed weights differ from those that were loaded (by {error:.3g})")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The part of one Hugging Face tensor that one rank holds."""
-
-    name: str
-    tensor: torch.Tensor
-    row: int = 0
-    column: int = 0
-    counted: bool = True
-    """False for a copy that another rank counts."""
-
-
-def _held_checksums(
-    model: torch.nn.Module, module_name: str, layer: Any, name: str, tensor: torch.Tensor
-) -> dict[str, int]:
-    parts = _parts(model, f"{module_name}.{name}", layer, tensor)
-    return {
-        part.name: tensor_checksum(part.name, part.tensor, row_offset=part.row, column_offset=part.column)
-        if part.counted
-        else 0
-        for part in parts
-    }
-
-
-def _parts(model: Any, name: str, layer: Any, tensor: torch.Tensor) -> list[_Part]:
-    """Undo vLLM's fusing and sharding: which parts of which Hugging Face tensors a parameter holds."""
-    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    if isinstance(layer, VocabParallelEmbedding):
-        shard = layer.shard_indices
-        return [_Part(name, tensor[: shard.num_org_elements], row=shard.org_vocab_start_index)]
-    if isinstance(layer, RowParallelLinear):
-        if tensor.dim() == 1:
-            return [_Part(name, tensor, counted=layer.tp_rank == 0)]
-        return [_Part(name, tensor, column=layer.tp_rank * tensor.shape[1])]
-    if isinstance(layer, ColumnParallelLinear):
-        prefix, fused, suffix = name.rsplit(".", 2)
-        names = getattr(model, "packed_modules_mapping", {}).get(fused, [fused])
-        sizes = layer.output_partition_sizes if len(names) > 1 else [len(tensor)]
-        fused_in_file = len(names) == 1 and len(getattr(layer, "output_sizes", ())) > 1
-        if len(names) != len(sizes) or (fused_in_file and layer.tp_size > 1):
-            raise UnsupportedModelError(
-                f"{name} fuses {names} into parts of {sizes} rows; its weights cannot be verified with "
-                "rollout.tensor_parallel > 1"
-            )
-        parts = []
-        for i, (part_name, part) in enumerate(zip(names, tensor.split(sizes), strict=True)):
-            replicas = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and i > 0 else 1
-            parts.append(
-                _Part(
-                    f"{prefix}.{part_name}.{suffix}",
-                    part,
-                    row=layer.tp_rank // replicas * len(part),
-                    counted=layer.tp_rank % replicas == 0,
-                )
-            )
-        return parts
-    from vllm.distributed import get_tensor_model_parallel_rank
-
-    return [_Part(name, tensor, counted=get_tensor_model_parallel_rank() == 0)]

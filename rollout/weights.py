@@ -13,6 +13,7 @@ from rollout.arrays import as_tensor
 CHECKSUM_BITS = 63
 _ON_CPU, _ON_CUDA = 1 << 16, 1 << 26
 # Elements that are summed at once.
+_MIX = 0x1E3779B97F4A7C15
 _BITS_OF_ITEM_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -101,6 +102,19 @@ def tensor_checksum(
     step = max(1, (_ON_CUDA if bits.is_cuda else _ON_CPU) // max(1, bits.shape[1]))
     sums = [(bits[i : i + step] * column).sum(1) for i in range(0, len(bits), step)]
     return int((torch.cat(sums) * row).sum()) * _key(name) % (1 << CHECKSUM_BITS)
+
+
+def elements_checksum(tensor: torch.Tensor) -> int:
+    """Checksum of a tensor's elements in any order and shape, in [0, 2**63); zeros are not counted.
+
+    It notices other elements, not where they lie: for tensors of which two sides keep the elements in other places.
+    """
+    bits = tensor.detach().flatten().view(_BITS_OF_ITEM_SIZE[tensor.element_size()])
+    total = 0
+    for part in bits.split(_ON_CUDA if bits.is_cuda else _ON_CPU):
+        mixed = part.long() * _MIX
+        total += int(((mixed ^ (mixed >> 29)) * _MIX).sum())
+    return total % (1 << CHECKSUM_BITS)
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 from rollout.base_engine import BaseEngine
 from rollout.config import RolloutConfig, Strategy
 from rollout.groups import Candidates
-from rollout.vllm_engine import create_llm
+from rollout.vllm_engine import call_workers, create_llm
 
 WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
 
@@ -23,9 +23,9 @@ class WorkerEngine(BaseEngine):
     def __init__(self, model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> None:
         llm = create_llm(model_path, config, worker_extension=WORKER_EXTENSION, first_runner=True, whole_graphs=False)
         super().__init__(llm, trie_path, config)
-        llm.collective_rpc("start_search", args=(str(trie_path), config))
+        call_workers(llm, "start_search", str(trie_path), config)
 
     def _search(
         self, prompts: list[np.ndarray], seeds: Sequence[int], strategy: Strategy, size: int
     ) -> list[Candidates]:
-        return self._llm.collective_rpc("search_groups", args=(prompts, list(seeds), strategy, size))[0]
+        return call_workers(self._llm, "search_groups", prompts, list(seeds), strategy, size)[0]

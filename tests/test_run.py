@@ -228,19 +228,29 @@ def test_a_rollout_worker_that_dies_with_stale_flights_queued_comes_back(tmp_pat
     assert logged_steps(run, "train") == list(range(1, 9))
 
 
-def test_a_model_that_rollout_workers_cannot_take_is_refused_before_the_warm_up(
+def test_a_model_that_workers_and_learner_compute_differently_is_refused_before_the_warm_up(tmp_path: Path) -> None:
+    process = start(tmp_path, "--name", "differs", "--steps", "1", "learner.mismatch_limit=1e-12")
+    output = finish(process)
+    assert process.returncode == 1
+    assert "learner.mismatch_limit=1e-12" in output
+    assert "SFT  " not in output
+    assert not (tmp_path / "runs" / "differs").exists()
+
+
+def test_weights_that_ranks_of_a_worker_cannot_take_are_refused_before_the_warm_up(
     tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
-    """vLLM holds GPT-2's matrices transposed."""
+    """vLLM holds GPT-2's matrices transposed, and two ranks of a worker hold parts of them."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     shape = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 1024}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    process = start(tmp_path, "--name", "gpt2", "--model", str(tmp_path / "gpt2"), "--steps", "1")
+    arguments = "--name", "gpt2", "--model", str(tmp_path / "gpt2"), "--steps", "1", "rollout.tensor_parallel=2"
+    process = start(tmp_path, *arguments)
     output = finish(process)
     assert process.returncode == 1
-    assert "vLLM stores the weights of GPT2LMHeadModel in another form" in output
+    assert "set rollout.tensor_parallel=1" in output
     assert "Traceback" not in output
     assert not (tmp_path / "runs" / "gpt2").exists()
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.weights import WeightBucket, WeightsError, checksum, combine, tensor_checksum
+from rollout.weights import WeightBucket, WeightsError, checksum, combine, elements_checksum, tensor_checksum
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -53,6 +53,26 @@ def test_parts_add_up(row: int, column: int) -> None:
         tensor_checksum("embed", tensor[row:, column:], row_offset=row, column_offset=column),
     ]
     assert combine(parts) == checksum([("embed", tensor)])
+
+
+@given(order=st.permutations(range(12)), zeros=st.integers(0, 3))
+def test_the_elements_are_the_same_in_any_order_and_with_zeros_between(order: list[int], zeros: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = tensors(dtype)["embed"][:3, :4]
+        moved = torch.cat([tensor.flatten()[order].view(2, 6), torch.zeros(zeros, 6, dtype=dtype)])
+        assert elements_checksum(moved) == elements_checksum(tensor)
+        assert elements_checksum(moved.T) == elements_checksum(tensor)
+
+
+@given(place=st.integers(0, 399), bit=st.integers(0, 30), other=st.integers(0, 399))
+def test_another_element_changes_the_checksum_of_elements(place: int, bit: int, other: int) -> None:
+    tensor = tensors()["embed"]
+    before = elements_checksum(tensor)
+    changed, repeated = tensor.clone(), tensor.clone()
+    changed.view(-1).view(torch.int32)[place] ^= 1 << bit
+    repeated.view(-1)[place] = repeated.view(-1)[other]
+    assert elements_checksum(changed) != before
+    assert (elements_checksum(repeated) == before) == (place == other)
 
 
 def test_a_short_bucket_is_an_error_that_names_the_tensor() -> None:
