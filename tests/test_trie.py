@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,7 +53,9 @@ def test_trie_holds_exactly_the_titles(titles: list) -> None:
 @given(SETS_OF_TITLES, st.lists(st.integers(0, 9), max_size=8))
 def test_only_titles_are_classified(titles: list, tokens: list[int]) -> None:
     whole = {(*title, EOS): item_class for item_class, title in enumerate(titles)}
-    assert trie_of(titles).classify(tokens) == whole.get(tuple(tokens), -1)
+    trie = trie_of(titles)
+    assert trie.classify(tokens) == whole.get(tuple(tokens), -1)
+    assert [trie.classify([*title, EOS, EOS]) for title in titles] == [-1] * len(titles)
 
 
 @given(SETS_OF_TITLES)
@@ -84,6 +87,7 @@ def test_statistics_count_children(titles: list) -> None:
 @given(SETS_OF_TITLES)
 def test_saved_trie_is_the_same(tmp_path_factory: pytest.TempPathFactory, titles: list) -> None:
     trie = trie_of(titles)
+    assert (trie.edge_token.dtype, trie.edge_target.dtype) == (np.int32, np.int32)
     path = tmp_path_factory.mktemp("trie") / "trie.arrow"
     trie.save(path)
     loaded = Trie.load(path)
@@ -112,6 +116,7 @@ def test_flat_and_listed_titles_make_the_same_trie() -> None:
         ([[1, EOS], [EOS]], "item class 1: the title has no tokens"),
         ([[1, EOS], [2, 3]], "item class 1: end-of-sequence"),
         ([[1, EOS], [2, EOS, 3, EOS]], "item class 1: end-of-sequence"),
+        ([[1, EOS], [EOS, 2, EOS]], "item class 1: end-of-sequence"),
         ([[1, 2, EOS], [3, EOS], [1, 2, EOS]], "item classes 0 and 2 have the same tokens"),
     ],
 )
@@ -130,3 +135,19 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
         path.write_bytes(damage)
         with pytest.raises(TrieError, match=r"trie\.arrow"):
             Trie.load(path)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pa.table({"title": ["Bolt"]}),
+        pa.table({"first_edge": [[0, 1]]}),
+        pa.table({"first_edge": [[0, 1]]}).replace_schema_metadata({"eos_token": "7"}),
+    ],
+)
+def test_an_arrow_file_of_another_kind_is_named(tmp_path: Path, table: pa.Table) -> None:
+    path = tmp_path / "trie.arrow"
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(TrieError, match=r"trie\.arrow: not a readable trie"):
+        Trie.load(path)
