@@ -101,7 +101,7 @@ class Columns:
             raise CatalogError(
                 f"{self.file}: column {name!r} holds times above 2^63 - 1 ({error}); write seconds since 1970"
             ) from error
-        if len(seconds) and seconds.max() >= MILLISECONDS:
+        if seconds.max() >= MILLISECONDS:
             raise CatalogError(
                 f"{self.file}: column {name!r} has times up to {seconds.max()}, which look like milliseconds: "
                 "expected seconds since 1970; divide them by 1000, or write an Arrow timestamp column"

@@ -71,6 +71,7 @@ def test_histories_keep_their_last_items(folder: Path) -> None:
         ({"item_id": ["x", "y", "z"]}, {"history": [["x"], ["y", "x"]], "target": ["y", "z"]}),
         ({}, {"user_id": [7, 8]}),
         ({}, {"timestamp": pa.array([100, 200], pa.timestamp("s")).cast(pa.timestamp("ns"))}),
+        ({}, {"timestamp": pa.array([100_999, 200_001], pa.timestamp("ms"))}),
         ({}, {"history": pa.array(EXAMPLES["history"], pa.large_list(pa.int16()))}),
         ({"title": pa.array(ITEMS["title"], pa.string_view())}, {"user_id": pa.array(["a", "b"], pa.string_view())}),
         ({"title": pa.array(ITEMS["title"]).dictionary_encode()}, {"target": pa.array([20, 30], pa.uint32())}),
@@ -90,6 +91,14 @@ def test_ids_times_and_lists_of_other_widths_are_the_same(folder: Path, items: d
 def test_milliseconds_are_not_taken_for_seconds(folder: Path) -> None:
     write(folder / "train.parquet", EXAMPLES | {"timestamp": [1_700_000_000_000, 5]})
     with pytest.raises(CatalogError, match=r"train\.parquet: column 'timestamp' .* 1700000000000.* like milliseconds"):
+        read(folder)
+
+
+def test_a_time_is_in_seconds_up_to_the_year_5138(folder: Path) -> None:
+    write(folder / "train.parquet", EXAMPLES | {"timestamp": [5, 10**11 - 1]})
+    assert read(folder).splits["train"].timestamp.tolist() == [5, 10**11 - 1]
+    write(folder / "train.parquet", EXAMPLES | {"timestamp": [5, 10**11]})
+    with pytest.raises(CatalogError, match="like milliseconds"):
         read(folder)
 
 
@@ -269,8 +278,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["test.parquet", "'history', row 1", "null"],
     ),
     "null in a history": (
-        lambda f: write(f / "test.parquet", EXAMPLES | {"history": [[10, 20], [20, None]]}),
-        ["test.parquet", "'history', row 1", "null", "[20, None]"],
+        lambda f: write(f / "test.parquet", EXAMPLES | {"history": [[10, 20], [None, 20]]}),
+        ["test.parquet", "'history', row 1", "null", "[None, 20]"],
     ),
     "empty history": (
         lambda f: write(f / "train.parquet", EXAMPLES | {"history": [[10], []]}),
@@ -289,8 +298,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["train.parquet", "'target' holds strings", "items.parquet are integers"],
     ),
     "duplicate id": (
-        lambda f: write(f / "items.parquet", ITEMS | {"item_id": [10, 20, 10]}),
-        ["items.parquet", "'item_id', row 2", "id 10 is also in row 0"],
+        lambda f: write(f / "items.parquet", ITEMS | {"item_id": [10, 10, 10]}),
+        ["items.parquet", "'item_id', row 1", "id 10 is also in row 0"],
     ),
 }
 
