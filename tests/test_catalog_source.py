@@ -141,7 +141,29 @@ def test_published_csv_files_are_read(tmp_path: Path) -> None:
     data = read(tmp_path)
     assert data.titles.to_pylist() == ['Bolt, 3"', "Tab\there"]
     assert lists(data, "train") == [[1, 0]]
+    assert lists(read(tmp_path, max_history=1), "train") == [[0]]
     assert data.splits["train"].target.tolist() == [0]
+
+
+def test_of_several_formats_the_one_with_given_splits_in_parquet_is_read(folder: Path) -> None:
+    write_csv(folder)
+    write(folder / "sequences.parquet", {"user_id": ["u"], "item_ids": [[10, 20, 30, 10, 20]]})
+    assert lists(read(folder), "train") == [[0], [1, 0]]
+
+
+def test_titles_and_users_of_digits_keep_their_zeros(tmp_path: Path) -> None:
+    write_csv(tmp_path, user_id="0042", item_title="007")
+    (tmp_path / "info.txt").write_text("007\t0 \n008\t 1\n")
+    data = read(tmp_path)
+    assert data.titles.to_pylist() == ["007", "008"]
+    assert data.splits["train"].user_id.to_pylist() == ["0042"]
+
+
+def test_lines_may_break_within_a_value_of_a_large_csv_file(tmp_path: Path) -> None:
+    write_csv(tmp_path, note="a line,\n" * 20)
+    header, row = (tmp_path / "train.csv").read_text().split("\n", 1)
+    (tmp_path / "train.csv").write_text(f"{header}\n" + row * 20_000)
+    assert len(read(tmp_path).splits["train"]) == 20_000
 
 
 def test_a_byte_order_mark_belongs_to_no_title(tmp_path: Path) -> None:
@@ -154,6 +176,7 @@ def test_a_byte_order_mark_belongs_to_no_title(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"history_item_id": "[1, x]"}, ["train.csv", "'history_item_id'", "row 0", "[1, x]"]),
+        ({"history_item_id": "[1,,0]"}, ["train.csv", "'history_item_id'", "row 0", "[1,,0]"]),
         ({"history_item_id": "[]"}, ["train.csv", "'history_item_id'", "row 0", "empty list"]),
         ({"history_item_id": "[5]"}, ["train.csv", "'history_item_id'", "row 0", "item 5 is not in info.txt"]),
         ({"item_title": "Screw"}, ["train.csv", "'item_title'", "row 0", "'Screw'", "info.txt"]),
@@ -169,6 +192,14 @@ def test_faults_of_csv_files_are_named(tmp_path: Path, changes: dict, words: lis
     assert [word for word in words if word not in str(error.value)] == []
 
 
+def test_a_csv_file_of_uneven_rows_is_named(tmp_path: Path) -> None:
+    write_csv(tmp_path)
+    with (tmp_path / "valid.csv").open("a") as file:
+        file.write("u,[0]\n")
+    with pytest.raises(CatalogError, match=r"valid\.csv: not a readable CSV file"):
+        read(tmp_path)
+
+
 def test_a_line_of_the_info_file_without_a_number_is_named(tmp_path: Path) -> None:
     write_csv(tmp_path)
     (tmp_path / "info.txt").write_text("Bolt\t0\nNut 1\n")
@@ -177,7 +208,9 @@ def test_a_line_of_the_info_file_without_a_number_is_named(tmp_path: Path) -> No
 
 
 def test_a_number_of_the_info_file_that_fits_no_integer_is_named(tmp_path: Path) -> None:
-    write_csv(tmp_path)
+    write_csv(tmp_path, item_id="9" * 18, history_item_id="[0]", item_title="Nut")
+    (tmp_path / "info.txt").write_text(f"Bolt\t0\nNut\t{'9' * 18}\n")
+    assert read(tmp_path).item_ids.to_pylist() == [0, 10**18 - 1]
     (tmp_path / "info.txt").write_text("Bolt\t0\nNut\t99999999999999999999\n")
     with pytest.raises(CatalogError, match=r"info\.txt: line 2: .*up to 18 digits.*99999999999999999999"):
         read(tmp_path)
