@@ -22,6 +22,21 @@ def test_each_pass_visits_every_example_once(num_examples: int, per_step: int, s
         assert sorted(part) == list(range(num_examples))
 
 
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 12))
+def test_epochs_take_the_steps_that_fit_into_them_and_one_at_least(
+    num_examples: int, per_step: int, quarters: int
+) -> None:
+    steps = DataOrder(max(num_examples, per_step), per_step, 0).steps_in(quarters / 4)
+    examples = quarters * max(num_examples, per_step) / 4
+    assert steps == 1 or steps * per_step <= examples
+    assert (steps + 1) * per_step > examples
+
+
+def test_every_pass_of_every_seed_has_an_order_of_its_own() -> None:
+    orders = {tuple(DataOrder(50, 50, seed)[epoch]) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
 def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
     first, second = DataOrder(100, 7, 3), DataOrder(100, 7, 3)
     later = second[40]
