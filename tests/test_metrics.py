@@ -72,6 +72,8 @@ def test_bootstrap_keeps_the_examples_of_a_user_together() -> None:
     assert fourfold == pytest.approx(alone)
     uneven = paired_bootstrap(a, a + gain, [min(i, 400) for i in range(500)], seed=1)
     assert uneven["mean"] == pytest.approx(gain.mean())
+    shifted = paired_bootstrap(a, a + 0.25, [min(i, 400) for i in range(500)], seed=1)
+    assert shifted == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
 
 
 @pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([], []), ([[1.0]], [[1.0]])])

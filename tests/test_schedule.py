@@ -31,3 +31,5 @@ def test_the_published_trajectory_has_these_rates():
 def test_a_step_beyond_the_end_keeps_the_last_rate():
     config = OptimizerConfig(schedule="linear")
     assert learning_rate(config, 15, 10) == 0.0
+    only_warm_up = OptimizerConfig(schedule="linear", warmup_ratio=1.0)
+    assert learning_rate(only_warm_up, 10, 10) == only_warm_up.learning_rate
