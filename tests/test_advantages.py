@@ -1,5 +1,7 @@
 """Advantages against torch's own statistics and their definitions."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -54,3 +56,8 @@ def test_equal_rewards_are_exactly_uninformative_whatever_their_rounding() -> No
 
 def test_no_groups_have_no_advantages() -> None:
     assert group_advantages([]) == rank_advantages([]) == leave_one_out_advantages([]) == []
+
+
+@pytest.mark.parametrize("advantages", [group_advantages, rank_advantages, leave_one_out_advantages])
+def test_a_group_without_candidates_has_no_advantages(advantages: Callable) -> None:
+    assert [group.tolist() for group in advantages([np.array([]), np.array([0.5, 0.5])])] == [[], [0.0, 0.0]]

@@ -285,6 +285,9 @@ def test_an_objective_of_the_working_directory_is_found(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--dry-run", "learner.objective=my_objective:mine"]) == 0
     assert main(["train", "--dry-run", "learner.objective=my_objective.py:mine"]) == 0
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "my_objective.py").rename(tmp_path / "losses" / "another.py")
+    assert main(["train", "--dry-run", "learner.objective=losses/another.py:mine"]) == 0
 
 
 @pytest.mark.parametrize(

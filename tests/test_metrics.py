@@ -80,3 +80,5 @@ def test_bootstrap_keeps_the_examples_of_a_user_together() -> None:
 def test_bootstrap_refuses_what_is_not_paired(a: list, b: list) -> None:
     with pytest.raises(ValueError, match="equally long"):
         paired_bootstrap(np.array(a), np.array(b), range(len(a)), seed=0)
+    with pytest.raises(ValueError, match=r"equally long, .* and 3 users"):
+        paired_bootstrap(np.zeros(2), np.ones(2), range(3), seed=0)

@@ -2,13 +2,16 @@
 
 import sys
 import types
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from learner.config import LearnerConfig, objective_names
-from learner.objectives import CompletionBatch, ObjectiveError, objective, resolve
+from learner.objectives import CompletionBatch, ObjectiveError, check_objective, objective, resolve
 
 LENGTHS = (3, 5, 1, 4, 2, 5)
 
@@ -42,10 +45,11 @@ def tokens_of(batch: CompletionBatch) -> list[list[list[int]]]:
 def written_out(name: str, batch: CompletionBatch, config: LearnerConfig) -> torch.Tensor:
     """The loss, one completion and one token at a time."""
     losses = []
+    behaviour = batch.logp_old if batch.logp_rollout is None else batch.logp_rollout
     for row, length in enumerate(LENGTHS):
         lp, ref, old, roll = (
             values[row, :length]
-            for values in (batch.logp, batch.logp_ref, batch.logp_old, batch.logp_rollout)  # type: ignore[index]
+            for values in (batch.logp, batch.logp_ref, batch.logp_old, behaviour)  # type: ignore[index]
         )
         advantage = batch.advantages[row]
         kl = torch.exp(ref - lp) - (ref - lp) - 1
@@ -69,17 +73,33 @@ def written_out(name: str, batch: CompletionBatch, config: LearnerConfig) -> tor
     return torch.stack(losses).sum() / (sum(LENGTHS) if name == "dapo" else len(LENGTHS))
 
 
+def metric_written_out(key: str, name: str, batch: CompletionBatch, config: LearnerConfig) -> torch.Tensor:
+    """The mean KL of each completion, or the share of its ratios that leave the bounds on the clipped side."""
+    values = []
+    for row, length in enumerate(LENGTHS):
+        lp, ref, old = (v[row, :length].detach() for v in (batch.logp, batch.logp_ref, batch.logp_old))  # type: ignore[union-attr]
+        ratio = torch.exp((lp - old) if name in ("grpo", "dapo") else (lp - old).mean())
+        beyond = ratio > 1 + config.clip_high if batch.advantages[row] > 0 else ratio < 1 - config.clip_low  # type: ignore[operator]
+        kl = torch.exp(ref - lp) - (ref - lp) - 1
+        values.append(kl.mean() if key == "kl" else beyond.float().mean())
+    return torch.stack(values)
+
+
 @pytest.mark.parametrize("name", objective_names())
-def test_objectives_equal_their_formulas(name: str) -> None:
+@pytest.mark.parametrize("behaviour", ["of the rollout", "the old policy"])
+def test_objectives_equal_their_formulas(name: str, behaviour: str) -> None:
     config = LearnerConfig(beta=0.1, clip_low=0.2, clip_high=0.3, importance_cap=1.2)
     batch = completions(off_policy=True)
+    if behaviour == "the old policy":
+        batch = replace(batch, logp_rollout=None)
     contributions, metrics = resolve(name)(batch, config)
     loss = contributions.sum() / resolve(name).count(tokens_of(batch))
     expected = written_out(name, batch, config)
     torch.testing.assert_close(loss, expected)
     gradient, expected_gradient = (torch.autograd.grad(value, batch.logp)[0] for value in (loss, expected))
     torch.testing.assert_close(gradient, expected_gradient)
-    assert all(values.shape == (len(LENGTHS),) for values in metrics.values())
+    for key, values in metrics.items():
+        torch.testing.assert_close(values, metric_written_out(key, name, batch, config))
 
 
 @pytest.mark.parametrize("name", objective_names())
@@ -114,6 +134,21 @@ def test_on_policy_the_gradients_of_grpo_and_gspo_agree() -> None:
         torch.autograd.grad(resolve(name)(batch, config)[0].sum(), batch.logp)[0] for name in ("grpo", "gspo")
     ]
     torch.testing.assert_close(*gradients)
+    expected = -batch.advantages[:, None] * batch.mask / batch.mask.sum(1, keepdim=True)
+    torch.testing.assert_close(gradients[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bound"), [(0.2, None, [0, 0, 0, 1]), (None, 0.4, [1, 0, 0, 0]), (None, None, [0] * 4)]
+)
+def test_a_bound_that_is_not_set_does_not_clip(low: float | None, high: float | None, bound: list[int]) -> None:
+    logp = torch.log(torch.tensor([[1.5], [0.5], [1.5], [0.5]])).requires_grad_()
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    batch = CompletionBatch(logp, torch.ones(4, 1, dtype=torch.bool), advantages, logp_old=torch.zeros(4, 1))
+    contributions, metrics = resolve("grpo")(batch, LearnerConfig(beta=0.0, clip_low=low, clip_high=high))
+    contributions.sum().backward()
+    assert (logp.grad == 0).flatten().tolist() == [bool(binds) for binds in bound]
+    assert metrics["clipped"].tolist() == bound
 
 
 def test_clipping_stops_the_gradient_on_the_side_it_bounds_only() -> None:
@@ -155,3 +190,30 @@ def test_advantages_belong_to_the_objective() -> None:
     rewards = [np.array([1.0, 0.0, 0.0])]
     np.testing.assert_allclose(resolve("reinforce").advantages(rewards, True)[0], [1.0, -0.5, -0.5])
     assert not resolve("rank_grpo").advantages(rewards, True)[0].any()  # no other list to compare with
+
+
+@pytest.mark.parametrize(
+    ("contributions", "message"),
+    [
+        (lambda batch, config: (batch.token_sum(batch.logp * 0).sqrt(), {}), "gradient are not finite"),
+        (lambda batch, config: (batch.token_sum(batch.logp) + torch.inf, {}), "are not finite"),
+        (lambda batch, config: (batch.token_sum(batch.logp), {}, {}), r"must return \(contributions, metrics\)"),
+        (lambda batch, config: (batch.token_sum(batch.logp), []), r"must return \(contributions, metrics\)"),
+    ],
+)
+def test_an_objective_that_could_not_train_is_refused(contributions: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        check_objective(objective(mean_over="completions")(contributions), LearnerConfig())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_objective_is_tried_with_a_reference_where_there_will_be_one(beta: float) -> None:
+    seen = []
+
+    @objective(mean_over="completions")
+    def noting(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        seen.append(batch.logp_ref is not None)
+        return batch.token_sum(batch.logp), {}
+
+    check_objective(noting, LearnerConfig(beta=beta))
+    assert seen == [beta > 0]
