@@ -65,9 +65,8 @@ class Past:
         tokens, logprobs = np.zeros(found, np.int32), np.zeros(found, np.float32)
         group = np.arange(len(beam))[:, None]
         for step in range(self._trie.num_depths - 1, -1, -1):
-            at = np.where(step < depth, beam, 0)
-            tokens[..., step], logprobs[..., step] = token[group, step, at], logprob[group, step, at]
-            beam = np.where(step < depth, parent[group, step, at], beam)
+            tokens[..., step], logprobs[..., step] = token[group, step, beam], logprob[group, step, beam]
+            beam = np.where(step < depth, parent[group, step, beam], beam)
         return tokens, logprobs
 
 

@@ -147,7 +147,6 @@ class BeamSearch:
 
         goes_on = possible & (target >= 0)
         first = (~goes_on).to(torch.int8).argsort(dim=1, stable=True)[:, : self.beams]
-        first = torch.nn.functional.pad(first, (0, self.beams - first.shape[1]))
         rank = torch.arange(self.beams, device=first.device)
         steps, target = steps.gather(first), target.gather(1, first)
         alive = (rank < goes_on.sum(1, keepdim=True)) & (steps.score > self._pool.score[:, -1:])
@@ -183,8 +182,7 @@ class BeamSearch:
         self._origin = torch.where(alive, self._origin.gather(1, steps.parent), -1)
         self._node = torch.where(alive, target, -1)
         self._token = torch.where(alive, self.trie.edge_token[steps.edge], 0)
-        self._score = torch.where(alive, steps.score, NEG_INF)
-        self._policy = torch.where(alive, steps.policy, NEG_INF)
+        self._score, self._policy = steps.score, steps.policy
 
     def results(self) -> list[Candidates]:
         """See TrieSearch: fewer than G candidates where the catalogue has fewer titles."""

@@ -13,6 +13,7 @@ from search_oracle import EOS, plain_beam_search, random_trie
 from catalog.trie import Trie
 from rollout.children import DeviceTrie, logsumexp, top_children
 from rollout.config import ForcedChains, LogprobSpace
+from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.search import BeamSearch
 
@@ -36,12 +37,37 @@ def run(
     """Search groups whose model answers logits[group, node]: the candidates, and what it was asked."""
     device_trie = DeviceTrie.of(trie)
     search, asked = BeamSearch(device_trie, len(logits), beams, space, forced_chains), Asked()
+    before = None
     while (frontier := search.frontier()).size:
+        check_frontier(trie, frontier, before)
+        before = frontier
         group = torch.from_numpy(np.repeat(frontier.slot // beams, frontier.count))
         answer = logits[group, frontier.node]
         search.advance(frontier, search.children(frontier, slice(None), answer))
         asked.passes, asked.nodes = asked.passes + 1, asked.nodes + len(frontier.node)
     return search.results(), asked
+
+
+def check_frontier(trie: Trie, frontier: Frontier, before: Frontier | None) -> None:
+    """What the frontier says of its nodes is so; every beam goes on where its parent stood at the frontier before."""
+    node, last = frontier.node.numpy(), np.cumsum(frontier.count) - 1
+    np.testing.assert_array_equal(frontier.fanout, np.diff(trie.first_edge)[node])
+    inner = np.flatnonzero(trie.edge_target >= 0)
+    edge_to = np.zeros(trie.num_nodes, np.int64)
+    edge_to[trie.edge_target[inner]] = inner
+    above = np.searchsorted(trie.first_edge, edge_to, side="right") - 1
+    first = node[last - frontier.count + 1]
+    if before is None:
+        assert not node.any()
+        assert np.array_equal(frontier.slot, np.arange(len(frontier.parent)) * frontier.parent.shape[1])
+        return
+    np.testing.assert_array_equal(frontier.token.numpy(), trie.edge_token[edge_to[node]])
+    group = frontier.slot // frontier.parent.shape[1]
+    stood = dict(zip(before.slot.tolist(), before.node.numpy()[np.cumsum(before.count) - 1].tolist(), strict=True))
+    parents = group * frontier.parent.shape[1] + frontier.parent.ravel()[frontier.slot]
+    assert above[first].tolist() == [stood[parent] for parent in parents.tolist()]
+    not_first = np.delete(np.arange(len(node)), last - frontier.count + 1)
+    np.testing.assert_array_equal(above[node[not_first]], node[not_first - 1])
 
 
 def logprobs_of(trie: Trie, logits: torch.Tensor, space: LogprobSpace) -> np.ndarray:
@@ -127,6 +153,16 @@ def test_of_equal_scores_the_title_that_ends_first_comes_first(forced_chains: Fo
     assert [tokens.tolist() for tokens in found[0].tokens] == [[3, EOS], [2, 5, 5, EOS]]
 
 
+def test_of_equal_scores_what_is_in_the_pool_stays_before_what_comes() -> None:
+    trie = Trie.from_titles([[2, EOS], [1, 3, EOS]], eos_token=EOS, tokenizer_fingerprint="")
+    logits = torch.full((1, trie.num_nodes, 4), -1e9)
+    logits[0, 0] = 0.0
+    for node in range(1, trie.num_nodes):
+        logits[0, node, trie.children(node)[0].tolist()] = 0.0
+    found, _ = run(trie, logits, beams=2, forced_chains="token_by_token")
+    assert [tokens.tolist() for tokens in found[0].tokens] == [[2, EOS], [1, 3, EOS]]
+
+
 def test_forced_chains_take_one_pass() -> None:
     titles = [[first, *range(5, 25), EOS] for first in (1, 2, 3)]
     trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
@@ -166,6 +202,24 @@ def test_forced_tokens_cost_nothing_when_renormalised_over_the_trie() -> None:
     for group in range(2):
         expected = plain_beam_search(trie, logprobs_of(trie, logits[group], "trie").__getitem__, 3)
         assert_equal(found[group], expected)
+
+
+def test_titles_whose_further_tokens_are_forced_are_not_scored_when_renormalised_over_the_trie() -> None:
+    titles = [[1, 5, 6, 7, EOS], [2, 3, EOS], [2, 4, 8, 8, EOS]]
+    trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
+    logits = torch.randn(4, trie.num_nodes, 10, generator=torch.Generator().manual_seed(0))
+    _, asked = run(trie, logits, beams=3, space="trie")
+    assert (asked.passes, asked.nodes) == (2, 2 * 4)  # the root, then the one node that branches
+
+
+def test_beams_that_do_not_run_have_no_parent() -> None:
+    trie = Trie.from_titles([[1, EOS], [2, 3, EOS]], eos_token=EOS, tokenizer_fingerprint="")
+    search = BeamSearch(DeviceTrie.of(trie), 1, 3, forced_chains="token_by_token")
+    parents = []
+    while (frontier := search.frontier()).size:
+        parents.append(frontier.parent.tolist())
+        search.advance(frontier, search.children(frontier, slice(None), torch.zeros(len(frontier.node), 5)))
+    assert parents == [[[0, -1, -1]], [[0, 0, -1]], [[1, -1, -1]]]
 
 
 def test_groups_do_not_depend_on_each_other() -> None:
