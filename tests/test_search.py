@@ -232,23 +232,23 @@ def test_groups_do_not_depend_on_each_other() -> None:
         np.testing.assert_array_equal(alone[0].score, together[group].score)
 
 
-def test_top_children_of_nodes_of_every_width() -> None:
+@pytest.mark.parametrize("keep", [16, 38, 39])
+def test_top_children_of_nodes_of_every_width(keep: int) -> None:
     titles = [[1, EOS], *([2, token, EOS] for token in range(1, 40)), *([3, token, EOS] for token in range(1, 3000))]
     trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
     device_trie = DeviceTrie.of(trie)
     node = torch.arange(trie.num_nodes)[:50]
     fanout = np.diff(trie.first_edge)[:50]
     logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0))
-    found = top_children(device_trie, logits, node, fanout, 16, "vocabulary")
-    assert found.logprob.shape == (50, 16)
+    found = top_children(device_trie, logits, node, fanout, keep, "vocabulary")
+    assert found.logprob.shape == (50, keep)
     logprobs = logits.log_softmax(-1)
     for row in range(50):
         tokens, _ = trie.children(row)
-        best = tokens[np.argsort(-logprobs[row, tokens.tolist()].numpy(), kind="stable")][:16]
+        best = tokens[np.argsort(-logprobs[row, tokens.tolist()].numpy(), kind="stable")][:keep]
         kept = found.logprob[row] > -torch.inf
-        assert trie.edge_token[found.edge[row][kept].numpy()].tolist()[: len(best)] == (
-            best.tolist() if len(tokens) > 16 else sorted(best.tolist())
-        )
+        expected = best.tolist() if len(tokens) > keep else tokens.tolist()
+        assert trie.edge_token[found.edge[row][kept].numpy()].tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
