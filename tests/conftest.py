@@ -3,15 +3,21 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from catalog.catalog import Catalog
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+pytest_plugins = ["command_line"]
 
 settings.register_profile("rere", deadline=None)  # a busy machine is no failure
 settings.load_profile("rere")
@@ -72,6 +78,16 @@ def tiny_model_dir(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFa
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_catalog(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> "Catalog":
+    """200 generated items and 120 users, in the tokens of the tiny tokenizer."""
+    from catalog.build import build_catalog
+    from catalog.config import DataConfig, GeneratedConfig
+
+    data = DataConfig(cache=str(tmp_path_factory.mktemp("catalog")), generated=GeneratedConfig(items=200, users=120))
+    return build_catalog(data, str(tiny_tokenizer_dir))
 
 
 @pytest.fixture(scope="session")

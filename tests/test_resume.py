@@ -1,0 +1,83 @@
+"""What a continued run goes on with, and what it refuses to go on with."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from command_line import Refused
+
+from catalog.build import build_catalog
+from launch.cli import main
+from launch.config import compose
+from launch.run_directory import RunDirectory
+
+
+class NothingStarts(Exception):
+    """Raised in place of starting actors."""
+
+
+def start_nothing(*arguments: object) -> None:
+    raise NothingStarts
+
+
+@pytest.mark.parametrize("cluster", [(), ("--cluster", "local")])
+def test_a_copied_run_is_continued_under_its_own_name(
+    cluster: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose(overrides=["name=first", "train.steps=7"])
+    RunDirectory(config, "0").close()
+    shutil.copytree("runs/first", "runs/copy")
+    assert main(["train", "--name", "copy", "--resume", "--dry-run", *cluster]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert (resolved["name"], resolved["train"]["steps"]) == ("copy", 7)
+
+
+def test_what_changes_in_a_continued_run_need_only_fit_its_own_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDirectory(compose(overrides=["train.eval_beams=50"]), "0").close()
+    assert main(["train", "--resume", "--dry-run", "train.eval_ks=[1,50]"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["eval_ks"] == [1, 50]
+
+
+def test_to_resume_and_to_replace_is_refused(data: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    assert "give one of them" in refused("train", "--data", str(data), "--name", "mine", "--resume", "--overwrite")
+
+
+def test_what_a_run_without_steps_is_resumed_with_says_how_to_keep_its_warm_up(
+    data: Path, tmp_path: Path, refused: Refused
+) -> None:
+    RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
+    change = ["train", "--name", "mine", "--resume", "rewards=[{name: rule}]"]
+    assert "MODEL=" not in refused(*change)
+    (tmp_path / "runs/mine/checkpoints/sft").mkdir()
+    assert "from its weights after SFT: MODEL=runs/mine/checkpoints/sft" in refused(*change)
+
+
+def test_a_run_is_not_resumed_on_changed_data(
+    data: Path, tiny_model_dir: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["train", "--data", str(data), "--model", str(tiny_model_dir), "--name", "mine"]
+    config = compose(data=str(data), model=str(tiny_model_dir), overrides=["name=mine"])
+    before = build_catalog(config.data, str(tiny_model_dir)).fingerprint
+    RunDirectory(config, before).close()
+    monkeypatch.setattr("launch.run.Actors", start_nothing)
+    with pytest.raises(NothingStarts):  # the same data: the run goes on
+        main([*command, "--resume"])
+    table = pq.read_table(data / "train.parquet")
+    pq.write_table(table.slice(0, 39), data / "train.parquet")
+    after = build_catalog(config.data, str(tiny_model_dir)).fingerprint
+    message = refused(*command, "--resume")
+    assert f"the catalogue is {after}, but run runs/mine was started with {before}" in message
+    assert "bring back the old ones, or start another run with NAME=" in message
+    (tmp_path / "runs" / "mine" / "catalogue.json").unlink()
+    assert "catalogue.json is missing" in refused(*command, "--resume")
+
+
+def test_resuming_what_never_was_is_refused(refused: Refused) -> None:
+    assert "nothing to resume" in refused("train", "--name", "ghost", "--resume")

@@ -1,0 +1,104 @@
+"""A fleet of rollout workers goes on whatever dies, with the weights of each flight."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import rollout_fakes
+from rollout_workers import CONFIG, IDS, TIMEOUT_S, kill_process, published, wait_for_restart
+
+from catalog.catalog import Catalog
+from launch.rollout_fleet import Flight, RolloutFleet
+from rollout.streams import WorkerLost
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the worker takes for the model."""
+    return tmp_path_factory.mktemp("blank")
+
+
+@pytest.fixture
+def fleet(ray_session: None, small_catalog: Catalog, folder: Path) -> Iterator[RolloutFleet]:
+    """One worker, its engine up."""
+    config = replace(CONFIG, sleep=True, timeout_s=20.0)
+    fleet = RolloutFleet(config, small_catalog, folder, [{"num_cpus": 0}], rollout_fakes.FakeEngine)
+    fleet.ready(TIMEOUT_S)
+    yield fleet
+    for worker in fleet.workers:
+        ray.kill(worker)
+
+
+def landed(fleet: RolloutFleet, flight: Flight) -> list[pa.Table]:
+    return [ray.get(ref) for ref in fleet.land(flight)]
+
+
+def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights(fleet: RolloutFleet) -> None:
+    kill_process(fleet.workers[0])
+    fleet.sleep()
+    fleet.publish(lambda version: published(version), version=1)
+    fleet.loaded()
+    tables = landed(fleet, fleet.launch("train", np.asarray(IDS), seed=0))
+    assert sum(map(len, tables)) == len(IDS)
+
+
+def test_a_worker_that_dies_with_flights_queued_restarts_each_once(fleet: RolloutFleet, folder: Path) -> None:
+    """The flight behind is running again when it is landed, and waits for room in its queue."""
+    ids = np.arange(14)
+    fleet.publish(lambda version: published(version), version=0)
+    expected = landed(fleet, fleet.launch("train", ids, seed=1))
+    fleet.publish(lambda version: published(version), version=1)
+    flights = [fleet.launch("train", ids, seed=0)]
+    fleet.publish(lambda version: published(version), version=2)
+    flights.append(fleet.launch("train", ids, seed=1))
+    kill_process(fleet.workers[0])
+    assert sum(map(len, landed(fleet, flights[0]))) == len(ids)
+    process = ray.get(fleet.workers[0].health.remote())["process"]
+    versions = {2: landed(fleet, flights[1])}
+    assert len(versions[2]) == len(expected)
+    assert set(pa.concat_tables(versions[2])["policy_version"].to_pylist()) == {2}
+    assert ray.get(fleet.workers[0].health.remote())["process"] == process  # nobody had to start it again
+
+
+@pytest.mark.parametrize("groups", [2, 14])
+def test_flights_behind_one_whose_worker_died_are_rolled_out_with_their_own_weights(
+    fleet: RolloutFleet, folder: Path, groups: int
+) -> None:
+    """With stale weights several flights wait at a worker, and each may fill its queue."""
+    ids = np.arange(groups)
+    fleet.publish(lambda version: published(version), version=0)
+    expected = [landed(fleet, fleet.launch("train", ids, seed=seed)) for seed in range(2)]
+    flights = [fleet.launch("train", ids, seed=seed) for seed in range(2)]
+    assert landed(fleet, flights[0]) == expected[0]
+    process = ray.get(fleet.workers[0].health.remote())["process"]
+    kill_process(fleet.workers[0])
+    wait_for_restart(fleet.workers[0], process)
+    fleet.publish(lambda version: published(version, value=2.0), version=1)
+    flights += [fleet.launch("train", ids, seed=seed) for seed in (2, 3)]
+    assert landed(fleet, flights[1]) == expected[1]
+    versions = [set(pa.concat_tables(landed(fleet, flight))["policy_version"].to_pylist()) for flight in flights[2:]]
+    assert versions == [{1}, {1}]
+
+
+def test_a_worker_that_dies_while_its_engine_starts_is_started_again(
+    ray_session: None, small_catalog: Catalog, tmp_path: Path
+) -> None:
+    (tmp_path / "die_at").write_text("0")
+    fleet = RolloutFleet(CONFIG, small_catalog, tmp_path, [{"num_cpus": 0}], rollout_fakes.FakeEngine)
+    fleet.ready(TIMEOUT_S)
+    assert not (tmp_path / "die_at").exists()
+    ray.kill(fleet.workers[0])
+
+
+def test_a_worker_whose_engine_never_comes_up_is_named(
+    ray_session: None, small_catalog: Catalog, tmp_path: Path
+) -> None:
+    (tmp_path / "die_at").write_text("always")
+    fleet = RolloutFleet(CONFIG, small_catalog, tmp_path, [{"num_cpus": 0}], rollout_fakes.FakeEngine)
+    with pytest.raises(WorkerLost, match="rollout worker 0 died 3 times while its engine started"):
+        fleet.ready(TIMEOUT_S)
+    ray.kill(fleet.workers[0])

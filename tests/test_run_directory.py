@@ -1,0 +1,85 @@
+"""The folder of a run: what it keeps, what it replaces, who may use it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from command_line import Refused
+
+from launch.config import ConfigError, compose
+from launch.run_directory import RunDirectory, in_use
+
+
+def test_a_runs_folder_that_cannot_be_is_named(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "file").write_text("")
+    assert "runs=file: no run can be written there" in refused("train", "runs=file")
+
+
+def test_a_damaged_catalogue_file_is_named(tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    RunDirectory(config, "0").close()
+    for content in ("", "{}", "[1]"):
+        (tmp_path / "default" / "catalogue.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"catalogue\.json is missing or damaged"):
+            RunDirectory.check_catalogue(config, "0")
+
+
+def test_a_line_that_was_torn_off_is_forgotten_on_resume(tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    run = RunDirectory(config, "0")
+    run.log("train", 1, {"loss": 1.0})
+    run.close()
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "train", "step": 2, "lo')
+    run = RunDirectory(config, "0", resume=True)
+    run.log("train", 2, {"loss": 2.0})
+    run.close()
+    assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 2.0]
+
+
+def test_steps_that_a_shorter_resumed_run_no_longer_has_do_not_count(tmp_path: Path) -> None:
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 4.0)):
+        run.log("train", step, {"loss": loss})
+    run.close()
+    assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 4.0]
+
+
+def test_a_run_that_is_a_link_is_replaced_and_what_it_links_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "default").symlink_to(tmp_path / "elsewhere")
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path / 'runs'}"]), "0", overwrite=True)
+    run.close()
+    assert not run.path.is_symlink()
+    assert (tmp_path / "elsewhere" / "kept").is_file()
+    assert {path.name for path in run.path.parent.iterdir()} == {"default"}
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path, refused: Refused) -> None:
+    with in_use(compose(overrides=[f"runs={tmp_path / 'runs'}"])):
+        assert f"is in use by process {os.getpid()}" in refused("train", f"runs={tmp_path / 'runs'}")
+
+
+def test_a_run_of_the_same_name_is_kept(data: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    message = refused("train", "--data", str(data), "--name", "mine")
+    assert "RESUME=1" in message
+    assert "OVERWRITE=1" in message
+
+
+def test_a_run_is_replaced_only_when_the_new_one_can_start(data: Path, tmp_path: Path, refused: Refused) -> None:
+    kept = tmp_path / "runs" / "mine" / "checkpoints"
+    kept.mkdir(parents=True)
+    message = refused("train", "--data", str(data), "--name", "mine", "--overwrite", "rewards=[{name: rul}]")
+    assert "rul" in message
+    assert kept.is_dir()
+
+
+def test_what_is_no_run_is_not_deleted(data: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "runs" / "thesis").mkdir(parents=True)
+    (tmp_path / "runs" / "thesis" / "thesis.txt").write_text("years")
+    message = refused("train", "--data", str(data), "--name", "thesis", "--overwrite")
+    assert "is not the folder of a run" in message
+    assert (tmp_path / "runs" / "thesis" / "thesis.txt").read_text() == "years"
