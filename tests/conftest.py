@@ -17,7 +17,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["command_line"]
+pytest_plugins = ["command_line", "engine_fixtures"]
 
 settings.register_profile("rere", deadline=None)  # a busy machine is no failure
 settings.load_profile("rere")

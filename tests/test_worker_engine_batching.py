@@ -1,0 +1,101 @@
+"""How the worker engine cuts, pads and spreads its passes changes nothing; what does not fit is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_oracle import generate, ragged_prompts, worker_of
+
+from rollout.vllm_arguments import EngineError
+from rollout.vllm_internals import RUNNER_NAMES, PagedModel, UnsupportedModelError
+
+
+def paged_model(engine: Any) -> PagedModel:
+    return worker_of(engine).paged_model
+
+
+@pytest.mark.parametrize(("setting", "value"), [("max_batched_tokens", 48), ("num_blocks", 150)])
+def test_chunks_and_batches_change_nothing(
+    worker_engine: Any, monkeypatch: pytest.MonkeyPatch, setting: str, value: int
+) -> None:
+    prompts = ragged_prompts(24)
+    whole = generate(worker_engine, prompts, 16)
+    monkeypatch.setattr(paged_model(worker_engine), setting, value)
+    for one, other in zip(whole, generate(worker_engine, prompts, 16), strict=True):
+        assert one.item_class.tolist() == other.item_class.tolist()
+        np.testing.assert_allclose(one.score, other.score, atol=1e-4)
+
+
+@pytest.mark.parametrize("destination", [[5, 6, 7], [9, 5, 7]])
+def test_blocks_are_copied_wherever_they_go(worker_engine: Any, destination: list[int]) -> None:
+    source, caches = [7, 1, 5], paged_model(worker_engine)._runner.kv_caches
+    for cache in caches:
+        cache.normal_()
+    expected = [cache[source] for cache in caches]
+    paged_model(worker_engine).copy_blocks(np.array(source), np.array(destination))
+    for cache, blocks in zip(caches, expected, strict=True):
+        assert torch.equal(cache[destination], blocks)
+
+
+def test_passes_padded_to_a_captured_size_change_nothing(worker_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where CUDA graphs of fixed sizes are replayed: tokens beyond the batch are what an earlier pass left."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor
+
+    sizes: list[tuple[int, int]] = []
+
+    def dispatch(tokens: int, **_: Any) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        sizes.append((tokens, min(-(-tokens // 64) * 64, 1024)))
+        return CUDAGraphMode.PIECEWISE, BatchDescriptor(sizes[-1][1])
+
+    prompts = ragged_prompts(64)
+    expected = generate(worker_engine, prompts, 16)
+    monkeypatch.setattr(paged_model(worker_engine)._runner.cudagraph_dispatcher, "dispatch", dispatch)
+    for one, other in zip(generate(worker_engine, prompts, 16), expected, strict=True):
+        assert one.item_class.tolist() == other.item_class.tolist()
+        np.testing.assert_allclose(one.score, other.score, atol=1e-4)
+    assert any(tokens < padded for tokens, padded in sizes)
+
+
+def test_scoring_forced_chains_at_once_changes_nothing(worker_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ragged_prompts(24)
+    at_once = generate(worker_engine, prompts, 16)
+    monkeypatch.setattr(worker_of(worker_engine).rollout_config, "forced_chains", "token_by_token")
+    for one, other in zip(at_once, generate(worker_engine, prompts, 16), strict=True):
+        assert one.item_class.tolist() == other.item_class.tolist()
+        np.testing.assert_allclose(one.score, other.score, atol=1e-4)
+
+
+def test_two_tensor_parallel_ranks_find_the_same_and_hold_all_weights(
+    worker_engine: Any, tiny_model_dir: Path, trie_path: Path, tmp_path: Path
+) -> None:
+    """Two worker processes in lockstep; their shards' checksums add up to that of the whole weights."""
+    prompts, files = ragged_prompts(12), [str(tmp_path / name) for name in ("prompts.json", "groups.json")]
+    Path(files[0]).write_text(json.dumps(prompts))
+    script = Path(__file__).with_name("generate_groups.py")
+    command = [sys.executable, str(script), str(tiny_model_dir), str(trie_path), "2", *files]
+    run = subprocess.run(command, cwd=script.parent.parent, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    answer = json.loads(Path(files[1]).read_text())
+    assert answer["loaded"] == answer["sent"]
+    for found, expected in zip(answer["groups"], generate(worker_engine, prompts, 8), strict=True):
+        assert found["item_class"] == expected.item_class.tolist()
+        np.testing.assert_allclose(found["score"], expected.score, atol=1e-4)
+
+
+def test_a_prompt_that_cannot_fit_names_the_key_to_raise(worker_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_model(worker_engine), "num_blocks", 20)
+    with pytest.raises(EngineError, match=r"prompt of 300 tokens.*rollout.kv_cache_gib by a factor of"):
+        generate(worker_engine, [[5] * 300], 64)
+
+
+def test_internals_name_what_moved() -> None:
+    runner = SimpleNamespace(**dict.fromkeys(name for name in RUNNER_NAMES if name != "attn_groups"))
+    with pytest.raises(UnsupportedModelError, match=r"SimpleNamespace has no attn_groups.*requests"):
+        PagedModel(runner)
