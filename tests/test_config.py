@@ -117,7 +117,14 @@ def test_workers_hold_weights_in_the_learners_precision() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["train.eval_beams=30", "learner.clip_high=0.3", "learner.reference_sync_every=5", "rewards=[{name: rule}]"],
+    [
+        "train.eval_beams=30",
+        "learner.clip_high=0.3",
+        "learner.reference_sync_every=5",
+        "rewards=[{name: rule}]",
+        "rewards=[{name: rule}, {name: ranking}, {name: diversity}]",
+        "rewards=[{name: rule}, {name: ranking, args: {formula: paper}}]",
+    ],
 )
 def test_a_run_is_not_resumed_with_another_algorithm_or_evaluation(override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
@@ -147,6 +154,7 @@ def test_what_may_differ_in_a_continued_run_is_named_too() -> None:
         "data.cache: '.cache/catalog' until now, 'elsewhere' from now on",
         "rewards.1.timeout_s: 120.0 until now, 900.0 from now on",
     ]
+    assert changes(compose(), compose(overrides=["name=copy", "runs=elsewhere"])) == []
 
 
 def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Placement arithmetic, and refusal where devices are missing."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from launch.config import ConfigError, compose
-from launch.placement import actor_options, check_devices, check_this_machine, plan
+from launch.placement import actor_options, check_devices, check_this_machine, plan, reserve
 
 
 def test_eight_gpus_are_split_between_rollouts_and_learner() -> None:
@@ -59,3 +61,42 @@ def test_gpus_that_cuda_cannot_use_are_refused_with_its_reason(monkeypatch: pyte
 def test_a_cpu_profile_needs_no_devices() -> None:
     config = compose()
     check_devices(config, plan(config), {"CPU": 2.0})
+    assert reserve(plan(config), 1.0) is None
+
+
+def test_a_worker_of_several_ranks_takes_a_gpu_for_each() -> None:
+    placement = plan(compose(cluster="8xA100", overrides=["rollout.workers=2", "rollout.tensor_parallel=2"]))
+    assert placement.rollout == [{"CPU": 2.0, "GPU": 2.0}] * 2
+    assert placement.total("GPU") == 8
+
+
+def test_missing_cpus_are_named() -> None:
+    config = compose(cluster="8xA100")
+    with pytest.raises(ConfigError, match=r"CLUSTER=8xA100 needs 16 CPU \(found 3\);"):
+        check_devices(config, plan(config), {"GPU": 8.0, "CPU": 3.0})
+
+
+def test_devices_of_another_cluster_are_not_looked_for_here() -> None:
+    config = compose(cluster="8xA100", overrides=["cluster.address=auto"])
+    check_this_machine(config, plan(config))
+
+
+def test_bundles_are_reserved_together_and_shared_where_actors_are_colocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[tuple[list, str]] = []
+
+    def reserving(bundles: list, strategy: str) -> SimpleNamespace:
+        reserved.append((bundles, strategy))
+        return SimpleNamespace(ready=lambda: None)
+
+    monkeypatch.setattr("launch.placement.placement_group", reserving)
+    monkeypatch.setattr("ray.wait", lambda refs, timeout: (refs, []))
+    overrides = ["cluster.gpus=2", "rollout.workers=2", "learner.ranks=2"]
+    placement = plan(compose(cluster="1xGPU", overrides=overrides))
+    group = reserve(placement, 5.0)
+    assert reserved == [(placement.bundles, "PACK")]
+    strategies = [actor_options(placement, group, index)["scheduling_strategy"] for index in range(4)]
+    assert [strategy.placement_group_bundle_index for strategy in strategies] == [0, 1, 0, 1]
+    monkeypatch.setattr("ray.wait", lambda refs, timeout: ([], refs))
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 3.0, "memory": 1.0})
+    with pytest.raises(ConfigError, match=r"did not free 2 GPUs within .*=5 s; available now: 3 CPU$"):
+        reserve(placement, 5.0)

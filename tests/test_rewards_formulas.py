@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.errors import RewardError
-from rewards.ranking import Formula, ranking_rewards
+from rewards.group import Groups
+from rewards.layout import Layout
+from rewards.ranking import Formula, Ranking, ranking_rewards
 from rewards.rule import rule_rewards
+from rewards.samples import SampleCatalog
 
 NO_TITLE = -1
 Drawn = tuple[list[list[int]], list[int]]
@@ -68,9 +71,24 @@ def test_nothing_but_hits_gets_no_ranking_reward() -> None:
         assert ranking_rewards(groups([[2, 2]], [2]), formula).to_pylist() == [[0.0, 0.0]]
 
 
+def test_the_registered_reward_is_the_published_formula_unless_told_otherwise() -> None:
+    table = groups([[7, 3, 9], [3, 4, 5]], [3, 8])
+    seen = Groups(table, SampleCatalog(), "train")
+    assert Ranking(SampleCatalog())(seen) == ranking_rewards(table, "published")
+    assert Ranking(SampleCatalog(), "paper")(seen) == ranking_rewards(table, "paper")
+
+
+def test_sums_know_groups_without_candidates() -> None:
+    layout = Layout.of(groups([[], [1, 2], []], [0, 0, 0]))
+    assert layout.sum(np.array([2.0, 3.0])).tolist() == [0.0, 5.0, 0.0]
+    assert layout.any(np.array([False, True])).tolist() == [False, True, False]
+
+
 def test_an_unknown_formula_is_refused() -> None:
     with pytest.raises(RewardError, match="formula 'papr' is none of published, paper"):
         ranking_rewards(groups([[1]], [1]), "papr")
+    with pytest.raises(RewardError, match="formula 'papr' is none of published, paper"):
+        Ranking(SampleCatalog(), "papr")
 
 
 @given(some_groups(), st.sampled_from(["published", "paper"]))
