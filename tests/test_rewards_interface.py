@@ -7,6 +7,7 @@ from pathlib import Path
 
 import faulty_rewards
 import numpy as np
+import pyarrow as pa
 import pytest
 from reward_catalog import build_sample_catalog
 from rich.console import Console
@@ -54,6 +55,23 @@ def test_groups_are_a_sequence() -> None:
     assert list(groups[2:2]) == []
     with pytest.raises(IndexError):
         groups[4]
+
+
+def test_groups_of_different_sizes_keep_their_own_candidates() -> None:
+    whole = sample_groups()
+    sizes = [2, 6, 1, 3]
+    columns = {
+        name: [row[:size] for row, size in zip(whole.table[name].to_pylist(), sizes, strict=True)]
+        if name.startswith("candidate_") or name == "score"
+        else whole.table[name].to_pylist()
+        for name in whole.table.column_names
+    }
+    groups = Groups(pa.table(columns, schema=whole.table.schema), whole.catalog, whole.split)
+    for group, all_of_it, size in zip(groups, whole, sizes, strict=True):
+        assert group.candidate_classes == all_of_it.candidate_classes[:size]
+        assert group.candidate_titles == all_of_it.candidate_titles[:size]
+        assert group.candidate_tokens == all_of_it.candidate_tokens[:size]
+        assert group.scores == all_of_it.scores[:size]
 
 
 def test_functions_and_classes_score_alike() -> None:

@@ -63,3 +63,10 @@ def test_equal_to_a_count_over_random_groups() -> None:
 
 def test_no_groups_have_no_metrics() -> None:
     assert reward_metrics([]) == {}
+    assert reward_metrics([scored([], [], [], [])]) == {}
+
+
+def test_rewards_that_differ_a_little_teach_something_and_class_0_is_a_title() -> None:
+    metrics = reward_metrics([scored([[0, 1], [0, 0]], [1, 2], [[0.5, 0.501], [1, 1]], [[0, 1], [0, 0]])])
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["invalid_candidates"] == 0
