@@ -9,6 +9,7 @@ import pytest
 
 from launch.config import CONFIGS, Config, ConfigError, compose, load, save
 from launch.continuation import changes, check_resumable
+from launch.ranges import POSITIVE
 
 
 def test_later_groups_and_overrides_win() -> None:
@@ -75,6 +76,39 @@ def numeric_keys(section: Any, prefix: str = "") -> Iterator[str]:
 def test_no_number_may_be_negative_or_undefined(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=key):
         compose(overrides=[f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_what_must_be_positive_may_not_be_zero(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}=0.*: must be greater than 0"):
+        compose(overrides=[f"{key}=0"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "learner.beta=0",
+        "learner.clip_low=0",
+        "learner.clip_low=1",
+        "learner.lora.dropout=0",
+        "learner.optimizer.betas=[0,0]",
+        "learner.optimizer.gradient_clipping=0",
+        "learner.optimizer.warmup_ratio=0",
+        "learner.optimizer.warmup_ratio=1",
+        "learner.optimizer.weight_decay=0",
+        "train.staleness=0",
+    ],
+)
+def test_a_number_may_lie_on_the_edge_of_its_range(override: str) -> None:
+    compose(overrides=[override])
+
+
+@pytest.mark.parametrize(
+    "override", ["learner.clip_low=1.1", "learner.optimizer.betas=[1,0.9]", "learner.reference_sync_alpha=2"]
+)
+def test_a_number_may_not_lie_beyond_the_edge_of_its_range(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        compose(overrides=[override])
 
 
 def test_an_unknown_key_lists_the_valid_ones() -> None:
