@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
-from learner.tree_mask import BLOCK, MaskedRun, TreeMask
+from learner.tree_mask import BLOCK, MAX_RUN, MaskedRun, TreeMask, split_runs
 
 Groups = list[tuple[list[int], list[list[int]]]]
 
@@ -193,6 +193,14 @@ def dense_blocks(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return dense
 
 
+def test_a_subtree_that_ends_with_a_block_is_not_computed_for_the_next() -> None:
+    ends = torch.tensor([BLOCK] * BLOCK + [2 * BLOCK] * BLOCK)
+    blocks = TreeMask(ends, torch.arange(2 * BLOCK) % BLOCK).block_mask(None)
+    assert blocks.kv_num_blocks.flatten().tolist() == [1, 1]
+    assert blocks.full_kv_num_blocks is not None
+    assert blocks.full_kv_num_blocks.flatten().tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("pack", [pack_groups, padded_batch])
 def test_empty_input_is_refused_by_name(pack: type[PackedBatch]) -> None:
     with pytest.raises(ValueError, match="group 1 has an empty prompt"):
@@ -201,3 +209,39 @@ def test_empty_input_is_refused_by_name(pack: type[PackedBatch]) -> None:
         pack([[1]], [[[2], []]])
     with pytest.raises(ValueError, match="no candidates"):
         pack([], [])
+
+
+def random_tree(seed: int, nodes: int) -> list[int]:
+    """subtree_end of a random tree of long chains and bushes, in depth-first order."""
+    draw = np.random.default_rng(seed)
+    path: list[int] = []
+    ends = [nodes] * nodes
+    for node in range(nodes):
+        if path and draw.random() < 0.1:
+            kept = int(draw.integers(0, len(path) + 1))
+            for left in path[kept:]:
+                ends[left] = node
+            path = path[:kept]
+        path.append(node)
+    return ends
+
+
+@given(st.integers(0, 10**6), st.integers(1, 600))
+def test_runs_cover_a_row_and_reach_every_key_that_their_queries_see(seed: int, nodes: int) -> None:
+    ends = random_tree(seed, nodes)
+    runs = split_runs(ends)
+    assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])]
+    assert runs[-1].stop == nodes
+    for run in runs:
+        assert 0 < run.stop - run.start <= MAX_RUN
+        starts, stops = zip(*run.keys, strict=True)
+        assert all(stop < start for stop, start in zip(stops[:-1], starts[1:], strict=True))  # neighbours are one
+        seen = {key for keys in run.keys for key in range(*keys)}
+        assert {key for key in range(run.stop) if max(key, run.start) < ends[key]} <= seen
+        assert len(seen) == sum(stop - start for start, stop in (*run.ancestors, (run.start, run.stop)))
+
+
+def test_what_fits_into_one_run_is_one() -> None:
+    half = MAX_RUN // 2
+    for ends in ([MAX_RUN] * MAX_RUN, [half] * half + [MAX_RUN] * half):
+        assert [(run.start, run.stop) for run in split_runs(ends)] == [(0, MAX_RUN)]
