@@ -177,6 +177,7 @@ def test_flex_attention_computes_the_blocks_that_somebody_sees_and_masks_within(
     per_block = expected.view(size // BLOCK, BLOCK, size // BLOCK, BLOCK).transpose(1, 2).flatten(2)
     computed = blocks.to_dense()[0, 0].bool()
     unmasked = dense_blocks(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    assert not (dense_blocks(blocks.kv_num_blocks, blocks.kv_indices) & unmasked).any()  # else computed twice
     assert not (per_block.any(2) & ~computed).any()
     assert not (unmasked & ~per_block.all(2)).any()
     if window is None:
