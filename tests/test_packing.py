@@ -242,6 +242,13 @@ def test_runs_cover_a_row_and_reach_every_key_that_their_queries_see(seed: int, 
         assert len(seen) == sum(stop - start for start, stop in (*run.ancestors, (run.start, run.stop)))
 
 
+def test_layers_with_different_windows_get_masks_of_their_own() -> None:
+    mask = TreeMask(torch.full((9,), 9), torch.arange(9))
+    whole, windowed = (mask.runs(window, 1)[0].mask for window in (None, 4))
+    assert torch.isfinite(whole).sum(2).tolist() == [list(range(1, 10))]
+    assert torch.isfinite(windowed).sum(2).tolist() == [[1, 2, 3, 4, 4, 4, 4, 4, 4]]
+
+
 def test_what_fits_into_one_run_is_one() -> None:
     half = MAX_RUN // 2
     for ends in ([MAX_RUN] * MAX_RUN, [half] * half + [MAX_RUN] * half):
