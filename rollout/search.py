@@ -114,9 +114,6 @@ class BeamSearch:
         for logprob in forced.unbind(2):  # in this order, as if token by token
             self._score, self._policy = self._score + logprob, self._policy + logprob
         self._node = torch.where(running, chains.last(chains.node), -1)
-        if chains.node.shape[2] > 1:
-            token = self.trie.edge_token[chains.edge.gather(2, (chains.length - 1).clamp_min(0)[..., None])[..., 0]]
-            self._token = torch.where(chains.length > 0, token, self._token)
         if not self._asks_often or bool(chains.ends.any()):
             beam = torch.arange(self.beams, device=running.device).expand_as(running)
             edge = chains.last(chains.edge)

@@ -242,6 +242,13 @@ def test_runs_cover_a_row_and_reach_every_key_that_their_queries_see(seed: int, 
         assert len(seen) == sum(stop - start for start, stop in (*run.ancestors, (run.start, run.stop)))
 
 
+def test_padding_of_padded_rows_is_neither_fed_nor_seen() -> None:
+    batch = padded_batch([[1, 2], [3]], [[[4], [4, 5, 6]], [[7, 8]]])
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.fed_tokens == 2 + 4 + 2
+
+
 def test_layers_with_different_windows_get_masks_of_their_own() -> None:
     mask = TreeMask(torch.full((9,), 9), torch.arange(9))
     whole, windowed = (mask.runs(window, 1)[0].mask for window in (None, 4))
