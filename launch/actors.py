@@ -13,13 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray import ObjectRef
+from ray.exceptions import AuthenticationError
 
 from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
 from launch.config import Config, ConfigError
 from launch.learner_gang import LearnerGang
-from launch.placement import Placement, actor_options, check_devices, reserve
+from launch.nodes import check_nodes, inherited_environment
+from launch.placement import Placement, actor_options, alive_nodes, check_devices, reserve
 from launch.rollout_fleet import RolloutFleet
+from launch.run_directory import lock_file
 from launch.waiting import fetch
 from rewards.pool import RewardPool
 
@@ -56,11 +59,22 @@ def _connect(config: Config) -> None:
             raise ConfigError(f"cluster.object_store_gib={config.cluster.object_store_gib:g}: {error}") from error
     else:
         try:
-            ray.init(address=config.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(
+                address=config.cluster.address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env={"env_vars": inherited_environment()},
+            )
         except ConnectionError as error:
             raise ClusterUnreachable(
                 f"cluster.address={config.cluster.address}: no Ray cluster answers; start one with `ray start --head` "
                 "or take a profile that starts its own, such as CLUSTER=local"
+            ) from error
+        except AuthenticationError as error:
+            raise ClusterUnreachable(
+                f"cluster.address={config.cluster.address}: the cluster and this process do not agree on Ray's token "
+                "authentication; set the same RAY_AUTH_MODE for `ray start` on every node and here (Ray keeps its "
+                "token in ~/.ray/auth_token)"
             ) from error
 
 
@@ -83,8 +97,12 @@ class Actors:
         connect(config)
         try:
             check_devices(config, placement, ray.cluster_resources())
+            if config.cluster.address != "local":
+                files = [self.catalog_path, model_path, lock_file(config), Path.cwd()]
+                check_nodes(files, config.cluster.start_timeout_s)
             group = reserve(placement, config.cluster.start_timeout_s)
-            options = [actor_options(placement, group, index) for index in range(len(placement.actors))]
+            nodes = alive_nodes()
+            options = [actor_options(placement, group, index, nodes) for index in range(len(placement.actors))]
             workers = len(placement.rollout)
             self.learner = LearnerGang(config, catalog, model_path, options[workers:], total_steps)
             self.rollouts = RolloutFleet(config.rollout, catalog, model_path, options[:workers])

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayError
 from catalog.catalog import Catalog
 from launch.config import Config
 from learner.rank import PEER_LOST, LearnerRank, rank_environment
-from rollout.streams import PublishedWeights, raise_if_failed
+from rollout.streams import PublishedWeights, lost_data, raise_if_failed
 
 BLAME_S = 5.0
 """After one rank failed, how long to wait for the errors of the others before one is blamed."""
@@ -52,6 +52,8 @@ class LearnerGang:
         """Create the ranks; does not wait for them."""
         config = self._config
         self._joined = False
+        self._hosts = ["a node"] * len(self._rank_options)
+        # Of each rank; the addresses are known once the ranks have started.
         self._saved: tuple[Path, dict[str, Any]] | None = None
         # The checkpoint that holds what the ranks hold now, and the state that was saved with it.
         self._ranks = [
@@ -78,8 +80,15 @@ class LearnerGang:
         """
         if self._joined:
             return
-        host, port = self._all("start", [self._ranks[0].address.remote()])[0]
-        self._all("join", [rank.join.remote(host, port) for rank in self._ranks])
+        addresses = self._all("start", [rank.address.remote() for rank in self._ranks])
+        self._hosts = [host for host, _ in addresses]
+        self._all(
+            "join",
+            [
+                rank.join.remote(*addresses[0], self._hosts.count(host))
+                for rank, host in zip(self._ranks, self._hosts, strict=True)
+            ],
+        )
         self._joined = True
 
     def restart(self) -> None:
@@ -163,7 +172,7 @@ class LearnerGang:
                 if not failures:
                     yield rank, result
         if failures:
-            raise _blame(method, failures)
+            raise _blame(method, failures, self._hosts)
 
     def _late(self, what: str, ranks: Sequence[int]) -> LearnerLost:
         limit = self._config.learner.timeout_s
@@ -172,7 +181,7 @@ class LearnerGang:
     def _all(self, what: str, refs: Sequence[ObjectRef]) -> list[Any]:
         """The results of one call on all ranks.
 
-        Raises what a rank raised, or LearnerLost naming the rank that died or does not answer.
+        Raises what a rank raised, LearnerLost naming the rank that died or does not answer, or DataLost.
         """
         deadline = time.monotonic() + self._config.learner.timeout_s
         waiting: list[ObjectRef] = list(refs)
@@ -189,14 +198,21 @@ class LearnerGang:
                 failures[refs.index(done[0])] = error
                 deadline = min(deadline, time.monotonic() + BLAME_S)  # the others fail too; whose fault is it?
         if failures:
-            raise _blame(what, failures)
+            raise _blame(what, failures, self._hosts)
         return ray.get(list(refs))
 
 
-def _blame(what: str, failures: dict[int, RayError]) -> Exception:
-    """The error of the rank at fault: a dead one, else one with an error of its own, else any that lost its peers."""
+def _blame(what: str, failures: dict[int, RayError], hosts: Sequence[str]) -> Exception:
+    """The error of the rank at fault: a dead one, else one with an error of its own, else any that lost its peers.
+
+    DataLost where what a rank was given is gone.
+    """
     for rank, error in failures.items():
-        if isinstance(error, RayActorError):
-            return LearnerLost(f"learner rank {rank} died during {what!r}: {str(error).strip().splitlines()[0]}")
+        if isinstance(error, RayActorError) and lost_data(error) is None:
+            reason = str(error).strip().splitlines()[0]
+            return LearnerLost(f"learner rank {rank} on {hosts[rank]} died during {what!r}: {reason}")
+    for error in failures.values():
+        if (lost := lost_data(error)) is not None:
+            return lost
     own = [error for error in failures.values() if PEER_LOST not in str(error)]
     return own[0] if own else LearnerLost(str(next(iter(failures.values()))))

@@ -2,11 +2,12 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from launch.config import Config, ConfigError
 from rewards.terms import actor_resources
@@ -125,11 +126,20 @@ def reserve(placement: Placement, timeout_s: float) -> PlacementGroup | None:
     return group
 
 
-def actor_options(placement: Placement, group: PlacementGroup | None, index: int) -> dict[str, object]:
-    """Ray options of actor `index`."""
+def alive_nodes() -> list[str]:
+    """Ray's ids of the nodes of the cluster."""
+    return sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def actor_options(
+    placement: Placement, group: PlacementGroup | None, index: int, nodes: Sequence[str] = ()
+) -> dict[str, object]:
+    """Ray options of actor `index`. nodes: dealt in turn to actors that reserve nothing, while they are alive."""
     actor = placement.actors[index]
     options: dict[str, object] = {"num_cpus": actor["CPU"], "num_gpus": actor.get("GPU", 0)}
-    if group is not None:
+    if group is None and nodes:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True)
+    elif group is not None:
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
             group, placement_group_bundle_index=index % len(placement.bundles)
         )

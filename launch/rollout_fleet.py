@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from catalog.catalog import Catalog
+from launch.placement import alive_nodes
 from rollout.actor import EngineFactory, RolloutWorker, worker_environment
 from rollout.assign import assign
 from rollout.config import RolloutConfig, Strategy
@@ -27,6 +28,7 @@ from rollout.streams import (
     bring_back,
     collect,
     first_line,
+    lost_data,
     stream_rollout,
 )
 
@@ -64,10 +66,11 @@ class RolloutFleet:
         engine_factory: EngineFactory = create_engine,
     ) -> None:
         self.config, self.catalog = config, catalog
+        nodes = len(alive_nodes())
         self.workers: list[ActorHandle] = [
             RolloutWorker.options(  # type: ignore[attr-defined]
                 max_restarts=RESTARTS,
-                runtime_env={"env_vars": worker_environment(config, on_gpu=bool(options.get("num_gpus")))},
+                runtime_env={"env_vars": worker_environment(config, bool(options.get("num_gpus")), nodes)},
                 **options,
             ).remote(
                 rank, str(model_path.resolve()), str(catalog.path.resolve()), config, engine_factory=engine_factory
@@ -202,7 +205,7 @@ class RolloutFleet:
     def _confirmed(self, rank: int, weights: PublishedWeights, reload: ray.ObjectRef | None = None) -> bool:
         """Wait for a load, or for the one that took its place; False where the worker has died before or in it.
 
-        Raises ChecksumMismatch.
+        Raises ChecksumMismatch, or DataLost where the weights are gone.
         """
         load = self._loads.pop((rank, weights.version), None)
         load = load if reload is None else reload
@@ -214,7 +217,9 @@ class RolloutFleet:
             raise RolloutTimeout(
                 f"rollout worker {rank} did not load version {weights.version} in {self.config.timeout_s:g} s"
             ) from error
-        except RayActorError:
+        except (ObjectLostError, RayActorError) as error:
+            if (lost := lost_data(error)) is not None:
+                raise lost from error
             return False
         self.confirmed_loads += 1
         return True

@@ -25,9 +25,10 @@ from launch.run_directory import RunDirectory, in_use, versions
 from launch.train import train
 from learner import checkpoint
 from rollout.actor import ChecksumMismatch
+from rollout.streams import DataLost
 
 GANG_RESTARTS = 3
-"""Of the learner ranks, while they start, in the trial of the weights, in the warm-up and in training each."""
+"""Of the learner ranks, while they start, in the trial of the weights, the warm-up, training and evaluation each."""
 T = TypeVar("T")
 
 
@@ -72,7 +73,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         with progress.stage("train", steps) as stage:
             training = partial(train_to_the_end, actors, order, config, catalog, directory, stage, steps)
             surviving(actors, progress, training)
-        rl = evaluation("rl", actors, config, catalog, directory, progress)
+        rl = surviving(actors, progress, partial(final_evaluation, actors, config, catalog, directory, progress))
         confirmed_loads = actors.rollouts.confirmed_loads
     summary = summarise(config, catalog, directory, sft, rl, steps, confirmed_loads)
     directory.write_json("summary.json", summary)
@@ -155,13 +156,13 @@ def train_to_the_end(
 
 
 def surviving(actors: Actors, progress: Progress, work: Callable[[], T]) -> T:
-    """The result of `work`, which goes on from what is on disk when it is called again: after a rank was lost."""
+    """The result of `work`, called again after a rank or data were lost: it goes on from what is on disk."""
     restarts = 0
     while True:
         try:
             actors.learner.join()
             return work()
-        except LearnerLost as lost:
+        except (LearnerLost, DataLost) as lost:
             if restarts == GANG_RESTARTS:
                 raise
             restarts += 1
@@ -183,6 +184,14 @@ def restore(actors: Actors, directory: RunDirectory) -> int:
         actors.rollouts.publish(actors.learner.export, version=first)
         actors.rollouts.loaded()
     return first
+
+
+def final_evaluation(
+    actors: Actors, config: Config, catalog: Catalog, directory: RunDirectory, progress: Progress
+) -> dict[str, Any]:
+    """The test metrics of the newest checkpoint, which the workers hold already unless something was lost."""
+    restore(actors, directory)
+    return evaluation("rl", actors, config, catalog, directory, progress)
 
 
 def evaluation(

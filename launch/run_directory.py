@@ -27,10 +27,15 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
 
 
+def lock_file(config: Config) -> Path:
+    """Of a run; it is there while the run is going on."""
+    return Path(config.runs) / f".{config.name}.lock"
+
+
 @contextmanager
 def in_use(config: Config) -> Iterator[None]:
     """Hold the name of a run for this process. Raises ConfigError naming the process that holds it already."""
-    path = Path(config.runs) / f".{config.name}.lock"
+    path = lock_file(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = path.open("a+")

@@ -3,7 +3,9 @@
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+
+from rollout.streams import lost_data
 
 
 class WaitTimeout(TimeoutError):
@@ -11,10 +13,14 @@ class WaitTimeout(TimeoutError):
 
 
 def fetch(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
-    """The result of `ref`. Raises WaitTimeout naming `what`, or what the task raised."""
+    """The result of `ref`. Raises WaitTimeout naming `what`, DataLost, or what the task raised."""
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError as error:
         raise WaitTimeout(
             f"{what} is not done after {timeout_s:g} s; is the cluster short of memory or cores?"
         ) from error
+    except (ObjectLostError, RayActorError) as error:
+        if (lost := lost_data(error)) is not None:
+            raise lost from error
+        raise

@@ -83,8 +83,8 @@ class LearnerRank:
 
     >>> actor = LearnerRank.options(runtime_env={"env_vars": rank_environment(on_gpu)}, ...)
     >>> ranks = [actor.remote(rank, world_size, model_path, ...) for rank in range(world_size)]
-    >>> host, port = ray.get(ranks[0].address.remote())
-    >>> ray.get([rank.join.remote(host, port) for rank in ranks])
+    >>> addresses = ray.get([rank.address.remote() for rank in ranks])
+    >>> ray.get([rank.join.remote(*addresses[0], ranks_here) for rank in ranks])
     >>> streams = [rank.sft.options(num_returns="streaming").remote(folder) for rank in ranks]
     >>> metrics, *_ = ray.get([rank.step.remote(*table_refs) for rank in ranks])
     >>> streams = [rank.export_weights.options(num_returns="streaming").remote() for rank in ranks]
@@ -113,15 +113,18 @@ class LearnerRank:
         self._staleness, self._seed = staleness, seed
 
     def address(self) -> tuple[str, int]:
-        """This rank's host and a free port there: where the ranks meet, asked of rank 0."""
+        """This rank's host and a free port there; the ranks meet at rank 0's."""
         host = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
     @_named
-    def join(self, master_host: str, master_port: int) -> None:
-        """Meet the other ranks, load the model, set up ZeRO. Returns when all ranks stand."""
+    def join(self, master_host: str, master_port: int, ranks_here: int) -> None:
+        """Meet the other ranks, load the model, set up ZeRO. Returns when all ranks stand.
+
+        master_host, master_port: rank 0's address. ranks_here: ranks on this node, which share its cores.
+        """
         import torch
         from transformers.utils.logging import disable_progress_bar
 
@@ -130,7 +133,7 @@ class LearnerRank:
         from learner.learner import Learner
 
         disable_progress_bar()
-        torch.set_num_threads(self._config.threads or max(1, len(os.sched_getaffinity(0)) // self._config.ranks))
+        torch.set_num_threads(self._config.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
         os.environ["GLOO_SOCKET_IFNAME"] = _interface(ray.util.get_node_ip_address())
         device = join_process_group(self._rank, self._world_size, master_host, master_port, self._config.timeout_s)
         self._learner = Learner(

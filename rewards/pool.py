@@ -6,12 +6,13 @@ from pathlib import Path
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError
 from rewards.stage import Stage, Work
 from rewards.terms import stages_of
+from rollout.streams import lost_data
 
 METRICS_TIMEOUT_S = 600.0
 """Longest wait for the metrics of one step, whose tables are scored already."""
@@ -97,6 +98,7 @@ class RewardPool:
         """rewards.metrics.reward_metrics of the scored tables, and what the terms cost since the last call.
 
         rewards/<name>/seconds: time in the term's actors. rewards/<name>/queue: most tables that waited for them.
+        Raises DataLost where a table is gone.
         """
         computing = self._stages[-1].least_loaded().actor.metrics.remote(*scored)
         try:
@@ -105,6 +107,10 @@ class RewardPool:
             raise RewardTimeoutError(
                 f"the metrics of a step's rewards are not there after {METRICS_TIMEOUT_S:g} s"
             ) from error
+        except (ObjectLostError, RayActorError) as error:
+            if (lost := lost_data(error)) is not None:
+                raise lost from error
+            raise
         metrics |= {f"rewards/{key}/seconds": seconds for key, seconds in self._seconds.items()}
         metrics |= {f"rewards/{key}/queue": float(queued) for key, queued in self._queued.items()}
         self._seconds, self._queued = {}, {}

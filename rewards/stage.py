@@ -13,6 +13,7 @@ from rewards.actor import RewardActor
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError, name_examples
 from rewards.terms import replicas_of
+from rollout.streams import lost_data
 
 RETRIES = 2
 """How often one table is scored again after the actor that held it died."""
@@ -30,13 +31,16 @@ class Work:
     """What other replicas must do first."""
 
     def value(self) -> Any:
-        """What the replica returned. Raises RewardError for whatever went wrong in it or in one of the inputs."""
+        """What the replica returned. Raises RewardError for whatever went wrong in it or in one of the inputs.
+
+        DataLost where the table is gone.
+        """
         try:
             return ray.get(self.done)
         except RayError as error:
             for work in self.inputs:
                 work.value()
-            raise self._failure(error) from None
+            raise lost_data(error) or self._failure(error) from None
 
     def groups(self) -> str:
         """The groups of the table, for messages; the only place where the driver fetches one."""

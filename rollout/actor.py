@@ -52,10 +52,14 @@ class ChecksumMismatch(RuntimeError):
         )
 
 
-def worker_environment(config: RolloutConfig, on_gpu: bool) -> dict[str, str]:
-    """What a worker's process must start with: Ray would give an actor that reserves no cores a single thread."""
+def worker_environment(config: RolloutConfig, on_gpu: bool, nodes: int = 1) -> dict[str, str]:
+    """What a worker's process must start with: Ray would give an actor that reserves no cores a single thread.
+
+    nodes: over which workers without GPUs are spread; each is taken to have as many cores as this one.
+    """
     cores = len(os.sched_getaffinity(0))
-    threads = {"OMP_NUM_THREADS": str(config.threads or max(1, cores // config.workers))}
+    on_a_node = config.workers if on_gpu else -(-config.workers // nodes)
+    threads = {"OMP_NUM_THREADS": str(config.threads or max(1, cores // on_a_node))}
     return threads if on_gpu else threads | host_environment()
 
 

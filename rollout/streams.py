@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 from ray.experimental import get_local_object_locations
 
 from rollout.actor import StaleWeights
@@ -26,6 +26,21 @@ class RolloutTimeout(TimeoutError):
 
 class WorkerLost(RuntimeError):
     """A rollout worker died and could not be brought back."""
+
+
+class DataLost(RuntimeError):
+    """Tables or weights went with the node that held them; the steps after the last checkpoint have to be repeated."""
+
+
+def lost_data(error: Exception) -> DataLost | None:
+    """What stands for an error of Ray's that says that data are gone; None for any other.
+
+    A call that runs, and yet fails because an actor is dead, lacks an argument that this actor was still making.
+    """
+    if isinstance(error, ObjectLostError) or (isinstance(error, RayTaskError) and isinstance(error, RayActorError)):
+        reason = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        return DataLost(f"data were lost with the node that held them ({reason[-1]})")
+    return None
 
 
 @dataclass(frozen=True)
@@ -242,7 +257,9 @@ def _retry_until(deadline: float, call: Callable[[], ray.ObjectRef], what: str) 
         try:
             ray.get(call(), timeout=max(0.0, deadline - time.monotonic()))
             return
-        except ActorUnavailableError:
+        except (ObjectLostError, ActorUnavailableError) as error:
+            if (lost := lost_data(error)) is not None:
+                raise lost from error
             if time.monotonic() > deadline:
                 raise
             time.sleep(RESTART_POLL_S)

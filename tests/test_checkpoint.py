@@ -109,7 +109,7 @@ class Ranks:
             for rank in range(config.ranks)
         ]
         host, port = ray.get(self.ranks[0].address.remote())
-        self.all("join", host, port)
+        self.all("join", host, port, config.ranks)
 
     def all(self, method, *arguments):
         return ray.get([getattr(rank, method).remote(*arguments) for rank in self.ranks])

@@ -29,7 +29,8 @@ class Rank:
     def address(self) -> tuple[str, int]:
         return "127.0.0.1", 1
 
-    def join(self, host: str, port: int) -> None:
+    def join(self, host: str, port: int, ranks_here: int) -> None:
+        assert ranks_here == 2
         self._fail_if_asked("join")
 
     def export_weights(self) -> Iterator[str]:
@@ -97,7 +98,7 @@ def test_an_export_that_fails_on_any_rank_is_not_published(gang: LearnerGang, tm
 def test_a_rank_that_dies_in_an_export_is_named(gang: LearnerGang, tmp_path: Path, rank: int) -> None:
     (tmp_path / f"export_weights-{rank}").write_text("die")
     gang.join()
-    with pytest.raises(LearnerLost, match=f"rank {rank} died during 'export_weights'"):
+    with pytest.raises(LearnerLost, match=f"rank {rank} on 127.0.0.1 died during 'export_weights'"):
         gang.export(version=0)
 
 

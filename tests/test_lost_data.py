@@ -1,0 +1,69 @@
+"""Objects that went with a node: every wait calls them lost, and the run repeats the steps since its checkpoint."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ObjectLostError
+
+from launch.progress import Progress
+from launch.run import surviving
+from launch.waiting import fetch
+from rewards.config import RewardTerm
+from rewards.pool import RewardPool
+from rollout.streams import DataLost, PublishedWeights, bring_back
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def gone() -> None:
+    raise ObjectLostError("00" * 28, None, "")
+
+
+@ray.remote(num_cpus=0)
+class Reader:
+    """Stands for a rollout worker that loads weights."""
+
+    def ready(self) -> None:
+        pass
+
+    def load_weights(self, version: int, bucket_refs: list[ray.ObjectRef], checksum: int) -> int:
+        return len(ray.get(bucket_refs))
+
+
+@pytest.fixture
+def lost(ray_session: None) -> ray.ObjectRef:
+    """Stands for an object that no node holds any more; tests/test_nodes.py loses one with its node."""
+    return gone.remote()
+
+
+def test_a_table_that_is_lost_before_its_rewards_is_no_fault_of_a_reward(lost: ray.ObjectRef, tmp_path: Path) -> None:
+    pool = RewardPool([RewardTerm("rule")], tmp_path).start()
+    try:
+        with pytest.raises(DataLost, match="lost with the node"):
+            pool.result(pool.submit(lost, "train"))
+        with pytest.raises(DataLost, match="lost with the node"):
+            pool.metrics([lost])
+    finally:
+        pool.close()
+
+
+def test_weights_that_are_lost_are_not_waited_for(lost: ray.ObjectRef) -> None:
+    reader = Reader.remote()  # type: ignore[attr-defined]
+    with pytest.raises(DataLost, match="lost with the node"):
+        bring_back(reader, PublishedWeights(3, [lost], 0), 60.0, "rollout worker 0")
+
+
+def test_lost_data_are_made_again_from_the_last_checkpoint(lost: ray.ObjectRef) -> None:
+    happened = []
+    actors: Any = SimpleNamespace(
+        learner=SimpleNamespace(join=lambda: None, restart=lambda: happened.append("restart")),
+        rollouts=SimpleNamespace(abandon=lambda: happened.append("abandon")),
+    )
+
+    def work() -> str:
+        return "done" if happened else fetch(lost, 60.0, "a table")
+
+    assert surviving(actors, Progress(), work) == "done"
+    assert happened == ["abandon", "restart"]
