@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,12 +25,15 @@ from catalog.source import Source
 from catalog.statistics import catalog_stats
 from catalog.template import check_template, prompt_end, response_texts
 from catalog.tokenizer import (
+    Report,
     check_prompt_ends,
     check_titles_follow,
     encode_titles,
     known_fingerprint,
     load_tokenizer,
+    on_all_cores,
     remembered_fingerprint,
+    silent,
     tokenizer_fingerprint,
 )
 from catalog.trie import Trie
@@ -46,7 +50,7 @@ PROMPTS_TO_LEARN_FROM = 2000
 WHOLE_PROMPTS_CHECKED = 256
 
 
-def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
+def build_catalog(config: DataConfig, tokenizer_path: str, report: Report = silent) -> Catalog:
     """Build the catalogue of `config`, or map the one that exists for the same data, tokenizer and template.
 
     Several processes may build at once: each writes to a folder of its own, and the first to finish names it.
@@ -58,8 +62,9 @@ def build_catalog(config: DataConfig, tokenizer_path: str) -> Catalog:
     fingerprint = _fingerprint(config, source, tokenizer)
     path = cache / fingerprint
     if not path.is_dir():
-        with atomic_folder(path) as temporary:
-            _write(_interactions(config, source), config, load_tokenizer(tokenizer_path), fingerprint, temporary)
+        with atomic_folder(path) as temporary, on_all_cores():
+            data = _interactions(config, source)
+            _write(data, config, load_tokenizer(tokenizer_path), fingerprint, temporary, report)
     catalog = Catalog.load(path)
     if catalog.trie.tokenizer_fingerprint != tokenizer:
         raise CatalogError(
@@ -115,12 +120,17 @@ def _fingerprint(config: DataConfig, source: Source | None, tokenizer: str) -> s
 
 
 def _write(
-    data: Interactions, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", fingerprint: str, path: Path
+    data: Interactions,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    fingerprint: str,
+    path: Path,
+    report: Report,
 ) -> None:
     class_of_item, titles = _classes(data.titles)
     texts = titles.to_pylist()
     context, responses = prompt_end(config.template), response_texts(config.template, texts)
-    title_tokens = encode_titles(tokenizer, context, responses, [f"title {title!r}" for title in texts])
+    title_tokens = encode_titles(tokenizer, context, responses, [f"title {title!r}" for title in texts], report)
     kept, merged = _distinct(title_tokens)
     if len(kept) < len(texts):  # the tokenizer normalises Unicode, and two titles differ only there
         class_of_item, titles, title_tokens = (
@@ -136,25 +146,40 @@ def _write(
     trie.save(path / "trie.arrow")
     write_arrow(path / "items.arrow", {"item_id": data.item_ids, "item_class": pa.array(class_of_item)})
     write_arrow(path / "classes.arrow", {"title": titles})
-    encoder = PromptEncoder(tokenizer, config.template, texts)
-    prompts = {}
+    encoder = PromptEncoder(tokenizer, config.template, texts, report)
+    prompt_lengths = {}
     for name, split in data.splits.items():
         histories = Ragged(class_of_item[split.history.flat], split.history.start)
-        prompts[name] = encoder.encode(histories)
-        check_prompt_ends(tokenizer, context, prompts[name])
-        rows = _evenly(len(split), WHOLE_PROMPTS_CHECKED)
-        whole, taken = encoder.texts(histories.take(rows)), prompts[name].take(rows)
-        check_titles_follow(tokenizer, whole, taken, responses, title_tokens)
-        shown = prompts[name].last(config.max_prompt_tokens)
+        some = histories.take(_evenly(len(split), WHOLE_PROMPTS_CHECKED))
+        check_titles_follow(tokenizer, encoder.texts(some), encoder.encode(some), responses, title_tokens)
+        lengths: list[np.ndarray] = []
+        shown = Ragged.concatenate(
+            _shown(encoder.batches(histories), tokenizer, context, config.max_prompt_tokens, lengths)
+        )
+        prompt_lengths[name] = np.concatenate(lengths)
         write_arrow(path / f"{name}.arrow", _columns(split, class_of_item, shown))
     tokenizer.save_pretrained(path / "tokenizer")
     best_rank = data.splits["test"].best_rank
     description = {
         "fingerprint": fingerprint,
-        "stats": catalog_stats(len(data.titles), trie, title_tokens, prompts, config.max_prompt_tokens),
+        "stats": catalog_stats(len(data.titles), trie, title_tokens, prompt_lengths, config.max_prompt_tokens),
         "best_possible": None if best_rank is None else ranking_metrics(best_rank, BEST_POSSIBLE_KS),
     }
     (path / DESCRIPTION).write_text(json.dumps(description, indent=2))
+
+
+def _shown(
+    batches: Iterable[Ragged],
+    tokenizer: "PreTrainedTokenizerBase",
+    context: str,
+    max_prompt_tokens: int,
+    lengths: list[np.ndarray],
+) -> Iterator[Ragged]:
+    """What a model is shown of the prompts, once their ends are checked; `lengths` takes their whole lengths."""
+    for prompts in batches:
+        check_prompt_ends(tokenizer, context, prompts)
+        lengths.append(prompts.lengths)
+        yield prompts.last(max_prompt_tokens)
 
 
 def _classes(titles: pa.LargeStringArray) -> tuple[np.ndarray, pa.LargeStringArray]:

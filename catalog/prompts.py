@@ -1,5 +1,6 @@
 """Histories as prompt tokens: a title recurs in many histories, so its tokens are computed once for each place."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -8,12 +9,14 @@ import numpy as np
 from catalog.config import TemplateConfig
 from catalog.ragged import Ragged
 from catalog.template import prompt_texts
-from catalog.tokenizer import encode_batch, encode_prompts
+from catalog.tokenizer import Report, counted, encode_batch, encode_prompts, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRIAL_TITLES, TRIAL_HISTORY = 64, 10
+ROWS = 1 << 15
+"""Histories whose prompts are made at once."""
 
 
 def history_texts(template: TemplateConfig, titles: list[str], histories: Ragged) -> list[str]:
@@ -34,15 +37,28 @@ class PromptEncoder:
     >>> encoder.encode(histories)           # Ragged of item classes in, Ragged of tokens out
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: TemplateConfig, titles: list[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: TemplateConfig,
+        titles: list[str],
+        report: Report = silent,
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.titles = titles
+        self._report = report
         self._pieces = self._pieces_of_all_titles()
 
     def texts(self, histories: Ragged) -> list[str]:
         """The prompts as text. histories: item classes, oldest first."""
         return history_texts(self.template, self.titles, histories)
+
+    def batches(self, histories: Ragged) -> Iterator[Ragged]:
+        """`encode` of consecutive histories, ROWS at a time: so many prompts may need more memory than they keep."""
+        for first in range(0, len(histories), ROWS):
+            self._report(f"prompts: {first:,} of {len(histories):,}")
+            yield self.encode(histories.take(np.arange(first, min(first + ROWS, len(histories)))))
 
     def encode(self, histories: Ragged) -> Ragged:
         """The prompts as tokens. histories: item classes, oldest first, at least one each."""
@@ -64,13 +80,17 @@ class PromptEncoder:
         head, _, end = self.template.prompt.partition("{history}")
         before, _, behind = self.template.item.partition("{title}")
         left, right = _joint(self.template)[:cut], _joint(self.template)[cut:]
-        starts = [head + before + title + last for last in (behind + end, left) for title in titles]
-        others = [right + title + last for last in (left, behind + end) for title in titles]
-        pieces = Ragged.concatenate([encode_prompts(self.tokenizer, starts), encode_batch(self.tokenizer, others)])
-        trial = _chain(len(titles))
-        whole, joined = encode_prompts(self.tokenizer, self.texts(trial)), _join(pieces, trial)
-        same = np.array_equal(whole.flat, joined.flat) and np.array_equal(whole.start, joined.start)
-        return pieces if same else None
+        starts = (head + before + title + last for last in (behind + end, left) for title in titles)
+        others = (right + title + last for last in (left, behind + end) for title in titles)
+        twice = 2 * len(titles)
+        first = encode_prompts(self.tokenizer, counted(starts, "titles that begin a history", twice, self._report))
+        later = encode_batch(self.tokenizer, counted(others, "titles that go on with it", twice, self._report))
+        pieces = Ragged.concatenate([first, later])
+        for trial in _chains(len(titles)):
+            whole, joined = encode_prompts(self.tokenizer, self.texts(trial)), _join(pieces, trial)
+            if not (np.array_equal(whole.flat, joined.flat) and np.array_equal(whole.start, joined.start)):
+                return None
+        return pieces
 
 
 def _joint(template: TemplateConfig) -> str:
@@ -79,11 +99,15 @@ def _joint(template: TemplateConfig) -> str:
     return behind + template.separator + before
 
 
-def _chain(titles: int) -> Ragged:
-    """Histories in which every title follows another one and precedes another one (itself, if there is one only)."""
+def _chains(titles: int) -> Iterator[Ragged]:
+    """Histories in which every title follows another one and precedes another one (itself, if there is one only).
+
+    Of ROWS histories at a time.
+    """
     starts = np.arange(0, titles, TRIAL_HISTORY - 1)
-    shown = (starts[:, None] + np.arange(TRIAL_HISTORY)) % titles
-    return Ragged.from_lengths(shown.ravel().astype(np.int32), np.full(len(starts), TRIAL_HISTORY))
+    for first in range(0, len(starts), ROWS):
+        shown = (starts[first : first + ROWS, None] + np.arange(TRIAL_HISTORY)) % titles
+        yield Ragged.from_lengths(shown.ravel().astype(np.int32), np.full(len(shown), TRIAL_HISTORY))
 
 
 def _join(pieces: Ragged, histories: Ragged) -> Ragged:

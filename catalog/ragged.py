@@ -1,5 +1,6 @@
 """Lists of different lengths as two flat arrays, so that a million of them cost no Python objects."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -35,13 +36,17 @@ class Ragged:
 
     @classmethod
     def concatenate(cls, parts: Iterable["Ragged"]) -> "Ragged":
-        """The lists of all `parts`, in order."""
-        parts = list(parts)
-        if not parts:
+        """The lists of all `parts`, in order. Each part is let go as soon as it has been copied."""
+        waiting = deque(parts)
+        if not waiting:
             return cls.from_lists([])
-        return cls.from_lengths(
-            np.concatenate([part.flat for part in parts]), np.concatenate([part.lengths for part in parts])
-        )
+        lengths = np.concatenate([part.lengths for part in waiting])
+        flat, end = np.empty(int(lengths.sum()), np.int32), 0
+        while waiting:
+            part = waiting.popleft().flat
+            flat[end : end + len(part)] = part
+            end += len(part)
+        return cls.from_lengths(flat, lengths)
 
     @classmethod
     def from_arrow(cls, lists: pa.LargeListArray | pa.ListArray) -> "Ragged":

@@ -60,7 +60,8 @@ class Source:
         """Hex digest of the names and bytes of the files."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
         return digest.hexdigest()
 
     def read(self, max_history: int) -> Interactions:

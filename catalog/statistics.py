@@ -9,15 +9,15 @@ from catalog.trie import Trie
 
 
 def catalog_stats(
-    items: int, trie: Trie, title_tokens: Ragged, prompts: dict[str, Ragged], max_prompt_tokens: int
+    items: int, trie: Trie, title_tokens: Ragged, prompt_lengths: dict[str, np.ndarray], max_prompt_tokens: int
 ) -> dict[str, Any]:
-    """prompts: the prompts of each split before truncation to max_prompt_tokens."""
-    lengths = np.concatenate([split.lengths for split in prompts.values()])
+    """prompt_lengths: tokens of the prompts of each split before truncation to max_prompt_tokens."""
+    lengths = np.concatenate(list(prompt_lengths.values()))
     return {
         "items": items,
         "classes": trie.num_classes,
         "duplicate_titles": items - trie.num_classes,
-        "examples": {name: len(split) for name, split in prompts.items()},
+        "examples": {name: len(split) for name, split in prompt_lengths.items()},
         "trie": trie_stats(trie),
         "title_tokens": _spread(title_tokens.lengths),
         "prompt_tokens": _spread(np.minimum(lengths, max_prompt_tokens)),

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +30,14 @@ FINGERPRINT_PROBE = (
 )
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
 """Files of a Hugging Face directory that say nothing about its tokenizer."""
+PARALLEL = "TOKENIZERS_PARALLELISM"
 BATCH = 8192
+Report = Callable[[str], None]
+"""Is told in words how far long work is."""
+
+
+def silent(words: str) -> None:
+    """The Report of work that nobody watches."""
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:
@@ -126,7 +136,20 @@ def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return special[:1] if special and special[0] == tokenizer.bos_token_id else []
 
 
-def encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Ragged:
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """Tokenise on all cores meanwhile, whatever TOKENIZERS_PARALLELISM says for other times."""
+    said = os.environ.get(PARALLEL)
+    os.environ[PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[PARALLEL]
+        if said is not None:
+            os.environ[PARALLEL] = said
+
+
+def encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> Ragged:
     """Token ids of each text, without special tokens, padding or truncation."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -137,7 +160,7 @@ def encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
     )
 
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> Ragged:
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[str]) -> Ragged:
     """Token ids of each prompt; the beginning-of-sequence token first where the tokenizer itself adds one."""
     tokens, start = encode_batch(tokenizer, prompts), start_tokens(tokenizer)
     if not start:
@@ -146,7 +169,11 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str])
 
 
 def encode_titles(
-    tokenizer: "PreTrainedTokenizerBase", context: str, responses: Sequence[str], names: Sequence[str]
+    tokenizer: "PreTrainedTokenizerBase",
+    context: str,
+    responses: Sequence[str],
+    names: Sequence[str],
+    report: Report = silent,
 ) -> Ragged:
     """Token ids of each response as it continues `context`, end-of-sequence last.
 
@@ -155,7 +182,9 @@ def encode_titles(
     decoded to its own text, or contains the end-of-sequence token.
     """
     prefix = encode_batch(tokenizer, [context])[0]
-    tokens = encode_batch(tokenizer, [context + response for response in responses])
+    tokens = encode_batch(
+        tokenizer, (context + response for response in counted(responses, "titles", len(responses), report))
+    )
     merged = np.flatnonzero(~_starts_with(tokens, prefix))
     if len(merged):
         raise CatalogError(
@@ -170,16 +199,22 @@ def encode_titles(
             f"{names[ended[0]]}: the text {responses[ended[0]]!r} contains the end-of-sequence token "
             f"{tokenizer.eos_token!r}; remove it from the title"
         )
-    _check_round_trip(tokenizer, context, tokens, responses, names)
+    _check_round_trip(tokenizer, context, tokens, responses, names, report)
     return titles.append(tokenizer.eos_token_id)
 
 
 def _check_round_trip(
-    tokenizer: "PreTrainedTokenizerBase", context: str, tokens: Ragged, responses: Sequence[str], names: Sequence[str]
+    tokenizer: "PreTrainedTokenizerBase",
+    context: str,
+    tokens: Ragged,
+    responses: Sequence[str],
+    names: Sequence[str],
+    report: Report,
 ) -> None:
     """Decoding tokens[i] must give context + responses[i], where a tokenizer may normalise to Unicode's NFC."""
     decode = tokenizer.backend_tokenizer.decode_batch
     for first in range(0, len(responses), BATCH):
+        report(f"title tokens checked: {first:,} of {len(responses):,}")
         rows = range(first, min(first + BATCH, len(responses)))
         texts = decode([tokens[i].tolist() for i in rows], skip_special_tokens=False)
         for i, text in zip(rows, texts, strict=True):
@@ -242,5 +277,15 @@ def _starts_with(tokens: Ragged, prefix: np.ndarray) -> np.ndarray:
     return starts
 
 
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (texts[first : first + BATCH] for first in range(0, len(texts), BATCH))
+def counted(texts: Iterable[str], what: str, total: int, report: Report) -> Iterator[str]:
+    """`texts`, saying now and then how many of `total` have been tokenised."""
+    for number, text in enumerate(texts):
+        if number % BATCH == 0:
+            report(f"{what} tokenised: {number:,} of {total:,}")
+        yield text
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while batch := list(islice(texts, BATCH)):
+        yield batch

@@ -52,7 +52,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
             progress.line(line)
     with progress.stage("catalogue") as stage:
         model_path = prepare_model(config)
-        catalog = build_catalog(config.data, str(model_path))
+        catalog = build_catalog(config.data, str(model_path), lambda words: stage.update(detail=words))
         stage.update(detail=_catalog_words(catalog))
     for line in _model_words(config, model_path):
         progress.line(line)

@@ -35,7 +35,7 @@ def test_joined_prompts_equal_whole_ones(
 ) -> None:
     encoder = PromptEncoder(tokenizer, template, titles)
     shown = Ragged.from_lists([[c % len(titles) for c in history] for history in histories])
-    prompts, whole = encoder.encode(shown), encode_prompts(tokenizer, encoder.texts(shown))
+    prompts, whole = Ragged.concatenate(encoder.batches(shown)), encode_prompts(tokenizer, encoder.texts(shown))
     assert prompts.start.tolist() == whole.start.tolist()
     assert prompts.flat.tolist() == whole.flat.tolist()
 
