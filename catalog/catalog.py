@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from catalog.arrow_files import read_arrow
 from catalog.errors import CatalogError
@@ -43,7 +44,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.target_class)
 
-    @property
+    @cached_property
     def prompt_lengths(self) -> np.ndarray:
         """int64 [n]: tokens of each prompt."""
         return self._prompts.lengths
@@ -54,6 +55,13 @@ class Examples:
 
     def user_id(self, i: int) -> str:
         return self._users[i].as_py()
+
+    def users(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n]: for each row the place of its user among the users of `rows`, in the order of their ids."""
+        encoded = pc.dictionary_encode(self._users.take(pa.array(rows)))
+        place = np.empty(len(encoded.dictionary), np.int64)
+        place[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(place))
+        return place[encoded.indices.to_numpy()]
 
     def history_classes(self, i: int) -> np.ndarray:
         """int32 [H]: item classes of the titles that the prompt shows, oldest first."""

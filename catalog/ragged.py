@@ -69,9 +69,13 @@ class Ragged:
         """int64 [n]"""
         return np.diff(self.start)
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64: `lengths` at `rows`."""
+        return self.start[rows + 1] - self.start[rows]
+
     def take(self, rows: np.ndarray) -> "Ragged":
         """The lists at `rows`, copied."""
-        lengths = self.lengths[rows]
+        lengths = self.lengths_of(rows)
         within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return Ragged.from_lengths(self.flat[np.repeat(self.start[rows], lengths) + within], lengths)
 

@@ -10,6 +10,9 @@ import pyarrow as pa
 
 from catalog.ragged import Ragged
 
+PADDING = -1
+"""Where a title has ended; no token."""
+
 
 class TrieError(ValueError):
     """Titles that make no trie, or a damaged trie file."""
@@ -146,6 +149,24 @@ class Trie:
         """Tokens of an item class, end-of-sequence last."""
         edge = self._class_edge[item_class]
         return [*self.path(int(np.searchsorted(self.first_edge, edge, side="right")) - 1), self.eos_token]
+
+    def titles(self, item_classes: np.ndarray) -> Ragged:
+        """`title_tokens` of many item classes (int [n]) at once."""
+        edge = self._class_edge[item_classes]
+        levels, alive = [np.full(len(edge), self.eos_token, np.int32)], np.ones(len(edge), bool)
+        while alive.any():
+            node = np.searchsorted(self.first_edge, edge, side="right") - 1
+            alive = node > 0
+            edge = np.where(alive, self._parent_edge[node], edge)
+            levels.append(np.where(alive, self.edge_token[edge], PADDING).astype(np.int32))
+        rows = np.stack(levels[::-1], axis=1)
+        return Ragged.from_lengths(rows[rows != PADDING], (rows != PADDING).sum(1))
+
+    @property
+    def longest_title(self) -> int:
+        """An item class whose title has max_tokens tokens."""
+        deepest = self.edge_target[self.first_edge[self.level_start[-2]] :]
+        return int(-1 - deepest[deepest < 0][0])
 
     def save(self, path: Path) -> None:
         """One uncompressed Arrow row of four lists, so that `load` maps it without copying."""

@@ -18,6 +18,8 @@ class DataOrder:
                 f"train.prompts_per_step={per_step} but the training split has {num_examples} examples; lower it"
             )
         self.num_examples, self.per_step, self.seed = num_examples, per_step, seed
+        self._passes: dict[int, np.ndarray] = {}
+        """The orders of the passes that the last step took from: shuffling millions of examples takes a while."""
 
     def steps_in(self, epochs: float) -> int:
         """Steps that `epochs` passes take; a remainder of a pass shorter than a step is carried to the next pass."""
@@ -27,12 +29,11 @@ class DataOrder:
         first = step * self.per_step
         positions = np.arange(first, first + self.per_step)
         epochs = positions // self.num_examples
-        return np.concatenate(
-            [
-                self._permutation(int(epoch))[positions[epochs == epoch] % self.num_examples]
-                for epoch in np.unique(epochs)
-            ]
-        )
+        asked = np.unique(epochs).tolist()
+        self._passes = {
+            epoch: self._passes[epoch] if epoch in self._passes else self._shuffled(epoch) for epoch in asked
+        }
+        return np.concatenate([self._passes[epoch][positions[epochs == epoch] % self.num_examples] for epoch in asked])
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)

@@ -39,8 +39,8 @@ def plan_steps(config: Config, catalog: Catalog, model_path: Path) -> tuple[Data
     try:
         check_lengths(model_path, config.rollout, prompt_tokens, title_tokens)
     except LengthError as error:
-        longest = max(range(catalog.num_classes), key=lambda title: len(catalog.trie.title_tokens(title)))
-        raise LengthError(f"{error}. The longest title is {catalog.title(longest)[:60]!r}...") from error
+        longest = catalog.title(catalog.trie.longest_title)
+        raise LengthError(f"{error}. The longest title is {longest[:60]!r}...") from error
     examples = len(catalog.examples("train"))
     order = DataOrder(examples, config.train.prompts_per_step, config.train.seed)
     steps = config.train.steps if config.train.steps is not None else order.steps_in(config.train.epochs)

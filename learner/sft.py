@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,9 @@ class SupervisedWarmup:
 
     def _logprobs(self, data: SupervisedExamples, rows: np.ndarray) -> tuple[Tensor, int]:
         """Log-probabilities of the title tokens, float32 [rows, T], and the tokens that were fed."""
-        packed = self._policy.pack([data.prompts[row] for row in rows], [[data.titles[row]] for row in rows])
+        prompts: list[Any] = [data.prompt(row) for row in rows]
+        titles: list[Any] = [[data.title(row)] for row in rows]
+        packed = self._policy.pack(prompts, titles)
         return self._engine(packed), packed.fed_tokens
 
     def _micro_batches(self, data: SupervisedExamples, batch: np.ndarray) -> list[tuple[np.ndarray, float]]:

@@ -24,26 +24,30 @@ class SupervisedExamples:
         """limit: take about that many examples, evenly spaced over the split; 0 takes all."""
         count = len(examples)
         chosen = np.unique(np.linspace(0, count - 1, limit).astype(int)) if 0 < limit < count else np.arange(count)
-        _, users = np.unique([examples.user_id(int(i)) for i in chosen], return_inverse=True)
+        users = examples.users(chosen)
         order = np.lexsort((examples.prompt_lengths[chosen], users))
-        targets = examples.target_class[chosen[order]].tolist()
-        title_of = {target: np.asarray(trie.title_tokens(target), np.int32) for target in set(targets)}
-
-        self.prompts = [examples.prompt_tokens(int(i)) for i in chosen[order]]
-        """int32 [P] each."""
-        self.titles = [title_of[target] for target in targets]
-        """int32 [T] each, end-of-sequence included."""
+        self._examples, self._rows = examples, chosen[order]
+        targets, self._target = np.unique(examples.target_class[self._rows], return_inverse=True)
+        self._titles = trie.titles(targets)
         self.user = users[order]
         """int64 [n]: ascending."""
         self.own_tokens = self._own_tokens()
         """int64 [n]: tokens that an example adds to a packed row behind the one before it."""
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self._rows)
+
+    def prompt(self, row: int) -> np.ndarray:
+        """int32 [P]"""
+        return self._examples.prompt_tokens(self._rows[row])
+
+    def title(self, row: int) -> np.ndarray:
+        """int32 [T], end-of-sequence included."""
+        return self._titles[self._target[row]]
 
     def title_tokens(self, rows: np.ndarray) -> int:
         """Tokens of the titles at `rows`, which the loss is a mean over."""
-        return sum(len(self.titles[row]) for row in rows)
+        return int(self._titles.lengths_of(self._target[rows]).sum())
 
     def batches(self, size: int, seed: int | Sequence[int]) -> Iterator[np.ndarray]:
         """All examples once, in batches of `size` (the last may be smaller): users shuffled, a user's together."""
@@ -58,7 +62,7 @@ class SupervisedExamples:
         Of padded batches each example counts as long as the longest of `batch`.
         """
         if packing == "padded":
-            width = max(len(self.prompts[row]) + len(self.titles[row]) for row in batch)
+            width = max(len(self.prompt(row)) + len(self.title(row)) for row in batch)
             runs, sizes = [np.array([row]) for row in np.sort(batch)], [width] * len(batch)
         else:
             runs = list(self._runs(np.sort(batch), budget))
@@ -80,16 +84,17 @@ class SupervisedExamples:
 
     def _tokens(self, run: np.ndarray) -> int:
         """Packed tokens of consecutive examples of one user, as if the first shared nothing."""
-        first = len(self.prompts[run[0]]) + len(self.titles[run[0]])
+        first = len(self.prompt(run[0])) + len(self.title(run[0]))
         return first + int(self.own_tokens[run[1:]].sum())
 
     def _own_tokens(self) -> np.ndarray:
         own = np.empty(len(self), np.int64)
         before = np.empty(0, np.int32)
-        for i, (prompt, title) in enumerate(zip(self.prompts, self.titles, strict=True)):
+        for i in range(len(self)):
+            prompt = self.prompt(i)
             size = min(len(before), len(prompt))
             different = np.flatnonzero(before[:size] != prompt[:size])
             shared = int(different[0]) if len(different) else size
-            own[i] = len(prompt) + len(title) - shared
+            own[i] = len(prompt) + len(self.title(i)) - shared
             before = prompt
         return own

@@ -37,6 +37,16 @@ def test_every_pass_of_every_seed_has_an_order_of_its_own() -> None:
     assert len(orders) == 9
 
 
+def test_a_pass_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled = []
+    real = DataOrder._shuffled
+    monkeypatch.setattr(DataOrder, "_shuffled", lambda self, epoch: shuffled.append(epoch) or real(self, epoch))
+    order = DataOrder(100, 7, 3)
+    for step in range(40):
+        order[step]
+    assert shuffled == [0, 1, 2]
+
+
 def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
     first, second = DataOrder(100, 7, 3), DataOrder(100, 7, 3)
     later = second[40]

@@ -41,7 +41,7 @@ def test_a_plan_feeds_every_example_once_within_the_budget(examples, budget, ran
     assert len({len(micros) for micros in plan}) == 1
     assert sorted(np.concatenate([rows for micros in plan for rows in micros])) == sorted(batch)
     for rows in (rows for micros in plan for rows in micros if len(rows) > 1):
-        packed = pack_groups([examples.prompts[row] for row in rows], [[examples.titles[row]] for row in rows])
+        packed = pack_groups([examples.prompt(row) for row in rows], [[examples.title(row)] for row in rows])
         assert packed.fed_tokens <= budget
 
 
@@ -52,7 +52,7 @@ def test_a_plan_of_padded_batches_counts_their_padding(examples, budget, ranks):
     plan = examples.plan(batch, budget, ranks, "padded")
     assert sorted(np.concatenate([rows for micros in plan for rows in micros])) == sorted(batch)
     for rows in (rows for micros in plan for rows in micros if len(rows) > 1):
-        padded = padded_batch([examples.prompts[row] for row in rows], [[examples.titles[row]] for row in rows])
+        padded = padded_batch([examples.prompt(row) for row in rows], [[examples.title(row)] for row in rows])
         assert padded.tokens.numel() <= budget
 
 
@@ -60,8 +60,8 @@ def test_shared_histories_are_fed_once(examples):
     batch = next(examples.batches(size=64, seed=0))
     (micros,) = examples.plan(batch, 10**6, 1)
     rows = np.concatenate(micros)
-    packed = pack_groups([examples.prompts[row] for row in rows], [[examples.titles[row]] for row in rows])
-    alone = sum(len(examples.prompts[row]) + len(examples.titles[row]) - 1 for row in rows)
+    packed = pack_groups([examples.prompt(row) for row in rows], [[examples.title(row)] for row in rows])
+    alone = sum(len(examples.prompt(row)) + len(examples.title(row)) - 1 for row in rows)
     assert packed.fed_tokens < 0.6 * alone
 
 
@@ -106,3 +106,17 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(gangs, t
     assert best > 0
     assert len(losses) == best + 1 + 2 < 60
     assert result["loss_after"] == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_examples_are_in_the_order_of_their_users_and_histories(examples, learner_data):
+    train, trie = learner_data.catalog.examples("train"), learner_data.catalog.trie
+    rows = np.arange(len(train))
+    _, users = np.unique([train.user_id(i) for i in rows.tolist()], return_inverse=True)
+    assert np.array_equal(train.users(rows), users)
+    ordered = np.lexsort((train.prompt_lengths, users))
+    assert np.array_equal(examples.user, users[ordered])
+    for row, example in enumerate(ordered.tolist()):
+        assert np.array_equal(examples.prompt(row), train.prompt_tokens(example))
+        assert examples.title(row).tolist() == trie.title_tokens(train.target_class[example])
+    some = np.array([3, 0, 3])
+    assert examples.title_tokens(some) == sum(len(examples.title(row)) for row in some.tolist())

@@ -151,3 +151,13 @@ def test_an_arrow_file_of_another_kind_is_named(tmp_path: Path, table: pa.Table)
         writer.write_table(table)
     with pytest.raises(TrieError, match=r"trie\.arrow: not a readable trie"):
         Trie.load(path)
+
+
+@given(SETS_OF_TITLES)
+def test_the_tokens_of_many_titles_are_those_of_each(titles: list) -> None:
+    trie = trie_of(titles)
+    asked = np.array([*range(len(titles)), 0])
+    found = trie.titles(asked)
+    assert [found[i].tolist() for i in range(len(asked))] == [trie.title_tokens(int(c)) for c in asked]
+    assert len(trie.titles(asked[:0])) == 0
+    assert len(trie.title_tokens(trie.longest_title)) == trie.max_tokens
