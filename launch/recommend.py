@@ -12,6 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.config import DataConfig
@@ -27,6 +31,8 @@ from rollout.groups import Candidates
 KV_CACHE_GIB = 1.0
 """At most; a run's own may be sized for hundreds of groups at once, and what does not fit together goes in turn."""
 UNKNOWN_SHOWN = 3
+PIECE, COMPARED = 4, 1000
+"""Characters of a piece of a title; titles that are compared whole."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -111,15 +117,28 @@ def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Seq
 
 
 def _mention_unknown(histories: Sequence[Sequence[str]], catalog: Catalog) -> None:
-    """Name the first of them and what is close to each, which takes seconds in a large catalogue; count the rest."""
+    """Name the first of them and what is close to each; count the rest."""
     known = set(catalog.titles.to_pylist())
     unknown = list(dict.fromkeys(title for history in histories for title in history if title not in known))
     for title in unknown[:UNKNOWN_SHOWN]:
-        close = difflib.get_close_matches(title, known, n=3)
+        close = close_titles(title, catalog.titles)
         words = f"close to it: {', '.join(map(repr, close))}" if close else "nothing is close to it"
         print(f"{title!r} is no title of the catalogue, and read all the same; {words}", file=sys.stderr)
     if len(unknown) > UNKNOWN_SHOWN:
         print(f"so are {len(unknown) - UNKNOWN_SHOWN} other titles", file=sys.stderr)
+
+
+def close_titles(title: str, titles: pa.LargeStringArray, count: int = 3) -> list[str]:
+    """Up to `count` of `titles` that are most like `title`.
+
+    Only those that share most pieces of PIECE characters with it are compared, since one comparison takes 0.1 ms.
+    """
+    pieces = {title[first : first + PIECE] for first in range(0, max(1, len(title) - PIECE + 1), 2)}
+    shared = np.zeros(len(titles), np.int64)
+    for piece in pieces:
+        shared += pc.match_substring(titles, piece).to_numpy(zero_copy_only=False)
+    likely = np.argsort(-shared, kind="stable")[:COMPARED]
+    return difflib.get_close_matches(title, titles.take(pa.array(likely)).to_pylist(), n=count)
 
 
 def _read(file: Path) -> Iterator[list[str]]:
