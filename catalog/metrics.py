@@ -6,8 +6,10 @@ import numpy as np
 
 MISS = -1
 """Rank of a target that was not recommended."""
-RESAMPLES = 10_000
+RESAMPLES, FEWEST_RESAMPLES = 10_000, 1000
 RESAMPLES_AT_ONCE = 256
+DRAWN, DRAWN_AT_ONCE = 100_000_000, 1 << 24
+"""Users that all resamples, and those that are drawn at once, hold together where there are many users."""
 
 
 def hr_at_k(ranks: np.ndarray, k: int) -> float:
@@ -46,6 +48,8 @@ def ranking_metrics(hit_rank: np.ndarray, ks: Sequence[int]) -> dict[str, float]
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, users: Sequence[Hashable], seed: int) -> dict[str, float]:
     """Mean of b - a over the examples with its 95% interval, from 10,000 resamples of the users.
 
+    Of more than 10,000 users there are fewer resamples, 1,000 or more.
+
     a, b: float [n], the metric of each example before and after. users: [n], whose example it is: all examples of a
     user are resampled together, since they are not independent.
     Returns {"mean", "low", "high"}. Raises ValueError for different lengths or no examples.
@@ -60,8 +64,10 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, users: Sequence[Hashable], se
     examples, gains = np.bincount(user), np.bincount(user, gain)
     draw = np.random.default_rng(seed)
     means = []
-    for first in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
-        drawn = draw.integers(len(gains), size=(min(RESAMPLES_AT_ONCE, RESAMPLES - first), len(gains)))
+    resamples = max(FEWEST_RESAMPLES, min(RESAMPLES, DRAWN // len(gains)))
+    at_once = max(1, min(RESAMPLES_AT_ONCE, DRAWN_AT_ONCE // len(gains)))
+    for first in range(0, resamples, at_once):
+        drawn = draw.integers(len(gains), size=(min(at_once, resamples - first), len(gains)))
         means.append(gains[drawn].sum(axis=1) / examples[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return {"mean": float(gain.mean()), "low": float(low), "high": float(high)}
