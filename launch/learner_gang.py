@@ -80,7 +80,7 @@ class LearnerGang:
         """
         if self._joined:
             return
-        addresses = self._all("start", [rank.address.remote() for rank in self._ranks])
+        addresses = self._addresses()
         self._hosts = [host for host, _ in addresses]
         self._all(
             "join",
@@ -173,6 +173,20 @@ class LearnerGang:
                     yield rank, result
         if failures:
             raise _blame(method, failures, self._hosts)
+
+    def _addresses(self) -> list[tuple[str, int]]:
+        """Of all ranks, once Ray has found a place for each; raises LearnerLost where a dead node has left too few."""
+        asked: list[Any] = [rank.address.remote() for rank in self._ranks]
+        limit = self._config.cluster.start_timeout_s
+        missing = ray.wait(asked, num_returns=len(asked), timeout=limit)[1]
+        if missing:
+            free = ray.available_resources()
+            raise LearnerLost(
+                f"learner ranks {[asked.index(ref) for ref in missing]} have not started within "
+                f"cluster.start_timeout_s={limit:g} s; is there a node with room for them? free now: "
+                f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
+            )
+        return self._all("start", asked)
 
     def _late(self, what: str, ranks: Sequence[int]) -> LearnerLost:
         limit = self._config.learner.timeout_s

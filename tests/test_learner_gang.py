@@ -67,6 +67,7 @@ class Rank:
 @pytest.fixture
 def gang(ray_session: None, tmp_path: Path) -> Iterator[LearnerGang]:
     config: Any = SimpleNamespace(
+        cluster=SimpleNamespace(start_timeout_s=30.0),
         learner=SimpleNamespace(timeout_s=30.0),
         rollout=SimpleNamespace(logprob_space="vocabulary"),
         train=SimpleNamespace(staleness=0, seed=0),
@@ -100,6 +101,14 @@ def test_a_rank_that_dies_in_an_export_is_named(gang: LearnerGang, tmp_path: Pat
     gang.join()
     with pytest.raises(LearnerLost, match=f"rank {rank} on 127.0.0.1 died during 'export_weights'"):
         gang.export(version=0)
+
+
+def test_a_rank_without_a_place_is_named(gang: LearnerGang) -> None:
+    gang._config.cluster.start_timeout_s = 3.0
+    gang._rank_options = [{"num_cpus": 0}, {"num_cpus": 0, "resources": {"of a node that died": 1}}]
+    gang.restart()
+    with pytest.raises(LearnerLost, match=r"ranks \[1\] have not started within cluster\.start_timeout_s=3 s; .*room"):
+        gang.join()
 
 
 def test_a_checkpoint_is_read_only_where_the_ranks_hold_something_else(gang: LearnerGang, tmp_path: Path) -> None:
