@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRIAL_TITLES, TRIAL_HISTORY = 64, 10
-ROWS = 1 << 15
-"""Histories whose prompts are made at once."""
+SHOWN_AT_ONCE = 1 << 18
+"""Titles of the histories whose prompts are made at once."""
 
 
 def history_texts(template: TemplateConfig, titles: list[str], histories: Ragged) -> list[str]:
@@ -55,10 +55,14 @@ class PromptEncoder:
         return history_texts(self.template, self.titles, histories)
 
     def batches(self, histories: Ragged) -> Iterator[Ragged]:
-        """`encode` of consecutive histories, ROWS at a time: so many prompts may need more memory than they keep."""
-        for first in range(0, len(histories), ROWS):
+        """`encode` of consecutive histories, SHOWN_AT_ONCE titles at a time, to bound the memory that it takes."""
+        first = 0
+        while first < len(histories):
             self._report(f"prompts: {first:,} of {len(histories):,}")
-            yield self.encode(histories.take(np.arange(first, min(first + ROWS, len(histories)))))
+            fit = int(np.searchsorted(histories.start, histories.start[first] + SHOWN_AT_ONCE, side="right")) - 1
+            end = max(fit, first + 1)
+            yield self.encode(histories.take(np.arange(first, end)))
+            first = end
 
     def encode(self, histories: Ragged) -> Ragged:
         """The prompts as tokens. histories: item classes, oldest first, at least one each."""
@@ -102,11 +106,12 @@ def _joint(template: TemplateConfig) -> str:
 def _chains(titles: int) -> Iterator[Ragged]:
     """Histories in which every title follows another one and precedes another one (itself, if there is one only).
 
-    Of ROWS histories at a time.
+    About SHOWN_AT_ONCE titles at a time.
     """
     starts = np.arange(0, titles, TRIAL_HISTORY - 1)
-    for first in range(0, len(starts), ROWS):
-        shown = (starts[first : first + ROWS, None] + np.arange(TRIAL_HISTORY)) % titles
+    rows = SHOWN_AT_ONCE // TRIAL_HISTORY
+    for first in range(0, len(starts), rows):
+        shown = (starts[first : first + rows, None] + np.arange(TRIAL_HISTORY)) % titles
         yield Ragged.from_lengths(shown.ravel().astype(np.int32), np.full(len(shown), TRIAL_HISTORY))
 
 
