@@ -198,4 +198,4 @@ def test_the_rank_whose_own_error_it_is_gets_the_blame() -> None:
     zero, one = (SimpleNamespace(_rank=rank, _world_size=2) for rank in (0, 1))
     own = _error(zero, "load_checkpoint", CheckpointError("checkpoint step-2: damaged; step-1 is intact"))
     follower = _error(one, "load_checkpoint", Rank0Failed("its own error says why"))
-    assert _blame("resume", {1: follower, 0: own}) is own
+    assert _blame("resume", {1: follower, 0: own}, ["a", "b"]) is own
