@@ -1,6 +1,7 @@
 """Built catalogues: what is in them, when they are built again, and that nothing half-built is ever seen."""
 
 import json
+import os
 import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ from catalog.config import DataConfig, GeneratedConfig, TemplateConfig
 from catalog.errors import CatalogError
 from catalog.interactions import SPLITS
 from catalog.metrics import ranking_metrics
-from catalog.tokenizer import load_tokenizer, train_byte_bpe
+from catalog.tokenizer import PARALLEL, load_tokenizer, train_byte_bpe
 from catalog.trie import TrieError
 
 SMALL = GeneratedConfig(items=60, users=60, duplicates=0.1, seed=1)
@@ -233,3 +234,16 @@ def test_real_titles_build(shared_dir: Path, golden_dir: Path, tmp_path: Path) -
     title = dict(zip(items["item_id"], items["title"], strict=True))
     examples = catalog.examples("test")
     assert [catalog.title(c) for c in examples.target_class] == [title[target] for target in test["target"]]
+
+
+def test_a_build_uses_all_cores_and_says_how_far_it_is(
+    tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PARALLEL, "false")
+    config = DataConfig(cache=str(tmp_path), generated=GeneratedConfig(items=40, users=40))
+    said: dict[str, str] = {}
+    build_catalog(config, str(tiny_tokenizer_dir), lambda words: said.update({words: os.environ[PARALLEL]}))
+    assert {"titles tokenised: 0 of 40", "title tokens checked: 0 of 40"} <= said.keys()
+    assert any(words.startswith("prompts: 0 of") for words in said)
+    assert set(said.values()) == {"true"}
+    assert os.environ[PARALLEL] == "false"
