@@ -15,7 +15,7 @@ from benchmarks.published_way import PublishedTrainer
 from catalog.build import build_catalog
 from catalog.config import TemplateConfig
 from catalog.trie import Trie
-from launch.config import compose
+from launch.compose import compose
 from launch.model import prepare_model
 from learner.policy import Policy
 from rollout.config import RolloutConfig

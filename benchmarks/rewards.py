@@ -15,7 +15,7 @@ import ray
 from benchmarks.harness import Row, compare, timed, write_rows
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
-from launch.config import compose
+from launch.compose import compose
 from launch.model import prepare_model
 from rewards.config import RewardTerm
 from rewards.pool import RewardPool

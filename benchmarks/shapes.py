@@ -12,7 +12,8 @@ from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.config import TemplateConfig
 from launch.actors import Actors
-from launch.config import Config, compose
+from launch.compose import compose
+from launch.config import Config
 from launch.model import prepare_model
 from launch.placement import plan
 from learner.config import SftConfig

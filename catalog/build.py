@@ -24,18 +24,9 @@ from catalog.ragged import Ragged
 from catalog.source import Source
 from catalog.statistics import catalog_stats
 from catalog.template import check_template, prompt_end, response_texts
-from catalog.tokenizer import (
-    Report,
-    check_prompt_ends,
-    check_titles_follow,
-    encode_titles,
-    known_fingerprint,
-    load_tokenizer,
-    on_all_cores,
-    remembered_fingerprint,
-    silent,
-    tokenizer_fingerprint,
-)
+from catalog.token_boundaries import check_prompt_ends, check_titles_follow
+from catalog.tokenizer import Report, encode_titles, load_tokenizer, on_all_cores, silent
+from catalog.tokenizer_fingerprint import known_fingerprint, remembered_fingerprint, tokenizer_fingerprint
 from catalog.trie import Trie
 
 if TYPE_CHECKING:

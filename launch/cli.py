@@ -50,7 +50,8 @@ def _run(arguments: list[str]) -> int:
     overrides = [text for text in options.overrides if text != "--"]
     if options.steps is not None:
         overrides.append(f"train.steps={options.steps}")
-    from launch.config import check, compose
+    from launch.compose import compose
+    from launch.config import check
 
     groups = options.cluster, options.data, options.model, options.algorithm
     named = [text for text in overrides if text.startswith(("name=", "runs="))]

@@ -13,7 +13,8 @@ from catalog.catalog import Catalog
 from catalog.errors import CatalogError
 from catalog.metrics import ndcg_per_example, paired_bootstrap
 from catalog.trie import TrieError
-from launch.config import ConfigError, load
+from launch.compose import load
+from launch.config import ConfigError
 from launch.progress import Progress
 
 

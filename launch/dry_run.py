@@ -1,7 +1,8 @@
 """What `DRY_RUN=1` prints: placement, batch arithmetic and the resolved configuration, without starting anything."""
 
 from catalog.build import find_catalog
-from launch.config import Config, to_yaml
+from launch.compose import to_yaml
+from launch.config import Config
 from launch.model import find_model
 from launch.preflight import check_config, plan_steps
 

@@ -97,7 +97,7 @@ def _write_fresh(config: ModelConfig, texts: list[str], path: Path) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from catalog.tokenizer import train_byte_bpe
+    from catalog.byte_bpe import train_byte_bpe
 
     train_byte_bpe(texts, config.vocabulary, path)
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -21,7 +21,8 @@ from catalog.catalog import Catalog
 from catalog.config import DataConfig
 from catalog.template import prompt_texts
 from catalog.tokenizer import encode_prompts, load_tokenizer
-from launch.config import ConfigError, load
+from launch.compose import load
+from launch.config import ConfigError
 from launch.progress import Progress
 from launch.run_directory import RunDirectory
 from learner import checkpoint

@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 
 from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
-from launch.config import Config, to_yaml
+from launch.compose import to_yaml
+from launch.config import Config
 from launch.progress import Progress
 from launch.run_directory import RunDirectory
 

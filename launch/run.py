@@ -11,7 +11,8 @@ from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.metrics import ndcg_per_example, paired_bootstrap, ranking_metrics
 from launch.actors import Actors
-from launch.config import Config, ConfigError, load
+from launch.compose import load
+from launch.config import Config, ConfigError
 from launch.continuation import changes
 from launch.data_order import DataOrder
 from launch.evaluate import eval_examples, evaluate

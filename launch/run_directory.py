@@ -15,7 +15,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from catalog.atomic import atomic_file
-from launch.config import Config, ConfigError, load, save
+from launch.compose import load, save
+from launch.config import Config, ConfigError
 from launch.continuation import check_resumable
 from learner import checkpoint
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catalog.build import build_catalog
-from launch.config import compose
+from launch.compose import compose
 from launch.model import prepare_model
 from rewards.train_sasrec import train_sasrec
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.children import DeviceTrie
+from rollout.device_trie import DeviceTrie
 
 
 @dataclass(frozen=True)

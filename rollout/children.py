@@ -2,87 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 
-from catalog.trie import Trie
-from rollout.arrays import as_tensor
 from rollout.config import LogprobSpace
+from rollout.device_trie import DeviceTrie
 
 NEG_INF = float("-inf")
 _GATHER_ELEMENTS = 1 << 21
 _CACHED_ELEMENTS = 1 << 19
-
-
-@dataclass(frozen=True)
-class DeviceTrie:
-    """The arrays of a catalogue trie on the device that searches; on the CPU they are the trie's own."""
-
-    first_edge: torch.Tensor
-    """int64 [N + 1]"""
-    edge_token: torch.Tensor
-    """int32 [E]"""
-    edge_target: torch.Tensor
-    """int32 [E]: the child node, or -1 - item_class at end-of-sequence."""
-    level_width: np.ndarray
-    """int64 [D + 1]: nodes at each depth, and none below."""
-    source: Trie
-
-    @classmethod
-    def of(cls, trie: Trie, device: torch.device | str = "cpu") -> "DeviceTrie":
-        first_edge, edge_token, edge_target = (
-            as_tensor(array).to(device) for array in (trie.first_edge, trie.edge_token, trie.edge_target)
-        )
-        return cls(first_edge, edge_token, edge_target, np.diff(trie.level_start, append=trie.num_nodes), trie)
-
-    @property
-    def num_depths(self) -> int:
-        """Depths at which a group can stand: before each token of the longest title, and behind its last."""
-        return len(self.level_width)
-
-    @property
-    def device(self) -> torch.device:
-        return self.first_edge.device
-
-    def fanout(self, node: torch.Tensor) -> torch.Tensor:
-        """int64, like node: number of children."""
-        return self.first_edge[node + 1] - self.first_edge[node]
-
-    def fanout_after(self, node: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """int64, like node: number of children of the node `steps` forced steps down, at most `chain` of it."""
-        return torch.where(steps == self.chain[node], self._chain_fanout[node], 1)
-
-    @cached_property
-    def chain(self) -> torch.Tensor:
-        """int32 [N]: how many further nodes the trie forces from each node on, the next one that branches included."""
-        return torch.from_numpy(self._chains[0]).to(self.device)
-
-    @cached_property
-    def forced_to_end(self) -> torch.Tensor:
-        """bool [N]: whether but one title lies below a node, so that all of its further tokens are forced."""
-        return torch.from_numpy(self._chains[1]).to(self.device)
-
-    @cached_property
-    def _chain_fanout(self) -> torch.Tensor:
-        """int64 [N]: number of children where the chain from each node ends."""
-        return torch.from_numpy(self._chains[2]).to(self.device)
-
-    @cached_property
-    def _chains(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        first, target = self.source.first_edge, self.source.edge_target
-        length, to_end = np.zeros(self.source.num_nodes, np.int32), np.zeros(self.source.num_nodes, bool)
-        fanout = np.diff(first)
-        starts = [*self.source.level_start.tolist(), self.source.num_nodes]
-        for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
-            single = start + np.flatnonzero(np.diff(first[start : stop + 1]) == 1)
-            child = target[first[single]]
-            below = np.maximum(child, 0)
-            length[single] = np.where(child < 0, 0, 1 + length[below])
-            to_end[single] = (child < 0) | to_end[below]
-            fanout[single] = np.where(child < 0, 1, fanout[below])
-        return length, to_end, fanout
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rollout.children import Children, DeviceTrie, drawn_index
+from rollout.children import Children, drawn_index
+from rollout.device_trie import DeviceTrie
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.noise import seed_tensor, uniform

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from rollout.chains import Chains
-from rollout.children import NEG_INF, DeviceTrie
+from rollout.children import NEG_INF
+from rollout.device_trie import DeviceTrie
 
 
 @dataclass(frozen=True)

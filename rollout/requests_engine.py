@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from rollout.base_engine import BaseEngine
-from rollout.children import DeviceTrie
 from rollout.config import RolloutConfig, Strategy
+from rollout.device_trie import DeviceTrie
 from rollout.groups import Candidates
 from rollout.stochastic import StochasticBeamSearch
 from rollout.trie_mask import TrieRequest

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rollout.children import Children, DeviceTrie, draw_children
+from rollout.children import Children, draw_children
 from rollout.config import LogprobSpace
+from rollout.device_trie import DeviceTrie
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.history import Past, Steps

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from rollout.chains import Chains, reach
-from rollout.children import NEG_INF, Children, DeviceTrie, top_children
+from rollout.children import NEG_INF, Children, top_children
 from rollout.config import ForcedChains, LogprobSpace
+from rollout.device_trie import DeviceTrie
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.history import Past, Pool, Steps

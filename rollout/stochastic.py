@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rollout.children import NEG_INF, Children, DeviceTrie, top_children
+from rollout.children import NEG_INF, Children, top_children
 from rollout.config import LogprobSpace
+from rollout.device_trie import DeviceTrie
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.history import Pool, Steps

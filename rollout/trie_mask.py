@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from rollout.children import DeviceTrie, drawn_index
+from rollout.children import drawn_index
 from rollout.config import LogprobSpace
+from rollout.device_trie import DeviceTrie
 from rollout.noise import seed_tensor, uniform
 
 ENDED = -1

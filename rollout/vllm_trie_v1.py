@@ -10,7 +10,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from catalog.trie import Trie
-from rollout.children import DeviceTrie
+from rollout.device_trie import DeviceTrie
 from rollout.trie_mask import LEFT, LeftTrie, Sampling, TrieMask, TrieRequest
 
 

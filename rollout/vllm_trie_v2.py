@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from catalog.trie import Trie
-from rollout.children import DeviceTrie
+from rollout.device_trie import DeviceTrie
 from rollout.trie_mask import LEFT, LeftTrie, Sampling, TrieMask, TrieRequest
 
 

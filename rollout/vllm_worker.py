@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from catalog.trie import Trie
-from rollout.children import Children, DeviceTrie
+from rollout.children import Children
 from rollout.config import RolloutConfig, Strategy
+from rollout.device_trie import DeviceTrie
 from rollout.free_sampling import FreeSampleSearch
 from rollout.frontier import Frontier, TrieSearch
 from rollout.groups import Candidates

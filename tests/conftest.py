@@ -44,7 +44,7 @@ def golden_dir(shared_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 400 tokens."""
-    from catalog.tokenizer import train_byte_bpe
+    from catalog.byte_bpe import train_byte_bpe
 
     path = tmp_path_factory.mktemp("tokenizer")
     train_byte_bpe(TINY_TEXTS * 20, 400, path)

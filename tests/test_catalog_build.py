@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from catalog.build import TOKENIZERS, build_catalog, catalog_texts
+from catalog.byte_bpe import train_byte_bpe
 from catalog.catalog import Catalog
 from catalog.config import DataConfig, GeneratedConfig, TemplateConfig
 from catalog.errors import CatalogError
 from catalog.interactions import SPLITS
 from catalog.metrics import ranking_metrics
-from catalog.tokenizer import PARALLEL, load_tokenizer, train_byte_bpe
+from catalog.tokenizer import PARALLEL, load_tokenizer
 from catalog.trie import TrieError
 
 SMALL = GeneratedConfig(items=60, users=60, duplicates=0.1, seed=1)

@@ -12,18 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from catalog.byte_bpe import train_byte_bpe
 from catalog.errors import CatalogError
-from catalog.tokenizer import (
-    check_prompt_ends,
-    check_titles_follow,
-    encode_batch,
-    encode_prompts,
-    encode_titles,
-    known_fingerprint,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    train_byte_bpe,
-)
+from catalog.token_boundaries import check_prompt_ends, check_titles_follow
+from catalog.tokenizer import encode_batch, encode_prompts, encode_titles, load_tokenizer
+from catalog.tokenizer_fingerprint import known_fingerprint, tokenizer_fingerprint
 
 CONTEXT = "\n\n### Response:\n"
 
@@ -157,7 +150,7 @@ def test_a_known_tokenizer_is_not_loaded_again(
     shutil.copytree(tiny_tokenizer_dir, copy)
     expected = tokenizer_fingerprint(load_tokenizer(copy))
     assert known_fingerprint(copy, tmp_path / "cache") == expected
-    monkeypatch.setattr("catalog.tokenizer.load_tokenizer", None)
+    monkeypatch.setattr("catalog.tokenizer_fingerprint.load_tokenizer", None)
     assert known_fingerprint(tiny_tokenizer_dir, tmp_path / "cache") == expected
     monkeypatch.undo()
 

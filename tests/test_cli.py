@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import Refused
 
-from launch.config import compose
+from launch.compose import compose
 from launch.run_directory import RunDirectory
 
 

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from launch.config import CONFIGS, Config, ConfigError, compose, load, save
+from launch.compose import CONFIGS, compose, load, save
+from launch.config import Config, ConfigError
 from launch.continuation import changes, check_resumable
 from launch.ranges import POSITIVE
 

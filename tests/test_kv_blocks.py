@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_oracle import random_trie
 
-from rollout.children import DeviceTrie
 from rollout.config import ForcedChains
+from rollout.device_trie import DeviceTrie
 from rollout.kv_blocks import BeamBlocks, OutOfBlocksError, blocks_needed, passes
 from rollout.search import BeamSearch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.actors import ClusterUnreachable, connect
-from launch.config import compose
+from launch.compose import compose
 from launch.nodes import inherited_environment
 from rollout.actor import worker_environment
 from rollout.config import RolloutConfig
@@ -19,7 +19,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from launch.actors import connect
-from launch.config import ConfigError, compose
+from launch.compose import compose
+from launch.config import ConfigError
 from launch.nodes import check_nodes
 from launch.placement import actor_options, alive_nodes, plan
 from launch.waiting import fetch

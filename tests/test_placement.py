@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.config import ConfigError, compose
+from launch.compose import compose
+from launch.config import ConfigError
 from launch.placement import actor_options, check_devices, check_this_machine, plan, reserve
 
 

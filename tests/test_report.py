@@ -14,7 +14,8 @@ from catalog.catalog import Catalog
 from catalog.config import DataConfig, GeneratedConfig
 from catalog.metrics import ndcg_at_k, ranking_metrics
 from launch.actors import with_titles
-from launch.config import Config, compose
+from launch.compose import compose
+from launch.config import Config
 from launch.report import write_report
 from launch.run import summarise
 from launch.run_directory import RunDirectory

@@ -10,7 +10,7 @@ from command_line import Refused
 
 from catalog.build import build_catalog
 from launch.cli import main
-from launch.config import compose
+from launch.compose import compose
 from launch.run_directory import RunDirectory
 
 

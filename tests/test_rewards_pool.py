@@ -11,7 +11,8 @@ import ray
 from reward_catalog import build_sample_catalog, some_groups
 
 from catalog.catalog import Catalog
-from launch.config import ConfigError, compose
+from launch.compose import compose
+from launch.config import ConfigError
 from launch.placement import check_devices, plan
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from catalog.build import build_catalog
 from launch.compare import FinishedRun, comparison
-from launch.config import ConfigError, load
+from launch.compose import load
+from launch.config import ConfigError
 from launch.recommend import prompt_tokens, recommend
 
 SMALL = [

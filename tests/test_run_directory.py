@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from command_line import Refused
 
-from launch.config import ConfigError, compose
+from launch.compose import compose
+from launch.config import ConfigError
 from launch.run_directory import RunDirectory, in_use
 
 

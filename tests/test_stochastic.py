@@ -8,7 +8,7 @@ import torch
 from search_oracle import EOS, class_probabilities, random_trie
 
 from catalog.trie import Trie
-from rollout.children import DeviceTrie
+from rollout.device_trie import DeviceTrie
 from rollout.groups import Candidates
 from rollout.noise import gumbel, uniform
 from rollout.stochastic import StochasticBeamSearch

@@ -10,8 +10,8 @@ from search_oracle import random_trie
 from trie_walk import TRIE, VOCABULARY, masked, walk
 
 from catalog.trie import Trie
-from rollout.children import DeviceTrie
 from rollout.config import LogprobSpace
+from rollout.device_trie import DeviceTrie
 from rollout.trie_mask import ENDED, LEFT, Sampling, TrieMask, TrieRequest
 
 

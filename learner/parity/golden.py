@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from catalog.config import TemplateConfig
 from catalog.template import prompt_end, response_texts
-from catalog.tokenizer import encode_prompts, encode_titles, load_tokenizer, tokenizer_fingerprint
+from catalog.tokenizer import encode_prompts, encode_titles, load_tokenizer
+from catalog.tokenizer_fingerprint import tokenizer_fingerprint
 from catalog.trie import Trie
 
 MAX_PROMPT_TOKENS = 512
