@@ -1,5 +1,6 @@
 """One whole run: catalogue, warm-up, evaluation, training, evaluation, report."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -131,6 +132,7 @@ def warm_up(
                 if "valid_loss" in report:
                     directory.log("sft", int(report["epoch"]), report)
             actors.learner.save(sft, {"steps_done": 0})
+            shutil.rmtree(directory.path / "sft")
     elif sft.is_dir():
         actors.learner.load(sft)
     return evaluation("sft", actors, config, catalog, directory, progress, version=0)

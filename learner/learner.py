@@ -18,6 +18,7 @@ from learner.experience import Experience
 from learner.export import named_weights, save_huggingface, weight_buckets, weights_checksum
 from learner.lora import add_adapters
 from learner.policy import Policy
+from learner.random_state import random_state, restore_random_state
 from learner.reference import Reference
 from learner.sft import SupervisedWarmup
 from learner.update import PolicyUpdate
@@ -66,7 +67,10 @@ class Learner:
         self._update = PolicyUpdate(self.engine, self.policy, self._reference, config, total_steps, staleness)
 
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
-        """Warm the policy up; afterwards it is the reference, and the optimizer starts anew. See SupervisedWarmup."""
+        """Warm the policy up; afterwards it is the reference, and the optimizer starts anew.
+
+        folder: of the epochs that are done, where a warm-up that was broken off goes on; see SupervisedWarmup.run.
+        """
         trie_space, self.policy.trie_space = self.policy.trie_space, None  # titles are learned over the vocabulary
         yield from SupervisedWarmup(self.engine, self.policy, self._catalog, self._config, self._seed).run(folder)
         self.policy.trie_space = trie_space
@@ -112,7 +116,7 @@ class Learner:
         self.engine.barrier()
         self.engine.save(folder / "zero")
         self.save_huggingface(folder)
-        torch.save(self._random_state(), folder / f"rng-{self.engine.rank}.pt")
+        torch.save(random_state(self.engine.device), folder / f"rng-{self.engine.rank}.pt")
         if self.engine.rank == 0 and self._reference is not None:
             self._reference.save(folder / checkpoint.REFERENCE)
         self.engine.barrier()
@@ -140,9 +144,8 @@ class Learner:
             self.engine.load(path / "zero")
         else:
             self._load_other_ranks(path)
-        random_state = path / f"rng-{self.engine.rank}.pt"
-        if random_state.exists():
-            self._restore_random_state(torch.load(random_state))
+        if (random := path / f"rng-{self.engine.rank}.pt").exists():
+            restore_random_state(torch.load(random), self.engine.device)
         if self._reference is not None:
             self._reference.load(path / checkpoint.REFERENCE)
         self._update.updates_done = state["updates_done"]
@@ -177,17 +180,6 @@ class Learner:
             "dtype": self._config.dtype,
             "lora_rank": self._config.lora.rank,
         }
-
-    def _random_state(self) -> dict[str, torch.Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.engine.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state()
-        return state
-
-    def _restore_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state and self.engine.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"])
 
 
 def without_dropout(lm: PreTrainedModel) -> None:

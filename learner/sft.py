@@ -1,9 +1,11 @@
 """Supervised warm-up: raise the probability of the titles that users chose, until validation stops improving."""
 
+import json
 import math
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, SftConfig
 from learner.engine import ZeroEngine
 from learner.policy import Policy
+from learner.random_state import random_state, restore_random_state
 from learner.schedule import learning_rate
 from learner.sft_data import SupervisedExamples
 
 REPORTS_PER_EPOCH = 20
 # At most; all ranks report at the same updates.
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a warm-up is."""
+
+    epoch: int = 0
+    """Epochs that are done."""
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    valid_loss: float = math.nan
+    """Of the last epoch."""
+    written_by: dict[str, Any] = field(default_factory=dict)
+    """What a learner must have in common with the one that wrote the weights, to read them."""
+
+    def after(self, valid_loss: float) -> "Progress":
+        """One epoch later."""
+        epoch, better = self.epoch + 1, valid_loss < self.best_loss
+        best = (epoch, valid_loss) if better else (self.best_epoch, self.best_loss)
+        return Progress(epoch, *best, valid_loss, self.written_by)
+
+    def done(self, config: SftConfig) -> bool:
+        """Whether the last epoch was the last of all."""
+        return self.epoch >= config.epochs or self.epoch - self.best_epoch >= config.patience
 
 
 class SupervisedWarmup:
@@ -42,41 +71,65 @@ class SupervisedWarmup:
     def run(self, folder: Path) -> Iterator[dict[str, float]]:
         """Train; yields progress, and after each epoch a report with `valid_loss` and `stop`.
 
-        The best weights so far are kept in `folder`, which all ranks must see, and removed at the end.
+        The last epoch and the best one are kept in `folder`, which all ranks must see: with what an earlier call has
+        left there, training goes on bit for bit behind its last whole epoch. The caller removes it.
         Raises FloatingPointError when no epoch ends with a finite validation loss.
         """
         sft = self._config.sft
         self._engine.restart_optimizer(sft.optimizer)
-        kept, best_loss, best_epoch = folder / "best", math.inf, 0
-        for epoch in range(1, sft.epochs + 1):
+        progress = self._restored(folder)
+        while not progress.done(sft):
             train_loss = 0.0
-            for report in self._epoch(epoch):
+            for report in self._epoch(progress.epoch + 1):
                 yield report
                 train_loss = report["loss"]
-            valid_loss = self.valid_loss()
-            if valid_loss < best_loss:
-                best_loss, best_epoch = valid_loss, epoch
-                self._engine.save(kept)
-            stop = epoch == sft.epochs or epoch - best_epoch >= sft.patience
+            progress = progress.after(self.valid_loss())
+            self._keep(folder, progress)
             yield {
-                "epoch": epoch,
+                "epoch": progress.epoch,
                 "loss": train_loss,
-                "valid_loss": valid_loss,
-                "best_valid_loss": best_loss,
-                "stop": float(stop),
+                "valid_loss": progress.valid_loss,
+                "best_valid_loss": progress.best_loss,
+                "stop": float(progress.done(sft)),
             }
-            if stop:
-                break
-        if not best_epoch:
+        if not progress.best_epoch:
             raise FloatingPointError(
-                f"SFT: the validation loss is {valid_loss} after epoch {epoch}; "
+                f"SFT: the validation loss is {progress.valid_loss} after epoch {progress.epoch}; "
                 "lower learner.sft.optimizer.learning_rate"
             )
-        if best_epoch != epoch:
-            self._engine.load(kept)
+        if progress.best_epoch != progress.epoch:
+            self._engine.load(_epoch_folder(folder, progress.best_epoch))
+
+    def _keep(self, folder: Path, progress: Progress) -> None:
+        """Write the epoch that is done, and drop those that are neither the last nor the best."""
+        path = _epoch_folder(folder, progress.epoch)
+        self._engine.save(path)
+        torch.save(random_state(self._engine.device), path / f"rng-{self._engine.rank}.pt")
         self._engine.barrier()
         if self._engine.rank == 0:
-            shutil.rmtree(kept)
+            with atomic_file(folder / PROGRESS) as temporary:
+                temporary.write_text(json.dumps(asdict(progress)))
+            kept = {_epoch_folder(folder, epoch) for epoch in (progress.epoch, progress.best_epoch)}
+            for old in set(folder.glob("epoch-*")) - kept:
+                shutil.rmtree(old)
+
+    def _restored(self, folder: Path) -> Progress:
+        """The progress that `folder` tells of, with its weights and optimizer; none where others have written it."""
+        written_by = {
+            "ranks": self._engine.world_size,
+            "zero_stage": self._config.zero_stage,
+            "dtype": self._config.dtype,
+            "lora_rank": self._config.lora.rank,
+        }
+        if not (folder / PROGRESS).is_file():
+            return Progress(written_by=written_by)
+        progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+        if progress.written_by != written_by:
+            return Progress(written_by=written_by)
+        path = _epoch_folder(folder, progress.epoch)
+        self._engine.load(path)
+        restore_random_state(torch.load(path / f"rng-{self._engine.rank}.pt"), self._engine.device)
+        return progress
 
     def valid_loss(self) -> float:
         """Mean negative log-probability per title token of the validation examples, over all ranks."""
@@ -137,3 +190,7 @@ class SupervisedWarmup:
         """This rank's share of a batch, with weight 1; where it has fewer than the others, a stand-in of weight 0."""
         plan = data.plan(batch, self._config.micro_batch_tokens, self._engine.world_size, self._policy.packing)
         return [(rows, 1.0) if len(rows) else (batch[:1], 0.0) for rows in plan[self._engine.rank]]
+
+
+def _epoch_folder(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch}"

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,17 @@ class Process:
         learner.engine.destroy()
         return result
 
-    def sft(self, config: LearnerConfig, folder: str, save_to: str | None = None) -> dict[str, Any]:
-        """All reports of a warm-up, and the validation loss of the weights that it leaves."""
+    def sft(
+        self, config: LearnerConfig, folder: str, save_to: str | None = None, killed_in: int | None = None
+    ) -> dict[str, Any]:
+        """All reports of a warm-up, and the validation loss of the weights that it leaves.
+
+        killed_in: break it off in this epoch.
+        """
         from learner.sft import SupervisedWarmup
 
         learner = self._learner(config)
-        reports = list(learner.sft(Path(folder)))
+        reports = list(takewhile(lambda report: report["epoch"] != killed_in, learner.sft(Path(folder))))
         after = SupervisedWarmup(learner.engine, learner.policy, self.data.catalog, config).valid_loss()
         if save_to is not None:
             learner.save_huggingface(Path(save_to))

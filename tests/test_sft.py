@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from learner.config import LearnerConfig, OptimizerConfig, SftConfig
+from learner.config import LearnerConfig, LoraConfig, OptimizerConfig, SftConfig
 from learner.packing import pack_groups, padded_batch
 from learner.sft_data import SupervisedExamples
 
@@ -89,7 +89,7 @@ def test_the_loss_falls_and_is_that_of_hugging_face(gangs, learner_data, tmp_pat
         total -= float(logp.gather(1, ids[0, -len(title) :, None]).sum())
         tokens += len(title)
     assert result["loss_after"] == pytest.approx(total / tokens, rel=1e-4)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "progress.json", "epoch-2"}
 
 
 def test_ranks_agree(gangs, tmp_path):
@@ -106,6 +106,27 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(gangs, t
     assert best > 0
     assert len(losses) == best + 1 + 2 < 60
     assert result["loss_after"] == pytest.approx(losses[best], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("changed", [{}, {"lora": LoraConfig(rank=2, dropout=0.2)}, {"dtype": "bfloat16"}], ids=str)
+def test_broken_off_it_goes_on_behind_the_last_whole_epoch_bit_for_bit(gangs, tmp_path, ranks, changed):
+    config = replace(CONFIG, sft=replace(CONFIG.sft, epochs=3), **changed)
+    whole = gangs[ranks]("sft", config, str(tmp_path / "whole"))
+    for epoch in (1, 2):
+        gangs[ranks]("sft", config, str(tmp_path / "parts"), killed_in=epoch)
+    rest = gangs[ranks]("sft", config, str(tmp_path / "parts"))
+    assert {report["epoch"] for report in rest["reports"]} == {2, 3}
+    assert rest["checksum"] == whole["checksum"]
+    assert (rest["loss_after"], rest["reports"][-1]) == (whole["loss_after"], whole["reports"][-1])
+    again = gangs[ranks]("sft", config, str(tmp_path / "parts"))
+    assert (again["reports"], again["checksum"]) == ([], whole["checksum"])
+
+
+def test_what_other_ranks_have_left_is_not_read(gangs, tmp_path):
+    gangs[2]("sft", CONFIG, str(tmp_path), killed_in=2)
+    result = gangs[1]("sft", CONFIG, str(tmp_path))
+    assert {report["epoch"] for report in result["reports"]} == {1, 2}
 
 
 def test_examples_are_in_the_order_of_their_users_and_histories(examples, learner_data):
