@@ -131,7 +131,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         config.data.cache = str(Path(folder) / "catalog")
         catalog = build_catalog(config.data, str(prepare_model(config)))
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**29, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=2**29, log_to_driver=False)
         table = random_groups(GROUPS, catalog.num_classes)
         row = against_loops(catalog, table)
         figures = one_actor(catalog, table) | one_step(catalog)

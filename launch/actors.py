@@ -49,6 +49,7 @@ def _connect(config: Config) -> None:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's actors would otherwise yield to every other program
         try:
             ray.init(
+                address="local",  # without it Ray joins a cluster that it finds on this machine or in RAY_ADDRESS
                 include_dashboard=False,
                 object_store_memory=int(config.cluster.object_store_gib * 2**30),
                 logging_level=logging.ERROR,

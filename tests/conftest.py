@@ -96,6 +96,7 @@ def ray_session() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=512 * 2**20,

@@ -88,6 +88,15 @@ def test_workers_share_the_cores_of_their_own_node() -> None:
     assert worker_environment(config, on_gpu=False, nodes=2 * cores)["OMP_NUM_THREADS"] == str(cores)
 
 
+def test_a_run_with_a_ray_of_its_own_joins_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr("ray.init", lambda **settings: given.update(settings))
+    connect(compose())
+    assert (
+        given["address"] == "local"
+    )  # without one, Ray joins what RAY_ADDRESS or another program on the machine names
+
+
 def test_a_cluster_that_wants_another_authentication_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import AuthenticationError
 

@@ -46,8 +46,15 @@ SMALL = [
 
 def start(cwd: Path, *arguments: str, settings: Sequence[str] = SMALL) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "launch.cli", "train", *arguments, *settings]
+    others = {"RAY_ADDRESS": "127.0.0.1:9"}  # a cluster of somebody else's, which a run with a Ray of its own ignores
     return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=cwd,
+        env=os.environ | others,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
