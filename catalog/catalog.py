@@ -82,6 +82,11 @@ class Catalog:
         self.path = path
         try:
             self._description: dict[str, Any] = json.loads((path / DESCRIPTION).read_text())
+        except FileNotFoundError:
+            raise CatalogError(
+                f"{path}: not a built catalogue, there is no {DESCRIPTION}. Catalogues are the folders of data.cache, "
+                "named by the fingerprint in runs/NAME/catalogue.json; one that is damaged is built again once deleted"
+            ) from None
         except (OSError, json.JSONDecodeError) as error:
             raise CatalogError(f"{path}: not a built catalogue ({error}); delete it and build it again") from error
         self.trie = Trie.load(path / "trie.arrow")

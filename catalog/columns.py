@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from catalog.errors import CatalogError
@@ -33,11 +34,7 @@ class Columns:
     @classmethod
     def of_parquet(cls, file: Path, *names: str) -> "Columns":
         """The columns `names`; others are not read. Raises CatalogError for a file that is missing or no Parquet."""
-        if not file.is_file():
-            if not file.parent.is_dir():
-                raise CatalogError(f"{file}: missing; there is no folder {file.parent}")
-            beside = sorted(path.name for path in file.parent.iterdir())
-            raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
+        _check_exists(file)
         try:
             present = pq.read_schema(file).names
             table = pq.read_table(file, columns=[name for name in names if name in present])
@@ -45,6 +42,23 @@ class Columns:
         except (OSError, pa.ArrowException) as error:
             raise CatalogError(f"{file}: not a readable Parquet file ({error}); write it again") from error
         return cls(file, table, present)
+
+    @classmethod
+    def of_csv(cls, file: Path, *names: str, texts: Sequence[str] = ()) -> "Columns":
+        """The same of a CSV file in UTF-8 with a header. texts: columns of strings, also where all are numbers."""
+        _check_exists(file)
+        try:
+            table = pa.csv.read_csv(
+                file,
+                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise CatalogError(f"{file}: not a readable CSV file ({error})") from error
+        twice = [name for name in names if table.column_names.count(name) > 1]
+        if twice:
+            raise CatalogError(f"{file}: column {twice[0]!r} occurs twice; keep one of them")
+        return cls(file, table.select([name for name in names if name in table.column_names]), table.column_names)
 
     def fault(self, column: str, row: int, message: str) -> CatalogError:
         return CatalogError(f"{self.file}: column {column!r}, row {row}: {message}")
@@ -187,6 +201,15 @@ class ItemIndex:
                 name, row, f"item {ids[at].as_py()!r} is not in {self.file.name}; add the item or drop the row"
             )
         return items.to_numpy()
+
+
+def _check_exists(file: Path) -> None:
+    if file.is_file():
+        return
+    if not file.parent.is_dir():
+        raise CatalogError(f"{file}: missing; there is no folder {file.parent}")
+    beside = sorted(path.name for path in file.parent.iterdir())
+    raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
 
 
 def _is_text(kind: pa.DataType) -> bool:

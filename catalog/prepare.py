@@ -30,7 +30,7 @@ def prepare(
 ) -> dict[str, int]:
     """Write items.parquet and {train,valid,test}.parquet to `out_dir` as the paper makes its data; return the counts.
 
-    interactions: Parquet of (user_id, item_id, timestamp). items: Parquet of (item_id, title).
+    interactions: Parquet or CSV of (user_id, item_id, timestamp). items: the same of (item_id, title).
     Kept are interactions from day `start` up to but not including day `end` (YYYY-MM-DD, UTC) with items whose title
     is present and has at most max_title_words words; then users and items with fewer than k interactions are
     removed until none is left. Each user's interactions in time order (the file's order where times are equal) give
@@ -40,8 +40,8 @@ def prepare(
     _check_new(out_dir)
     if max_history < 1:
         raise CatalogError(f"max_history={max_history}: a prompt needs at least one item")
-    catalogue = Columns.of_parquet(items, "item_id", "title")
-    log = Columns.of_parquet(interactions, "user_id", "item_id", "timestamp")
+    catalogue = _columns(items, "item_id", "title")
+    log = _columns(interactions, "user_id", "item_id", "timestamp")
     index = ItemIndex(catalogue, "item_id")
     titles = catalogue.titles_with_nulls("title")
     usable = np.append(_short_titles(titles, max_title_words), False)  # the last is for unknown items, row -1
@@ -74,10 +74,17 @@ def prepare(
     return {
         "interactions": len(time),
         "interactions_kept": len(kept),
+        "of_them_repeated": len(kept) - _distinct(user[kept], row_of[kept], time[kept]),
         "users": len(np.unique(user[kept])),
         "items": len(used),
         **{split: len(table) for split, table in splits.items()},
     }
+
+
+def _columns(file: Path, *names: str) -> Columns:
+    if file.suffix.lower() == ".csv":
+        return Columns.of_csv(file, *names, texts=["title"])
+    return Columns.of_parquet(file, *names)
 
 
 def _check_new(out_dir: Path) -> None:
@@ -93,6 +100,13 @@ def _k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
         if dense.all():
             return kept
         kept = kept[dense]
+
+
+def _distinct(*columns: np.ndarray) -> int:
+    """Number of distinct rows."""
+    order = np.lexsort(columns)
+    changes = [column[order][1:] != column[order][:-1] for column in columns]
+    return 1 + int(np.logical_or.reduce(changes).sum())
 
 
 def _examples(
@@ -135,8 +149,8 @@ def _write(out_dir: Path, items: pa.Table, splits: dict[str, pa.Table]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`rere prepare INTERACTIONS ITEMS OUT`: prepare, and print what is left."""
     parser = argparse.ArgumentParser(prog="rere prepare", description=__doc__)
-    parser.add_argument("interactions", type=Path, help="Parquet with user_id, item_id, timestamp")
-    parser.add_argument("items", type=Path, help="Parquet with item_id, title")
+    parser.add_argument("interactions", type=Path, help="Parquet or .csv with user_id, item_id, timestamp")
+    parser.add_argument("items", type=Path, help="Parquet or .csv with item_id, title")
     parser.add_argument("out", type=Path, help="data folder to write; must not exist")
     parser.add_argument("--k", type=int, default=5, help="fewest interactions of a user and of an item (5)")
     parser.add_argument("--start", help="first day, YYYY-MM-DD")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
 from catalog.columns import Columns, ItemIndex
 from catalog.errors import CatalogError
@@ -152,20 +151,8 @@ def _info_lines(file: Path) -> tuple[list[str], list[int]]:
 
 def _csv_columns(file: Path) -> Columns:
     """A CSV file of ReRe's, its history_item_id column ("[3, 14]") made a column of lists."""
-    names = ("user_id", "history_item_id", "item_id", "item_title", "timestamp")
-    kinds = {"user_id": pa.string(), "history_item_id": pa.string(), "item_title": pa.string()}
-    try:
-        table = pa.csv.read_csv(
-            file,
-            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pa.csv.ConvertOptions(column_types=kinds),
-        )
-    except (OSError, pa.ArrowException) as error:
-        raise CatalogError(f"{file}: not a readable CSV file ({error})") from error
-    twice = [name for name in names if table.column_names.count(name) > 1]
-    if twice:
-        raise CatalogError(f"{file}: column {twice[0]!r} occurs twice; keep one of them")
-    columns = Columns(file, table.select([name for name in names if name in table.column_names]), table.column_names)
+    texts = ("user_id", "history_item_id", "item_title")
+    columns = Columns.of_csv(file, *texts, "item_id", "timestamp", texts=texts)
     lists = columns.column("history_item_id")
     wrong = pc.invert(pc.match_substring_regex(lists, r"^\[\s*(\d+(\s*,\s*\d+)*)?\s*\]$"))
     if pc.any(wrong).as_py():

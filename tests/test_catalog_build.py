@@ -192,6 +192,11 @@ def test_limits_below_one_are_named(tmp_path: Path, tiny_tokenizer_dir: Path, na
         build_catalog(config(tmp_path, **{name: 0}), str(tiny_tokenizer_dir))
 
 
+def test_a_folder_that_is_no_catalogue_says_where_catalogues_are(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=r"there is no catalog\.json.*runs/NAME/catalogue\.json"):
+        Catalog.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["catalog.json", "trie.arrow", "items.arrow", "classes.arrow", "train.arrow"])
 def test_damaged_files_are_named(tmp_path: Path, tiny_tokenizer_dir: Path, name: str) -> None:
     catalog = build_catalog(config(tmp_path), str(tiny_tokenizer_dir))

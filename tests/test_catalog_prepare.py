@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -53,6 +54,32 @@ def by_hand(log: list[tuple[str, int, int]], k: int, start: int, end: int, words
 LOGS = st.lists(
     st.tuples(st.sampled_from("abcd"), st.integers(0, len(TITLES)), st.integers(0, 12)), min_size=30, max_size=90
 )
+
+
+def test_csv_files_give_what_parquet_files_give(tmp_path: Path) -> None:
+    titles = ['"Nut", the (1995)', "Père, L'", "1984", "千と千尋\nの", "Bolt, Box of 5"]
+    items = pa.table({"item_id": range(100, 105), "title": titles, "genres": ["a|b"] * 5})
+    rows = [(user, 100 + (user + place) % 5, 4.5, DAY * place) for user in range(8) for place in range(5)]
+    log = pa.table(
+        dict(zip(("user_id", "item_id", "rating", "timestamp"), map(list, zip(*rows, strict=True)), strict=True))
+    )
+    for name, table in (("items", items), ("log", log)):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        pa.csv.write_csv(table, tmp_path / f"{name}.csv")
+    assert prepare(tmp_path / "log.csv", tmp_path / "items.csv", tmp_path / "csv") == prepare(
+        tmp_path / "log.parquet", tmp_path / "items.parquet", tmp_path / "parquet"
+    )
+    for name in ("items", "train", "valid", "test"):
+        of_csv, of_parquet = (pq.read_table(tmp_path / kind / f"{name}.parquet") for kind in ("csv", "parquet"))
+        assert of_csv.equals(of_parquet)
+
+
+def test_repeated_interactions_are_kept_and_counted(tmp_path: Path) -> None:
+    log = [
+        (user, item, day) for user in "ab" for item, day in ((0, 0), (1, 1), (5, 2), (0, 3), (1, 4), (1, 4), (1, 4))
+    ]
+    counts = prepare(*write(tmp_path, log), tmp_path / "out", k=1)
+    assert (counts["interactions_kept"], counts["of_them_repeated"]) == (14, 4)
 
 
 @settings(suppress_health_check=[HealthCheck.filter_too_much], deadline=None)
