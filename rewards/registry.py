@@ -3,13 +3,13 @@
 import difflib
 import importlib
 import sys
-import zlib
-from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from catalog.code_file import module_of_file
+from catalog.errors import traceback_below
 from rewards.errors import RewardError
 
 ENTRY_POINTS = "rere.rewards"
@@ -41,7 +41,9 @@ def resolve(name: str, root: Path | None = None) -> Any:
         raise RewardError(f"reward {name!r}: write 'package.module:Name' or 'path/file.py:name'")
     module = _module_of_file(root / place, name) if place.endswith(".py") else _module_of_import(place, name, root)
     if not hasattr(module, attribute):
-        public = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        written = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+        own = [key for key, value in written.items() if getattr(value, "__module__", None) == module.__name__]
+        public = ", ".join(own or written)
         raise RewardError(f"reward {name!r}: {place} has no {attribute!r}; it has {public or 'nothing to call'}")
     return getattr(module, attribute)
 
@@ -60,6 +62,8 @@ def _registered(name: str) -> Any:
             return entry.load()
         except (Exception, SystemExit) as error:
             raise RewardError(f"reward {name!r}: its entry point {entry.value!r} does not load: {error!r}") from error
+    if name.endswith(".py"):
+        raise RewardError(f"reward {name!r}: add which reward of the file, as in '{name}:my_reward'")
     names = registered_names()
     near = difflib.get_close_matches(name, names, n=1)
     raise RewardError(
@@ -78,27 +82,23 @@ def _module_of_import(place: str, name: str, root: Path) -> ModuleType:
             raise RewardError(
                 f"reward {name!r}: there is no module {error.name!r}, neither installed nor under {root}"
             ) from None
-        raise RewardError(f"reward {name!r}: {place} needs the module {error.name!r}, which is missing") from error
+        raise RewardError(
+            f"reward {name!r}: {place} needs the module {error.name!r}, which is missing\n"
+            f"{traceback_below(error, __file__)}"
+        ) from error
     except (Exception, SystemExit) as error:
-        raise RewardError(f"reward {name!r}: importing {place} failed: {error!r}") from error
+        raise RewardError(
+            f"reward {name!r}: importing {place} failed: {error!r}\n{traceback_below(error, __file__)}"
+        ) from error
 
 
 def _module_of_file(file: Path, name: str) -> ModuleType:
-    """Run once per process, as an import would, since a reward is looked up several times before a run starts."""
     file = file.resolve()
     if not file.is_file():
         raise RewardError(f"reward {name!r}: there is no file {file}")
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    loader = SourceFileLoader(f"reward_file_{file.stem}_{zlib.crc32(bytes(file)):08x}", str(file))
-    if loader.name in sys.modules:
-        return sys.modules[loader.name]
-    module = ModuleType(loader.name)
-    module.__file__ = str(file)
-    sys.modules[loader.name] = module
     try:
-        loader.exec_module(module)
+        return module_of_file(file)
     except (Exception, SystemExit) as error:
-        del sys.modules[loader.name]
-        raise RewardError(f"reward {name!r}: running {file} failed: {error!r}") from error
-    return module
+        raise RewardError(
+            f"reward {name!r}: running {file} failed: {error!r}\n{traceback_below(error, __file__)}"
+        ) from error

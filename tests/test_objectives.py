@@ -4,6 +4,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,8 +178,45 @@ def test_an_objective_of_another_package_is_found_by_its_path(monkeypatch: pytes
     assert resolve("somebody_else:likelihood").count([[[1], [1]], [[1]]]) == 3
     with pytest.raises(ObjectiveError, match="declare it with"):
         resolve("somebody_else:undeclared")
-    with pytest.raises(ObjectiveError, match="cannot be imported"):
+    with pytest.raises(ObjectiveError, match=r"has no 'missing'; its objectives are \['likelihood'\]"):
         resolve("somebody_else:missing")
+    with pytest.raises(ObjectiveError, match="cannot be imported: ModuleNotFoundError"):
+        resolve("nobody_else:likelihood")
+
+
+def test_an_objective_is_found_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "here")])
+    (tmp_path / "here").mkdir()
+    (tmp_path / "mine.py").write_text(
+        "from learner.objectives import objective\n"
+        "@objective(mean_over='tokens')\n"
+        "def likelihood(batch, config):\n    return -batch.token_sum(batch.logp), {}\n"
+    )
+    found = resolve(f"{tmp_path}/mine.py:likelihood")
+    assert found.normaliser == "tokens"
+    assert resolve("../mine.py:likelihood") is found
+    with pytest.raises(ObjectiveError, match=r"there is no file \.\./yours\.py"):
+        resolve("../yours.py:likelihood")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(:\n", r"broken\.py\", line 1\n +def f\(:"),
+        ("import no_such_package\n", r"broken\.py\", line 1, in <module>"),
+    ],
+)
+def test_an_objective_file_that_does_not_run_is_shown_at_its_line(tmp_path: Path, code: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(ObjectiveError, match=message) as caught:
+        resolve(f"{tmp_path}/broken.py:f")
+    assert "importlib" not in str(caught.value)
+    assert "code_file" not in str(caught.value)
+
+
+def test_a_mean_over_something_else_is_refused() -> None:
+    with pytest.raises(ObjectiveError, match=r"mean_over='sequences'.*completions or tokens"):
+        objective(mean_over="sequences")  # type: ignore[arg-type]
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -167,6 +167,7 @@ def test_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
         ("no_such_module:f", "there is no module 'no_such_module', neither installed nor under"),
         ("faulty_rewards:title_lenth", "faulty_rewards has no 'title_lenth'; it has .*title_length"),
         ("no_such_file.py:f", "there is no file .*no_such_file.py"),
+        ("my_rewards.py", "add which reward of the file, as in 'my_rewards.py:my_reward'"),
         (":f", "write 'package.module:Name' or 'path/file.py:name'"),
     ],
 )
@@ -177,8 +178,17 @@ def test_what_is_not_found_is_named(name: str, message: str) -> None:
 
 def test_a_file_that_does_not_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package\n")
-    with pytest.raises(RewardError, match=r"running .*broken.py failed: ModuleNotFoundError.*no_such_package"):
+    with pytest.raises(
+        RewardError, match=r"running .*broken.py failed: ModuleNotFoundError.*no_such_package"
+    ) as caught:
         resolve(f"{tmp_path}/broken.py:f")
+    assert re.search(r'Traceback .*\n  File ".*broken.py", line 1, in <module>', str(caught.value))
+
+
+def test_a_file_without_the_reward_lists_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from rewards.group import Group\ndef near(group):\n    return [0.0]\n")
+    with pytest.raises(RewardError, match=r"has no 'nere'; it has near$"):
+        resolve(f"{tmp_path}/mine.py:nere")
 
 
 def test_a_file_that_ends_the_program_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -132,7 +132,11 @@ def check_objective(objective: Objective, config: LearnerConfig) -> None:
 def objective(
     *, mean_over: Normaliser, advantages: AdvantagesOf = group_advantages
 ) -> Callable[[Contributions], Objective]:
-    """Decorate a function of the kind Contributions to make it an Objective."""
+    """Make a function of the kind Contributions an Objective. Raises ObjectiveError for another mean."""
+    if mean_over not in get_args(Normaliser):
+        raise ObjectiveError(
+            f"@objective(mean_over={mean_over!r}): the mean runs over {' or '.join(get_args(Normaliser))}"
+        )
 
     def declare(contributions: Contributions) -> Objective:
         return Objective(contributions, mean_over, advantages)
