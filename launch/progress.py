@@ -55,8 +55,9 @@ class Progress:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """A table; the first column is text, the others are figures."""
-        table = Table(title=title, title_justify="left")
+        """A table below its title; the first column is text, the others are figures."""
+        self.line(title)
+        table = Table()
         widest = max((len(row[0]) for row in rows), default=0)
         table.add_column(columns[0], min_width=min(widest, NAME_WIDTH), overflow="fold")
         for column in columns[1:]:

@@ -127,8 +127,7 @@ def warm_up(
         with progress.stage("SFT", config.learner.sft.epochs) as stage:
             for report in actors.learner.sft(directory.path / "sft"):
                 done = int(report["epoch"]) - ("valid_loss" not in report)
-                losses = [f"{name} {report[name]:.4f}" for name in ("loss", "valid_loss") if name in report]
-                stage.update(done, "  ".join(losses))
+                stage.update(done, warm_up_words(report))
                 if "valid_loss" in report:
                     directory.log("sft", int(report["epoch"]), report)
             actors.learner.save(sft, {"steps_done": 0})
@@ -136,6 +135,12 @@ def warm_up(
     elif sft.is_dir():
         actors.learner.load(sft)
     return evaluation("sft", actors, config, catalog, directory, progress, version=0)
+
+
+def warm_up_words(report: dict[str, float]) -> str:
+    """How far an epoch of SFT is, or that it is over, and its losses."""
+    far = [f"update {report['update']:.0f}/{report['updates']:.0f}"] if "update" in report else []
+    return "  ".join(far + [f"{name} {report[name]:.4f}" for name in ("loss", "valid_loss") if name in report])
 
 
 def train_to_the_end(

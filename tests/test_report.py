@@ -16,8 +16,9 @@ from catalog.metrics import ndcg_at_k, ranking_metrics
 from launch.actors import with_titles
 from launch.compose import compose
 from launch.config import Config
+from launch.progress import Progress
 from launch.report import write_report
-from launch.run import summarise
+from launch.run import summarise, warm_up_words
 from launch.run_directory import RunDirectory
 
 
@@ -30,6 +31,17 @@ def catalog(tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 def evaluated(config: Config, ranks: list[int]) -> dict:
     metrics = ranking_metrics(np.array(ranks), config.train.eval_ks)
     return {"example_ids": list(range(len(ranks))), "hit_ranks": ranks, "invalid": 0, "metrics": metrics}
+
+
+def test_a_narrow_table_does_not_break_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "default: metrics of 1,000 of 1,750 test examples"
+    Progress().table(title, ["a", "b"], [["1", "2"]])
+    assert capsys.readouterr().out.splitlines()[0] == title
+
+
+def test_the_warm_up_says_how_far_an_epoch_is() -> None:
+    assert warm_up_words({"update": 3.0, "updates": 219.0, "loss": 1.5}) == "update 3/219  loss 1.5000"
+    assert warm_up_words({"loss": 1.5, "valid_loss": 2.0, "stop": 1.0}) == "loss 1.5000  valid_loss 2.0000"
 
 
 @pytest.mark.parametrize(("beams", "ks", "k"), [(5, [1, 5], 5), (20, [10, 1], 10), (20, [1, 10, 20], 20)])
