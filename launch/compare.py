@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, such as runs/*")
     runs = [FinishedRun(path) for path in parser.parse_args(arguments).runs]
     columns, rows = comparison(runs)
-    Progress().table(f"runs, by NDCG@{runs[0].k} against {runs[0].name}", columns, rows)
+    Progress().table(f"runs by NDCG@{runs[0].k}; gain over {runs[0].name}", columns, rows)
     return 0
 
 
@@ -71,7 +71,7 @@ class FinishedRun:
 def comparison(runs: Sequence[FinishedRun]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table; the gains are those over the first run."""
     first, k = runs[0], runs[0].k
-    columns = ["run", "model", "steps", "before RL", "RL", f"against {first.name}", "95% interval", "s / step"]
+    columns = ["run", "model", "steps", "before RL", "RL", "gain", "95% interval", "s / step"]
     return columns, [_row(run, first, k) for run in runs]
 
 

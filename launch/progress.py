@@ -1,5 +1,6 @@
 """What a person sees while a run works: one live line per stage on a terminal, plain lines elsewhere."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
+PLAIN_WIDTH = 1000
+"""Of tables in files and pipes, which have no width; rich would take 80 and cut off the columns beyond."""
 NAME_WIDTH = 40
 """Names of a table's rows are not cut up to here, however narrow the terminal."""
 
@@ -49,6 +52,8 @@ class Progress:
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = PLAIN_WIDTH
 
     def line(self, text: str) -> None:
         """One plain line."""
@@ -57,9 +62,10 @@ class Progress:
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table below its title; the first column is text, the others are figures."""
         self.line(title)
-        table = Table()
+        table = Table(show_edge=False, pad_edge=False)
         widest = max((len(row[0]) for row in rows), default=0)
-        table.add_column(columns[0], min_width=min(widest, NAME_WIDTH), overflow="fold")
+        whole = widest <= NAME_WIDTH  # rich would narrow it, then widen it again and cut off the last column instead
+        table.add_column(columns[0], no_wrap=whole, min_width=min(widest, NAME_WIDTH), overflow="fold")
         for column in columns[1:]:
             table.add_column(column, justify="right", overflow="fold")
         for row in rows:

@@ -39,6 +39,28 @@ def test_a_narrow_table_does_not_break_its_title(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.splitlines()[0] == title
 
 
+def test_a_table_in_a_file_keeps_its_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cells = [f"{'a long cell':>30} {column}" for column in range(9)]
+    Progress().table("", [str(column) for column in range(9)], [cells])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert all(cell in last for cell in cells)
+
+
+def test_a_narrow_terminal_keeps_names_whole_and_all_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = ["run", "model", "steps", "before RL", "RL", "gain", "95% interval", "s / step"]
+    row = ["s-unconstrained", "qwen", "80", "0.0569", "0.0614", "-0.0046", "-0.0115 to -0.0005", "12.34"]
+    Progress().table("", columns, [row])
+    printed = capsys.readouterr().out
+    assert all(word in printed for cell in row for word in cell.split())
+    assert max(map(len, printed.splitlines())) <= 80
+
+
 def test_the_warm_up_says_how_far_an_epoch_is() -> None:
     assert warm_up_words({"update": 3.0, "updates": 219.0, "loss": 1.5}) == "update 3/219  loss 1.5000"
     assert warm_up_words({"loss": 1.5, "valid_loss": 2.0, "stop": 1.0}) == "loss 1.5000  valid_loss 2.0000"

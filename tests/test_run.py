@@ -147,14 +147,14 @@ def test_it_can_be_compared(finished_run: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.copytree(finished_run, other)
     columns, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
     same = dict(zip(columns, rows[1], strict=True))
-    assert (same["run"], same["steps"], same["against whole"]) == ("other", "3", "+0.0000")
+    assert (same["run"], same["steps"], same["gain"]) == ("other", "3", "+0.0000")
     assert same["95% interval"] == "+0.0000 to +0.0000"
     after = json.loads((other / "eval-rl.json").read_text())
     after["hit_ranks"] = [0] * len(after["hit_ranks"])
     (other / "eval-rl.json").write_text(json.dumps(after))
     _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
     before = json.loads((finished_run / "summary.json").read_text())["metrics"]["rl"]["ndcg@10"]
-    assert dict(zip(columns, rows[1], strict=True))["against whole"] == f"{1 - before:+.4f}"
+    assert dict(zip(columns, rows[1], strict=True))["gain"] == f"{1 - before:+.4f}"
     after["example_ids"][0] += 1
     (other / "eval-rl.json").write_text(json.dumps(after))
     _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
