@@ -16,7 +16,8 @@ from catalog.interactions import SPLITS, Interactions, SplitTable, sliding_histo
 FORMATS = """a data folder holds one of
   items.parquet (item_id, title) and train.parquet, valid.parquet, test.parquet (user_id, history, target, timestamp)
   items.parquet (item_id, title) and sequences.parquet (user_id, item_ids)
-  info.txt (title, tab, item id) and train.csv, valid.csv, test.csv (user_id, history_item_id, item_id, timestamp)"""
+  info.txt (title, tab, item id) and train.csv, valid.csv, test.csv (user_id, history_item_id, item_id, timestamp)
+`rere prepare` makes the first of raw interactions (user_id, item_id, timestamp) and items (item_id, title)"""
 
 ITEM_DIGITS = 18
 """Of the numbers in an info file, so that they fit 64 bits."""

@@ -64,7 +64,7 @@ def train(
         if config.eval_every and (step + 1) % config.eval_every == 0:
             validated = validate()
             run.log("valid", step + 1, validated)
-        stage.update(step + 1, _words(recent, validated))
+        stage.update(step + 1, step_words(recent, validated))
         if (step + 1) % config.rollouts_every == 0 or step + 1 == steps:
             actors.save_rollouts(groups, run.rollouts / f"step-{step + 1}.parquet")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
@@ -92,16 +92,18 @@ class Clock:
         return {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
 
 
-def _words(recent: Sequence[dict[str, float]], validated: dict[str, float]) -> str:
+def step_words(recent: Sequence[dict[str, float]], validated: dict[str, float]) -> str:
     """Means over the last steps, since a single one says little, and the last of the validation metrics.
 
-    The mean reward hardly moves: ranking rewards add up to about 0 in every group.
+    The mean reward hardly moves: ranking rewards add up to about 0 in every group. An objective of one's own may have
+    no KL.
     """
     mean = {
         name: sum(metrics.get(name, 0.0) for metrics in recent) / len(recent)
         for name in ("groups_with_hit", "reward", "loss", "kl", "timing_s/step")
+        if any(name in metrics for metrics in recent)
     }
-    return (
-        f"hit {mean['groups_with_hit']:.0%}  reward {mean['reward']:+.4f}  loss {mean['loss']:+.4f}  "
-        f"kl {mean['kl']:.1e}  {mean['timing_s/step']:.2f} s/step"
-    ) + "".join(f"  valid {name} {value:.4f}" for name, value in list(validated.items())[-1:])
+    words = [f"hit {mean['groups_with_hit']:.0%}", f"reward {mean['reward']:+.4f}"]
+    words += [f"{name} {mean[name]:{form}}" for name, form in (("loss", "+.1e"), ("kl", ".1e")) if name in mean]
+    words += [f"{mean['timing_s/step']:.2f} s/step"]
+    return "  ".join(words + [f"valid {name} {value:.4f}" for name, value in list(validated.items())[-1:]])

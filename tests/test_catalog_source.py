@@ -235,7 +235,10 @@ def without(columns: dict[str, list], name: str) -> dict[str, list]:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "no folder": (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), ["no such folder", "items.parquet"]),
+    "no folder": (
+        lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(),
+        ["no such folder", "items.parquet", "`rere prepare`"],
+    ),
     "no items": (lambda f: (f / "items.parquet").unlink(), ["items.parquet: missing", "holds test.parquet"]),
     "no split": (lambda f: (f / "valid.parquet").unlink(), ["valid.parquet: missing"]),
     "no Parquet": (lambda f: (f / "train.parquet").write_text("hello"), ["train.parquet", "not a readable Parquet"]),

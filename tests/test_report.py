@@ -20,6 +20,7 @@ from launch.progress import Progress
 from launch.report import write_report
 from launch.run import summarise, warm_up_words
 from launch.run_directory import RunDirectory
+from launch.train import step_words
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,14 @@ def test_a_narrow_terminal_keeps_names_whole_and_all_columns(
     printed = capsys.readouterr().out
     assert all(word in printed for cell in row for word in cell.split())
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_a_step_says_what_was_logged() -> None:
+    step = {"groups_with_hit": 0.125, "reward": 0.001, "loss": 1.6e-4, "timing_s/step": 0.5}
+    assert step_words([step], {}) == "hit 12%  reward +0.0010  loss +1.6e-04  0.50 s/step"
+    with_kl = [step | {"kl": 0.2}, step | {"kl": 0.4}]
+    words = step_words(with_kl, {"hr@1": 0.5, "ndcg@10": 0.25})
+    assert words.endswith("  kl 3.0e-01  0.50 s/step  valid ndcg@10 0.2500")
 
 
 def test_the_warm_up_says_how_far_an_epoch_is() -> None:
