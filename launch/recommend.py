@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import json
 import os
 import sys
@@ -38,12 +39,12 @@ PIECE, COMPARED = 4, 1000
 
 def main(arguments: Sequence[str]) -> int:
     """Print a table for titles given as arguments, a line of JSON per history for a file of them; 0 on success."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     if options.count < 1:
         raise ConfigError(f"--count must be 1 or more, got {options.count}")
     if bool(options.titles) == (options.file is not None):
         raise ConfigError("give the titles of one history, oldest first, or --file with a list of titles per line")
-    histories = list(_read(options.file)) if options.file else [options.titles]
+    histories = list(histories_of_file(options.file)) if options.file else [options.titles]
     if not histories:
         raise ConfigError(f"{options.file} is empty: a list of titles per line is needed")
     catalog, groups = recommend(options.run, histories, options.count, options.checkpoint)
@@ -142,10 +143,10 @@ def close_titles(title: str, titles: pa.LargeStringArray, count: int = 3) -> lis
     return difflib.get_close_matches(title, titles.take(pa.array(likely)).to_pylist(), n=count)
 
 
-def _read(file: Path) -> Iterator[list[str]]:
-    """Raises ConfigError naming the line that is no list of titles."""
+def histories_of_file(file: Path) -> Iterator[list[str]]:
+    """A list of titles of each line. Raises ConfigError naming the line that is no list of titles."""
     try:
-        lines = file.read_text().splitlines()
+        lines = list(io.StringIO(file.read_text(encoding="utf-8")))  # splitlines() also cuts within titles, at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from error
     for number, line in enumerate(lines, 1):

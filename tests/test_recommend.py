@@ -1,10 +1,26 @@
-"""`rere recommend` apart from the policy: which titles are close to one that the catalogue does not have."""
+"""`rere recommend` apart from the policy: what it is asked, and which titles are close to an unknown one."""
 
 import difflib
+import json
+from pathlib import Path
 
 import pyarrow as pa
+import pytest
 
-from launch.recommend import close_titles
+from launch.config import ConfigError
+from launch.recommend import close_titles, histories_of_file, main
+
+
+def test_options_may_stand_between_the_run_and_the_titles() -> None:
+    with pytest.raises(ConfigError, match="--count must be 1 or more, got 0"):
+        main(["runs/mine", "--count", "0", "Steel Bolt", "Steel Nut"])
+
+
+def test_a_line_of_a_file_ends_nowhere_within_a_title(tmp_path: Path) -> None:
+    histories = [["Bolt\u2028Nut", "Père, \x85"], ["Wire"]]
+    lines = [json.dumps(history, ensure_ascii=False) for history in histories]
+    (tmp_path / "histories.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert list(histories_of_file(tmp_path / "histories.jsonl")) == histories
 
 
 def test_close_titles_of_a_small_catalogue_are_those_of_difflib() -> None:
