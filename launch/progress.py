@@ -60,7 +60,7 @@ class Progress:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """A table below its title; the first column is text, the others are figures."""
+        """A table between its title and a blank line; the first column is text, the others are figures."""
         self.line(title)
         table = Table(show_edge=False, pad_edge=False)
         widest = max((len(row[0]) for row in rows), default=0)
@@ -70,7 +70,7 @@ class Progress:
             table.add_column(column, justify="right", overflow="fold")
         for row in rows:
             table.add_row(*row)
-        self.console.print(table)
+        self.console.print(table, "")
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
