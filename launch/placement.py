@@ -139,6 +139,7 @@ def actor_options(
     options: dict[str, object] = {"num_cpus": actor["CPU"], "num_gpus": actor.get("GPU", 0)}
     if group is None and nodes:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True)
+        options["memory"] = 1  # byte: Ray puts an actor that reserves nothing at all on any node
     elif group is not None:
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
             group, placement_group_bundle_index=index % len(placement.bundles)

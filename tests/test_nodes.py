@@ -28,8 +28,9 @@ from rollout.streams import DataLost
 
 cluster = Cluster(True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
 other = cluster.add_node(num_cpus=1, object_store_memory=10**8, resources={"other": 1})
-config = compose(overrides=[f"cluster.address={cluster.address}", "rollout.workers=2"])
+config = compose(overrides=[f"cluster.address={cluster.address}", "rollout.workers=6"])
 connect(config)
+check_nodes([Path(sys.argv[1])], 60.0)  # from then on the head, too, knows of both
 
 @ray.remote
 class Actor:
@@ -38,11 +39,12 @@ class Actor:
         return ray.get_runtime_context().get_node_id(), os.environ["DS_ACCELERATOR"]
 
 placement = plan(config)
-actors = [Actor.options(**actor_options(placement, None, i, alive_nodes())).remote() for i in range(2)]
+actors = [Actor.options(**actor_options(placement, None, i, alive_nodes())).remote() for i in range(6)]
 nodes, inherited = zip(*ray.get([actor.where.remote() for actor in actors]))
-assert len(set(nodes)) == 2, "both actors are on one node"
-assert inherited == ("here", "here")
-check_nodes([Path(sys.argv[1])], 60.0)
+assert list(nodes) == 3 * alive_nodes(), "the actors are not dealt to the nodes in turn"
+assert set(inherited) == {"here"}
+for actor in actors:
+    ray.kill(actor)
 try:
     check_nodes([Path(sys.argv[1]), Path(sys.argv[1]) / "elsewhere"], 60.0)
 except ConfigError as error:
