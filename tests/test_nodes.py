@@ -108,3 +108,10 @@ def test_a_cluster_that_wants_another_authentication_says_so(monkeypatch: pytest
     monkeypatch.setattr("ray.init", refuse)
     with pytest.raises(ClusterUnreachable, match=r"cluster\.address=auto: .* RAY_AUTH_MODE"):
         connect(compose(overrides=["cluster.address=auto"]))
+
+
+def test_a_run_with_a_ray_of_its_own_joins_no_cluster_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("ray.init", lambda **settings: asked.append(settings.get("address")))
+    connect(compose())
+    assert asked == ["local"]
