@@ -160,8 +160,9 @@ def collect(streams: Sequence[RolloutStream], timeout_s: float) -> Iterator[tupl
     """Yield (worker rank, reference of a table) as tables finish, every table once, without fetching any.
 
     A worker that dies and restarts (max_restarts), now or while it was idle, is given its stream's weights again and
-    repeats exactly the tables that were missing. Raises RolloutTimeout when a stream made the driver wait timeout_s
-    for one table, WorkerLost when a worker stays dead or keeps dying at one table, and whatever a worker raised.
+    repeats exactly the tables that were missing, those included that went with its node before they were asked for.
+    Raises RolloutTimeout when a stream made the driver wait timeout_s for one table, WorkerLost when a worker stays
+    dead or keeps dying at one table, DataLost when its weights are gone, and whatever a worker raised.
     """
     live = [stream for stream in streams if len(stream.example_ids)]
     try:
@@ -174,7 +175,7 @@ def collect(streams: Sequence[RolloutStream], timeout_s: float) -> Iterator[tupl
                 live.remove(stream)
                 stream.close()
                 continue
-            except RayActorError as death:
+            except (RayActorError, ObjectLostError) as death:
                 _revive(stream, timeout_s, death)
                 continue
             except StaleWeights as stale:

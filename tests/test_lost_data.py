@@ -1,5 +1,6 @@
 """Objects that went with a node: every wait calls them lost, and the run repeats the steps since its checkpoint."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ from launch.run import surviving
 from launch.waiting import fetch
 from rewards.config import RewardTerm
 from rewards.pool import RewardPool
-from rollout.streams import DataLost, PublishedWeights, bring_back
+from rollout.config import RolloutConfig
+from rollout.streams import DataLost, PublishedWeights, bring_back, collect, stream_rollout
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -23,10 +25,20 @@ def gone() -> None:
 
 @ray.remote(num_cpus=0)
 class Reader:
-    """Stands for a rollout worker that loads weights."""
+    """Stands for a rollout worker that loads weights, and whose second table is lost once."""
+
+    def __init__(self) -> None:
+        self._lost = False
 
     def ready(self) -> None:
         pass
+
+    def rollout(self, split: str, example_ids: list[int], *rest: Any) -> Iterator[int]:
+        for example_id in example_ids:
+            if example_id == 6 and not self._lost:
+                self._lost = True
+                raise ObjectLostError("00" * 28, None, "")
+            yield example_id
 
     def load_weights(self, version: int, bucket_refs: list[ray.ObjectRef], checksum: int) -> int:
         return len(ray.get(bucket_refs))
@@ -53,6 +65,12 @@ def test_weights_that_are_lost_are_not_waited_for(lost: ray.ObjectRef) -> None:
     reader = Reader.remote()  # type: ignore[attr-defined]
     with pytest.raises(DataLost, match="lost with the node"):
         bring_back(reader, PublishedWeights(3, [lost], 0), 60.0, "rollout worker 0")
+
+
+def test_a_table_that_is_lost_before_it_is_collected_is_generated_again(ray_session: None) -> None:
+    reader = Reader.remote()  # type: ignore[attr-defined]
+    stream = stream_rollout(reader, 0, "train", [5, 6, 7], 0, 0, RolloutConfig(groups_per_table=1))
+    assert [ray.get(table) for _, table in collect([stream], 60.0)] == [5, 6, 7]
 
 
 def test_lost_data_are_made_again_from_the_last_checkpoint(lost: ray.ObjectRef) -> None:
