@@ -43,9 +43,10 @@ class WeightsWorker(SleepWorker):
         held = HeldWeights(model, by_place=self._by_place or not one_rank)
         with torch.no_grad(), set_current_vllm_config(self.vllm_config), _watch_packing(model, held):
             _reload(model, self.model_config, tensors)
+        tied_copy, _ = _tied(model)
         for module_name, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.numel() and not _is_tied_copy(model, module):
+                if parameter.numel() and module is not tied_copy:
                     held.note(module_name, module, name, parameter)
         checksum = held.checksum(tensors)
         self._by_place = held.by_place
@@ -91,10 +92,6 @@ def _tied(model: Any) -> tuple[Any, Any]:
         if tied and (module.num_embeddings, module.embedding_dim) == (head.num_embeddings, head.embedding_dim):
             return head, module
     return None, None
-
-
-def _is_tied_copy(model: torch.nn.Module, module: torch.nn.Module) -> bool:
-    return module is _tied(model)[0]
 
 
 def _repack_tied_head(head: Any, embedding: Any) -> None:

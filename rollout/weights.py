@@ -112,8 +112,8 @@ def elements_checksum(tensor: torch.Tensor) -> int:
     bits = tensor.detach().flatten().view(_BITS_OF_ITEM_SIZE[tensor.element_size()])
     total = 0
     for part in bits.split(_ON_CUDA if bits.is_cuda else _ON_CPU):
-        mixed = part.long() * _MIX
-        total += int(((mixed ^ (mixed >> 29)) * _MIX).sum())
+        mixed = part.to(torch.int64, copy=True).mul_(_MIX)  # in place: two such copies exist at once, not three
+        total += int(mixed.bitwise_xor_(mixed >> 29).mul_(_MIX).sum())
     return total % (1 << CHECKSUM_BITS)
 
 
