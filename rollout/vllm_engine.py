@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 CPU_BLOCK_SIZE = 32
+WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
+"""Methods of every vLLM worker; the requests engine only loads weights by it. vLLM extends its worker class once per
+process, so both engines name the same."""
 
 
 def check_requests(

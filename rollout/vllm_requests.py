@@ -13,13 +13,10 @@ from rollout.config import RolloutConfig
 from rollout.group_beam import GroupBeam
 from rollout.groups import Candidates
 from rollout.trie_mask import TrieRequest
-from rollout.vllm_engine import create_llm
+from rollout.vllm_engine import WORKER_EXTENSION, create_llm
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
-
-WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
-"""Here for loading weights only. vLLM extends its worker class once per process, so both engines name the same."""
 
 
 def create_trie_llm(model_path: str | Path, trie_path: str | Path, config: RolloutConfig) -> "LLM":

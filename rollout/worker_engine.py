@@ -8,9 +8,7 @@ import numpy as np
 from rollout.base_engine import BaseEngine
 from rollout.config import RolloutConfig, Strategy
 from rollout.groups import Candidates
-from rollout.vllm_engine import call_workers, create_llm
-
-WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
+from rollout.vllm_engine import WORKER_EXTENSION, call_workers, create_llm
 
 
 class WorkerEngine(BaseEngine):
