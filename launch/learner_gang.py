@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayError
 
 from catalog.catalog import Catalog
 from launch.config import Config
+from learner.mismatch import check_mismatch
 from learner.rank import PEER_LOST, LearnerRank, rank_environment
 from rollout.streams import PublishedWeights, lost_data, raise_if_failed
 
@@ -104,9 +105,15 @@ class LearnerGang:
                 yield ray.get(report)
 
     def step(self, tables: Sequence[ObjectRef]) -> dict[str, float]:
-        """One RL step on scored tables; metrics are equal on all ranks."""
+        """One RL step on scored tables; metrics are equal on all ranks.
+
+        Raises MismatchError where rollout and learner should have had the same policy.
+        """
         self._saved = None
-        return self._all("step", [rank.step.remote(*tables) for rank in self._ranks])[0]
+        metrics = self._all("step", [rank.step.remote(*tables) for rank in self._ranks])[0]
+        if not self._config.train.staleness and not self._config.learner.lora.dropout:
+            check_mismatch(metrics["mismatch"], self._config.learner)
+        return metrics
 
     def check_rollouts(self, tables: Sequence[ObjectRef]) -> None:
         """Raise where scored tables do not come from the present weights."""

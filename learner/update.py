@@ -17,6 +17,7 @@ from learner.engine import ZeroEngine
 from learner.experience import Experience
 from learner.export import named_weights
 from learner.micro_batches import plan_micro_batches
+from learner.mismatch import check_mismatch
 from learner.objectives import CompletionBatch, resolve
 from learner.packing import PackedBatch
 from learner.policy import Policy
@@ -28,13 +29,6 @@ TOTALS = ("loss", "completion_tokens", "packed_tokens")
 """Metrics of an update that are summed over all ranks; the others are means over the candidates that were fed."""
 MEANS = ("loss", "kl", "clipped", "grad_norm")
 """Metrics that a step reports as the mean of its updates; of the others, those of its first update."""
-
-MISMATCH_LIMITS = {"float32": 0.1, "bfloat16": 5.0}
-"""Far above what rounding does to the sum of a title's log-probabilities, far below what other weights do."""
-
-
-class MismatchError(RuntimeError):
-    """Rollouts and learner give the same candidates other log-probabilities, and not by rounding."""
 
 
 @dataclass
@@ -78,14 +72,11 @@ class PolicyUpdate:
         self._objective = resolve(config.objective)
         self._total = total_steps * config.updates_per_batch
         self._off_policy = staleness > 0
-        limit = config.mismatch_limit
-        self._mismatch_limit = MISMATCH_LIMITS[config.dtype] if limit is None else limit
 
     def step(self, experience: Experience) -> dict[str, float]:
         """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.
 
         Every rank computes all advantages, and takes its share of the groups by the plan that all ranks agree on.
-        Raises MismatchError where the groups come from other weights than staleness allows.
         """
         seconds: dict[str, float] = defaultdict(float)
         with self._phase(seconds, "learn"):
@@ -103,8 +94,6 @@ class PolicyUpdate:
                 )
                 for update in range(self._config.updates_per_batch)
             ]
-        if not self._off_policy and not self._config.lora.dropout:
-            self._check_mismatch(updates[0]["mismatch"])
         return {
             **updates[0],
             **{name: float(np.mean([update[name] for update in updates])) for name in MEANS if name in updates[0]},
@@ -125,16 +114,7 @@ class PolicyUpdate:
             for name, value in _sums(micro, self._engine(micro.packed)).items():
                 sums[name] += float(value.sum())
         self._policy.train()
-        self._check_mismatch(sums["mismatch"] / max(sums["candidates"], 1.0))
-
-    def _check_mismatch(self, mismatch: float) -> None:
-        if not mismatch <= self._mismatch_limit:
-            raise MismatchError(
-                "rollout and learner have the same weights, but the log-probabilities that they give a candidate "
-                f"differ by {mismatch:.3g} on average (learner.mismatch_limit={self._mismatch_limit:g}): vLLM and "
-                "transformers compute this model differently. Try rollout.engine=requests or float32, take another "
-                "model, or raise the limit where so much is known to be rounding"
-            )
+        check_mismatch(sums["mismatch"] / max(sums["candidates"], 1.0), self._config)
 
     def _micro_batches(self, experience: Experience, advantages: list[np.ndarray]) -> list[MicroBatch]:
         """This rank's share of the groups that can move the policy.

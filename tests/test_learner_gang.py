@@ -15,6 +15,8 @@ from ray import cloudpickle
 from launch.learner_gang import LearnerGang, LearnerLost
 from launch.progress import Progress
 from launch.run import GANG_RESTARTS, surviving
+from learner.config import LearnerConfig
+from learner.mismatch import MismatchError
 from learner.rank import PEER_LOST
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors' processes cannot import tests
@@ -50,7 +52,8 @@ class Rank:
         return {"read from": path}
 
     def step(self, *tables: Any) -> dict[str, float]:
-        return {"process": float(os.getpid())}
+        told = self.folder / "mismatch"
+        return {"process": float(os.getpid()), "mismatch": float(told.read_text()) if told.exists() else 0.0}
 
     def _fail_if_asked(self, where: str) -> None:
         fault = self.folder / f"{where}-{self.rank}"
@@ -68,7 +71,7 @@ class Rank:
 def gang(ray_session: None, tmp_path: Path) -> Iterator[LearnerGang]:
     config: Any = SimpleNamespace(
         cluster=SimpleNamespace(start_timeout_s=30.0),
-        learner=SimpleNamespace(timeout_s=30.0),
+        learner=LearnerConfig(timeout_s=30.0),
         rollout=SimpleNamespace(logprob_space="vocabulary"),
         train=SimpleNamespace(staleness=0, seed=0),
     )
@@ -101,6 +104,24 @@ def test_a_rank_that_dies_in_an_export_is_named(gang: LearnerGang, tmp_path: Pat
     gang.join()
     with pytest.raises(LearnerLost, match=f"rank {rank} on 127.0.0.1 died during 'export_weights'"):
         gang.export(version=0)
+
+
+def test_a_step_on_groups_of_another_policy_ends_the_run_where_none_is_allowed(
+    gang: LearnerGang, tmp_path: Path
+) -> None:
+    gang.join()
+    (tmp_path / "mismatch").write_text("0.2")
+    with pytest.raises(MismatchError, match=r"differ by 0\.2 on average \(learner\.mismatch_limit=0\.1\)"):
+        gang.step([])
+    for section, name, value in (("train", "staleness", 1), ("learner", "mismatch_limit", 0.3)):
+        allowed = getattr(gang._config, section)
+        before = getattr(allowed, name)
+        setattr(allowed, name, value)
+        assert gang.step([])["mismatch"] == 0.2
+        setattr(allowed, name, before)
+    (tmp_path / "mismatch").write_text("nan")
+    with pytest.raises(MismatchError):
+        gang.step([])
 
 
 def test_a_rank_without_a_place_is_named(gang: LearnerGang) -> None:
