@@ -82,6 +82,13 @@ class ZeroEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self._adamw, config=zero_config(config, optimizer)
             )
+        self.signature = {
+            "ranks": self.world_size,
+            "zero_stage": config.zero_stage,
+            "dtype": config.dtype,
+            "lora_rank": config.lora.rank,
+        }
+        """What decides who can read the files that `save` writes."""
         self._sums_in_float32: list[nn.Parameter] = []
         self._begun = False
         self._clips_itself = clips_itself(config)

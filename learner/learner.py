@@ -122,7 +122,7 @@ class Learner:
         self.engine.barrier()
         if self.engine.rank == 0:
             checkpoint.commit(
-                path, {**self._signature(), "updates_done": self._update.updates_done, "driver": state}, keep
+                path, {**self.engine.signature, "updates_done": self._update.updates_done, "driver": state}, keep
             )
         self.engine.barrier()
 
@@ -134,7 +134,7 @@ class Learner:
         """
         self.engine.on_rank_0(lambda: checkpoint.check(path))
         state = checkpoint.read_state(path)
-        ours = self._signature()
+        ours = self.engine.signature
         for name in ("zero_stage", "dtype", "lora_rank"):
             if state[name] != ours[name]:
                 raise checkpoint.CheckpointError(
@@ -172,14 +172,6 @@ class Learner:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train(trainable)
         return Policy(lm, packing=config.packing, logit_mib=config.logit_mib, trie=trie)
-
-    def _signature(self) -> dict[str, Any]:
-        return {
-            "ranks": self.engine.world_size,
-            "zero_stage": self._config.zero_stage,
-            "dtype": self._config.dtype,
-            "lora_rank": self._config.lora.rank,
-        }
 
 
 def without_dropout(lm: PreTrainedModel) -> None:

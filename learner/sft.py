@@ -28,7 +28,7 @@ PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
-class Progress:
+class WarmupProgress:
     """How far a warm-up is."""
 
     epoch: int = 0
@@ -38,13 +38,13 @@ class Progress:
     valid_loss: float = math.nan
     """Of the last epoch."""
     written_by: dict[str, Any] = field(default_factory=dict)
-    """What a learner must have in common with the one that wrote the weights, to read them."""
+    """ZeroEngine.signature of the learner that has written the epochs, and can read them."""
 
-    def after(self, valid_loss: float) -> "Progress":
+    def after(self, valid_loss: float) -> "WarmupProgress":
         """One epoch later."""
         epoch, better = self.epoch + 1, valid_loss < self.best_loss
         best = (epoch, valid_loss) if better else (self.best_epoch, self.best_loss)
-        return Progress(epoch, *best, valid_loss, self.written_by)
+        return WarmupProgress(epoch, *best, valid_loss, self.written_by)
 
     def done(self, config: SftConfig) -> bool:
         """Whether the last epoch was the last of all."""
@@ -100,7 +100,7 @@ class SupervisedWarmup:
         if progress.best_epoch != progress.epoch:
             self._engine.load(_epoch_folder(folder, progress.best_epoch))
 
-    def _keep(self, folder: Path, progress: Progress) -> None:
+    def _keep(self, folder: Path, progress: WarmupProgress) -> None:
         """Write the epoch that is done, and drop those that are neither the last nor the best."""
         path = _epoch_folder(folder, progress.epoch)
         self._engine.save(path)
@@ -113,19 +113,14 @@ class SupervisedWarmup:
             for old in set(folder.glob("epoch-*")) - kept:
                 shutil.rmtree(old)
 
-    def _restored(self, folder: Path) -> Progress:
+    def _restored(self, folder: Path) -> WarmupProgress:
         """The progress that `folder` tells of, with its weights and optimizer; none where others have written it."""
-        written_by = {
-            "ranks": self._engine.world_size,
-            "zero_stage": self._config.zero_stage,
-            "dtype": self._config.dtype,
-            "lora_rank": self._config.lora.rank,
-        }
+        fresh = WarmupProgress(written_by=self._engine.signature)
         if not (folder / PROGRESS).is_file():
-            return Progress(written_by=written_by)
-        progress = Progress(**json.loads((folder / PROGRESS).read_text()))
-        if progress.written_by != written_by:
-            return Progress(written_by=written_by)
+            return fresh
+        progress = WarmupProgress(**json.loads((folder / PROGRESS).read_text()))
+        if progress.written_by != fresh.written_by:
+            return fresh
         path = _epoch_folder(folder, progress.epoch)
         self._engine.load(path)
         restore_random_state(torch.load(path / f"rng-{self._engine.rank}.pt"), self._engine.device)
