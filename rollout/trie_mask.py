@@ -144,11 +144,12 @@ class TrieMask:
         An allowed token gets its log-probability: over the whole vocabulary, or renormalised over the allowed ones
         (logprob_space "trie"); every other token gets -inf, and so does all but the sample in rows that sample: from
         the allowed tokens, in proportion to their probabilities at its temperature. After the end only end-of-sequence
-        remains, at 0.
+        remains, at 0. Waits for the device once.
         """
+        counts = self._count(nodes).tolist()
         for chunk in _chunks(len(rows)):
             some_rows, some_nodes = rows[chunk], nodes[chunk]
-            row, edge = self._edges(some_nodes)
+            row, edge = self._edges(some_nodes, sum(counts[chunk]))
             token = self.trie.edge_token[edge].long()
             values = logits[some_rows[row], token]
             if self.logprob_space == "vocabulary":
@@ -161,7 +162,8 @@ class TrieMask:
                 logprobs = torch.where(chosen | (sampling[chunk].temperature[row] == 0), logprobs, float("-inf"))
             logits.index_fill_(0, some_rows, float("-inf"))
             logits[some_rows[row], token] = logprobs
-            logits[some_rows[some_nodes == ENDED], self.eos_token] = 0.0
+            end = logits[some_rows, self.eos_token]
+            logits[some_rows, self.eos_token] = torch.where(some_nodes == ENDED, 0.0, end)
 
     def normalise_(self, logits: torch.Tensor, rows: torch.Tensor, sampling: Sampling | None = None) -> None:
         """In logits [N, V] float32, replace rows [R] by log-probabilities over the whole vocabulary, unconstrained.
@@ -192,9 +194,9 @@ class TrieMask:
         drawn = self._first(nodes) + torch.minimum(drawn, self._count(nodes) - 1)
         return torch.arange(len(row), device=row.device) == drawn[row]
 
-    def _edges(self, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row, edge) of every allowed edge of nodes [R], ended ones having none."""
-        row = torch.repeat_interleave(self._count(nodes))
+    def _edges(self, nodes: torch.Tensor, edges: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row, edge) of every allowed edge of nodes [R], of which there are `edges`, ended ones having none."""
+        row = torch.repeat_interleave(self._count(nodes), output_size=edges)
         offset = torch.arange(len(row), device=row.device) - self._first(nodes)[row]
         return row, self.trie.first_edge[nodes.clamp_min(0)][row] + offset
 

@@ -22,8 +22,8 @@ class TrieLogitsProcessorV2(LogitsProcessor):
     """Constrains every request to the trie in additional_config["trie_path"], starting at its own node.
 
     The node of each request slot lives on the device; the host only counts how many output tokens each slot has
-    walked, which without speculative decoding it knows exactly. A step waits for the device a few times per 64 rows,
-    to learn how many tokens are allowed there.
+    walked, which without speculative decoding it knows exactly. A step waits for the device twice: to learn whether a
+    row has left the trie, and how many tokens are allowed.
     """
 
     @classmethod

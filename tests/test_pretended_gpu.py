@@ -1,0 +1,164 @@
+"""Code for a GPU, run where there is none: the CPU's results, no tensor of the host beside those of the device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pretended_gpu import PretendedGpu, PretendedTensor, pretended_gpu
+from search_oracle import random_trie
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from trie_walk import TRIE, VOCABULARY
+
+from catalog.trie import Trie
+from learner import attention
+from learner.policy import CUDA_BUCKET, Policy
+from learner.tree_mask import BLOCK
+from rollout.config import LogprobSpace
+from rollout.device_trie import DeviceTrie
+from rollout.free_sampling import FreeSampleSearch
+from rollout.frontier import TrieSearch
+from rollout.groups import Candidates
+from rollout.sampling import SampleSearch
+from rollout.search import BeamSearch
+from rollout.stochastic import StochasticBeamSearch
+from rollout.trie_mask import ENDED, Sampling, TrieMask, TrieRequest
+from tests.test_policy import EOS, groups, language_model
+
+GROUPS, BEAMS, WIDTH = 5, 8, 30
+
+SEARCHES: dict[str, Callable[[DeviceTrie, LogprobSpace], TrieSearch]] = {
+    "beam": lambda trie, space: BeamSearch(trie, GROUPS, BEAMS, space),
+    "beam-token-by-token": lambda trie, space: BeamSearch(trie, GROUPS, BEAMS, space, "token_by_token"),
+    "sample": lambda trie, space: SampleSearch(trie, range(GROUPS), BEAMS, 0.7, space),
+    "stochastic-beam": lambda trie, space: StochasticBeamSearch(trie, range(GROUPS), BEAMS, 0.7, space),
+    "unconstrained": lambda trie, space: FreeSampleSearch(trie, range(GROUPS), BEAMS, 0.7, 9),
+}
+
+
+def search(made: TrieSearch, logits: torch.Tensor, gpu: PretendedGpu | None = None) -> list[Candidates]:
+    """The candidates where a model answers logits[group, node]; on a GPU a step waits for the device once.
+
+    Twice where a beam whose further tokens are forced walks to the end of its title at once.
+    """
+    allowed = 2 if isinstance(made, BeamSearch) and made._free_chains else 1
+    while True:
+        before = len(gpu.waits) if gpu else 0
+        frontier = made.frontier()
+        if not frontier.size:
+            return made.results()
+        group = torch.from_numpy(np.repeat(frontier.slot // made.beams, frontier.count)).to(logits.device)
+        made.advance(frontier, made.children(frontier, slice(None), logits[group, frontier.node]))
+        assert gpu is None or len(gpu.waits) - before <= allowed
+
+
+def test_what_a_gpu_refuses_is_refused() -> None:
+    with pretended_gpu() as gpu:
+        there = torch.arange(4, device="cuda")
+        assert there.is_cuda
+        assert (there * torch.tensor(2) + 1).device.type == "cuda"
+        for wrong in (lambda: there + torch.arange(4), lambda: there[torch.arange(2)], lambda: there.numpy()):
+            with pytest.raises((RuntimeError, TypeError), match="GPU"):
+                wrong()
+        assert not gpu.waits
+        assert there[there > 1].tolist() == [2, 3]
+        assert int(there.sum()) == 6
+        assert gpu.waits == ["__getitem__", "tolist", "__int__"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("space", ["vocabulary", "trie"])
+@pytest.mark.parametrize("strategy", SEARCHES)
+def test_searches(strategy: str, space: LogprobSpace, seed: int) -> None:
+    trie = random_trie(seed, 60, WIDTH, 10)
+    logits = torch.randn(GROUPS, trie.num_nodes, WIDTH, generator=torch.Generator().manual_seed(seed))
+    expected = search(SEARCHES[strategy](DeviceTrie.of(trie), space), logits)
+    with pretended_gpu() as gpu:
+        found = search(SEARCHES[strategy](DeviceTrie.of(trie, "cuda"), space), logits.to("cuda"), gpu)
+    for mine, others in zip(found, expected, strict=True):
+        assert mine.item_class.tolist() == others.item_class.tolist()
+        assert [row.tolist() for row in mine.tokens] == [row.tolist() for row in others.tokens]
+        np.testing.assert_allclose(mine.score, others.score, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["vocabulary", "trie"])
+def test_the_trie_mask_waits_for_the_device_once(space: LogprobSpace) -> None:
+    nodes = torch.cat([torch.arange(TRIE.num_nodes), torch.tensor([ENDED, ENDED])]).repeat(3)
+    tokens = torch.arange(len(nodes)) % VOCABULARY
+    logits = torch.randn(len(nodes), VOCABULARY, generator=torch.Generator().manual_seed(0))
+    rows = torch.randperm(len(nodes), generator=torch.Generator().manual_seed(1))
+    requests = [TrieRequest("a", 0, (0.0, 0.8)[i % 2], i, i) for i in range(len(nodes))]
+
+    def walked(device: str) -> list[torch.Tensor]:
+        there, mask = torch.device(device), TrieMask(DeviceTrie.of(TRIE, device), TRIE.eos_token, space)
+        sampling = Sampling.of(requests, [0] * len(nodes), there)
+        constrained, free = logits.to(there, copy=True), logits.to(there, copy=True)
+        mask.constrain_(constrained, rows.to(there), nodes.to(there), sampling)
+        mask.normalise_(free, rows.to(there), sampling)
+        return [constrained, free, mask.step(nodes.to(there), tokens.to(there))]
+
+    expected = walked("cpu")
+    with pretended_gpu() as gpu:
+        found = walked("cuda")
+        assert gpu.waits == ["__int__", "tolist"]  # of the trie's largest fan-out, then of the allowed tokens
+    for mine, others in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.host, others)
+
+
+def move(lm: nn.Module) -> None:
+    """To the pretended GPU, in place."""
+    for module in lm.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: PretendedTensor(t.detach()) for name, t in tensors.items() if t is not None})
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable[..., torch.Tensor] | None,
+    block_mask: BlockMask,
+    scale: float | None,
+    **_: Any,
+) -> torch.Tensor:
+    """What flex attention computes: of the listed blocks alone, by `mask_mod` within those that are not full."""
+    key, value = (rows.repeat_interleave(query.shape[1] // key.shape[1], 1) for rows in (key, value))
+    scores = query @ key.transpose(2, 3) * (scale or query.shape[-1] ** -0.5)
+    if score_mod is not None:
+        scores = score_mod(scores)
+    every = torch.arange(query.shape[2], device=query.device)
+    listed = block_mask.to_dense()[0, 0].bool().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    visible = block_mask.mask_mod(every, every, every[:, None], every) & listed.to(query.device)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value
+
+
+def host_block_mask(*blocks: torch.Tensor, **others: Any) -> BlockMask:
+    """torch's own code for block masks maps over them in a way that cannot be pretended."""
+    return BLOCK_MASK(*(tensor.cpu() for tensor in blocks), **others)
+
+
+BLOCK_MASK = BlockMask.from_kv_blocks
+
+
+@pytest.mark.parametrize("space", ["vocabulary", "trie"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2-sliding-softcap", "cohere2-scaled-logits"])
+def test_the_policy(name: str, space: LogprobSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, (prompts, candidates) = language_model(name), groups()
+    candidates = [[row for row in rows if row[-1] == EOS] for rows in candidates]
+    titles = {tuple(row.tolist()) for rows in candidates for row in rows}
+    trie = Trie.from_titles(sorted(map(list, titles)), eos_token=EOS, tokenizer_fingerprint="")
+    policy = Policy(lm, trie=trie if space == "trie" else None)
+    with torch.inference_mode():
+        expected = policy(policy.pack(prompts, candidates))
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: dense_attention)
+    monkeypatch.setattr(attention, "_kernel_options", lambda query: None)
+    monkeypatch.setattr(BlockMask, "from_kv_blocks", host_block_mask)
+    move(lm)
+    with pretended_gpu():
+        batch = policy.pack(prompts, candidates)
+        assert batch.tokens.is_cuda
+        assert batch.tokens.shape[1] % CUDA_BUCKET == 0
+        found = policy(batch)
+    torch.testing.assert_close(found.host, expected, rtol=1e-4, atol=1e-5)
