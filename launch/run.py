@@ -159,6 +159,7 @@ def train_to_the_end(
         return ranking_metrics(ranks, config.train.eval_ks)
 
     first = restore(actors, directory)
+    directory.go_on_after(first)
     stage.update(first)
     train(actors, order, config.train, directory, stage, validate, first=first, steps=steps)
 

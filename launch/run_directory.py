@@ -78,7 +78,10 @@ class RunDirectory:
         self.write_json(CATALOGUE, {"fingerprint": fingerprint})
         save(config, self.path / "config.yaml")
         _cut_torn_line(self.path / METRICS)
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        self._tensorboard = self._writer()
+
+    def _writer(self, purge_step: int | None = None) -> SummaryWriter:
+        return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
 
     @staticmethod
     def check(config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -144,13 +147,24 @@ class RunDirectory:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
 
+    def go_on_after(self, steps: int) -> None:
+        """What was logged after the first `steps` steps will be logged again: TensorBoard is to show it once.
+
+        It can only forget all that has a high number, so steps stay that have the number of an epoch of SFT.
+        """
+        epochs = [line["step"] for line in self._lines() if line["phase"] == "sft"]
+        self._tensorboard.close()
+        self._tensorboard = self._writer(max([steps, *epochs]) + 1)
+
     def metrics(self, phase: str, steps: int) -> list[dict[str, Any]]:
         """Logged lines of the first `steps` steps of a phase; one that was logged again after a resume counts once,
         the last time, and one that a shorter resumed run no longer has does not count."""
-        path = self.path / METRICS
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        counted = (line for line in lines if line["phase"] == phase and line["step"] <= steps)
+        counted = (line for line in self._lines() if line["phase"] == phase and line["step"] <= steps)
         return list({line["step"]: line for line in counted}.values())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self.path / METRICS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file of the run, written whole or not at all."""

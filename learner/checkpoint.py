@@ -50,6 +50,9 @@ def commit(path: Path, state: dict[str, Any], keep: int | None = None) -> None:
     temporary = temporary_path(path)
     _write(temporary / STATE, json.dumps(state, indent=1))
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
+    readable = (temporary / STATE).stat().st_mode
+    for file in files:
+        file.chmod(readable)  # safetensors gives its files to their owner alone, whatever the umask says
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_synced_sha256, files))
     manifest = {

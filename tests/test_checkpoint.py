@@ -51,6 +51,15 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path):
     assert not checkpoint.temporary_path(path).exists()
 
 
+def test_whoever_may_read_a_checkpoint_may_read_all_of_it(tmp_path):
+    temporary = checkpoint.begin(tmp_path / "step-1")
+    (temporary / "model.safetensors").touch(mode=0o600)  # as safetensors does
+    before = os.umask(0o027)
+    checkpoint.commit(tmp_path / "step-1", {})
+    os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "step-1").iterdir()} == {0o640}
+
+
 def test_the_newest_are_kept_by_number(tmp_path):
     for step in (9, 10, 11, 100):
         write(tmp_path, f"step-{step}", keep=2)

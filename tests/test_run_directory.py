@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Refused
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.compose import compose
 from launch.config import ConfigError
@@ -44,6 +45,22 @@ def test_steps_that_a_shorter_resumed_run_no_longer_has_do_not_count(tmp_path: P
         run.log("train", step, {"loss": loss})
     run.close()
     assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 4.0]
+
+
+def test_tensorboard_shows_steps_that_are_logged_again_once(tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    run = RunDirectory(config, "0")
+    run.log("sft", 1, {"loss": 9.0})
+    for step in (1, 2, 3):
+        run.log("train", step, {"loss": float(step)})
+    run.close()
+    run = RunDirectory(config, "0", resume=True)
+    run.go_on_after(2)
+    run.log("train", 3, {"loss": 30.0})
+    run.close()
+    shown = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [event.value for event in shown.Scalars("sft/loss")] == [9.0]
 
 
 def test_a_run_that_is_a_link_is_replaced_and_what_it_links_to_stays(tmp_path: Path) -> None:
