@@ -1,9 +1,9 @@
 """What can be known to fail before anything starts; a run and a dry run ask the same."""
 
-import sys
 from pathlib import Path
 
 from catalog.catalog import Catalog
+from launch import trackers
 from launch.config import Config
 from launch.data_order import DataOrder
 from launch.model import check_shape
@@ -22,6 +22,8 @@ def check_config(config: Config) -> Placement:
     """
     placement = plan(config)  # finds the rewards, to know what their actors reserve
     _check_objective(config.learner)
+    for tracker in config.train.trackers:
+        trackers.resolve(tracker)
     if config.model.path is None:
         check_shape(config.model)
     check_deepspeed(config.learner.deepspeed)
@@ -60,8 +62,6 @@ def _check_objective(config: LearnerConfig) -> None:
     """Raise ObjectiveError where there is none of that name or import path, or it fails on a small batch."""
     if config.objective in objective_names():
         return
-    if str(Path.cwd()) not in sys.path:  # Ray's actors look there too
-        sys.path.append(str(Path.cwd()))
     from learner.objectives import check_objective, resolve
 
     check_objective(resolve(config.objective), config)

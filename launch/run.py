@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,12 +66,13 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         RunDirectory.check_steps(config, steps)
     for line in batch.lines():
         progress.line(line)
-    with Actors(config, placement, catalog, model_path, steps) as actors:  # checks the devices of a cluster
+    with ExitStack() as opened, Actors(config, placement, catalog, model_path, steps) as actors:  # checks its devices
         surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
         surviving(actors, progress, partial(trial, actors, model_path))
-        directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
+        directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite, say=progress.line)
+        opened.callback(directory.close)
         sft = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
         with progress.stage("train", steps) as stage:
             training = partial(train_to_the_end, actors, order, config, catalog, directory, stage, steps)
@@ -80,7 +82,6 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     summary = summarise(config, catalog, directory, sft, rl, steps, confirmed_loads)
     directory.write_json("summary.json", summary)
     write_report(directory, config, summary, catalog)
-    directory.close()
     print_metrics(progress, config, summary)
     progress.line(f"{directory.path}: report.html, summary.json, metrics.jsonl, tensorboard, rollouts, checkpoints")
     return summary
@@ -228,6 +229,7 @@ def evaluation(
         metrics = ranking_metrics(ranks, config.train.eval_ks)
         k = max(config.train.eval_ks)
         stage.update(detail=f"NDCG@{k} {metrics[f'ndcg@{k}']:.4f}")
+    directory.log("test", actors.rollouts.version or 0, metrics)
     result = {"example_ids": example_ids.tolist(), "hit_ranks": ranks.tolist(), "invalid": invalid, "metrics": metrics}
     directory.write_json(file, result)
     return result

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from catalog.atomic import atomic_file
 from launch.compose import load, save
 from launch.config import Config, ConfigError
 from launch.continuation import check_resumable
+from launch.trackers import Trackers
 from learner import checkpoint
 
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
@@ -68,17 +70,39 @@ class RunDirectory:
     >>> directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite)
     """
 
-    def __init__(self, config: Config, fingerprint: str, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        fingerprint: str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """say: shows a person a line. Raises ConfigError as `check`, or where a tracker cannot be made."""
         self.check(config, resume=resume, overwrite=overwrite)
         self.path = Path(config.runs) / config.name
-        if overwrite and self.path.exists():
-            _delete(self.path)
+        replaced = _set_aside(self.path) if overwrite and self.path.exists() else None
+        new = not self.path.exists()
+        try:
+            self._open(config, fingerprint, say)
+        except BaseException:
+            if new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            if replaced is not None:
+                replaced.rename(self.path)
+            raise
+        if replaced is not None:
+            _delete(replaced)
+
+    def _open(self, config: Config, fingerprint: str, say: Callable[[str], None]) -> None:
         for folder in (self.path, self.rollouts, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
         self.write_json(CATALOGUE, {"fingerprint": fingerprint})
         save(config, self.path / "config.yaml")
         _cut_torn_line(self.path / METRICS)
         self._tensorboard = self._writer()
+        self._trackers = Trackers(config.train.trackers, self.path, asdict(config), say)
 
     def _writer(self, purge_step: int | None = None) -> SummaryWriter:
         return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
@@ -141,11 +165,12 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl and the same values to TensorBoard under `phase`/."""
+        """Append one line to metrics.jsonl; the same values to TensorBoard, under `phase`/, and to the trackers."""
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
+        self._trackers.log(phase, step, metrics)
 
     def go_on_after(self, steps: int) -> None:
         """What was logged after the first `steps` steps will be logged again: TensorBoard is to show it once.
@@ -176,6 +201,7 @@ class RunDirectory:
 
     def close(self) -> None:
         self._tensorboard.close()
+        self._trackers.close()
 
 
 def _check_resumable(config: Config, path: Path) -> None:
@@ -196,16 +222,19 @@ def _is_run(path: Path) -> bool:
     )
 
 
-def _delete(run: Path) -> None:
-    """Where this is interrupted, what remains does not have the run's name."""
+def _set_aside(run: Path) -> Path:
+    """Where a run is that has lost its name; what an interrupted deletion left there is dropped."""
     leaving = run.with_name(f".{run.name}.deleted")
-    if leaving.exists() and not leaving.is_symlink():
-        shutil.rmtree(leaving)
-    run.rename(leaving)
-    if leaving.is_symlink():
-        leaving.unlink()
+    if leaving.is_symlink() or leaving.exists():
+        _delete(leaving)
+    return run.rename(leaving)
+
+
+def _delete(run: Path) -> None:
+    if run.is_symlink():
+        run.unlink()
     else:
-        shutil.rmtree(leaving)
+        shutil.rmtree(run)
 
 
 def _cut_torn_line(path: Path) -> None:

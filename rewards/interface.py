@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from catalog.errors import traceback_below
+from catalog.own_code import traceback_below
 from rewards.errors import RewardError, name_examples
 from rewards.group import Group, Groups, TitleCatalog
 

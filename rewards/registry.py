@@ -2,14 +2,11 @@
 
 import difflib
 import importlib
-import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from catalog.code_file import module_of_file
-from catalog.errors import traceback_below
+from catalog.own_code import OwnCodeError, find_code
 from rewards.errors import RewardError
 
 ENTRY_POINTS = "rere.rewards"
@@ -33,19 +30,12 @@ def resolve(name: str, root: Path | None = None) -> Any:
     Modules and relative files are looked up from `root`, the working directory by default, as well as among the
     installed packages. Raises RewardError that names what is missing and what there is.
     """
-    root = root or Path.cwd()
     if ":" not in name:
         return _registered(name)
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise RewardError(f"reward {name!r}: write 'package.module:Name' or 'path/file.py:name'")
-    module = _module_of_file(root / place, name) if place.endswith(".py") else _module_of_import(place, name, root)
-    if not hasattr(module, attribute):
-        written = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-        own = [key for key, value in written.items() if getattr(value, "__module__", None) == module.__name__]
-        public = ", ".join(own or written)
-        raise RewardError(f"reward {name!r}: {place} has no {attribute!r}; it has {public or 'nothing to call'}")
-    return getattr(module, attribute)
+    try:
+        return find_code(name, root)
+    except OwnCodeError as error:
+        raise RewardError(f"reward {name!r}: {error}") from error
 
 
 def registered_names() -> list[str]:
@@ -70,35 +60,3 @@ def _registered(name: str) -> Any:
         f"reward {name!r} is not registered{f'; did you mean {near[0]!r}' if near else ''}. There are "
         f"{', '.join(names)}; or give an import path 'package.module:Name' or a file 'path/file.py:name'"
     )
-
-
-def _module_of_import(place: str, name: str, root: Path) -> ModuleType:
-    if str(root) not in sys.path:
-        sys.path.append(str(root))
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name and (place == error.name or place.startswith(error.name + ".")):
-            raise RewardError(
-                f"reward {name!r}: there is no module {error.name!r}, neither installed nor under {root}"
-            ) from None
-        raise RewardError(
-            f"reward {name!r}: {place} needs the module {error.name!r}, which is missing\n"
-            f"{traceback_below(error, __file__)}"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise RewardError(
-            f"reward {name!r}: importing {place} failed: {error!r}\n{traceback_below(error, __file__)}"
-        ) from error
-
-
-def _module_of_file(file: Path, name: str) -> ModuleType:
-    file = file.resolve()
-    if not file.is_file():
-        raise RewardError(f"reward {name!r}: there is no file {file}")
-    try:
-        return module_of_file(file)
-    except (Exception, SystemExit) as error:
-        raise RewardError(
-            f"reward {name!r}: running {file} failed: {error!r}\n{traceback_below(error, __file__)}"
-        ) from error

@@ -178,9 +178,9 @@ def test_an_objective_of_another_package_is_found_by_its_path(monkeypatch: pytes
     assert resolve("somebody_else:likelihood").count([[[1], [1]], [[1]]]) == 3
     with pytest.raises(ObjectiveError, match="declare it with"):
         resolve("somebody_else:undeclared")
-    with pytest.raises(ObjectiveError, match=r"has no 'missing'; its objectives are \['likelihood'\]"):
+    with pytest.raises(ObjectiveError, match=r"has no 'missing'; it has likelihood$"):
         resolve("somebody_else:missing")
-    with pytest.raises(ObjectiveError, match="cannot be imported: ModuleNotFoundError"):
+    with pytest.raises(ObjectiveError, match="'nobody_else:likelihood': there is no module 'nobody_else'"):
         resolve("nobody_else:likelihood")
 
 
@@ -195,7 +195,7 @@ def test_an_objective_is_found_by_its_file(tmp_path: Path, monkeypatch: pytest.M
     found = resolve(f"{tmp_path}/mine.py:likelihood")
     assert found.normaliser == "tokens"
     assert resolve("../mine.py:likelihood") is found
-    with pytest.raises(ObjectiveError, match=r"there is no file \.\./yours\.py"):
+    with pytest.raises(ObjectiveError, match=r"there is no file .*\.\./yours\.py"):
         resolve("../yours.py:likelihood")
 
 
@@ -211,7 +211,7 @@ def test_an_objective_file_that_does_not_run_is_shown_at_its_line(tmp_path: Path
     with pytest.raises(ObjectiveError, match=message) as caught:
         resolve(f"{tmp_path}/broken.py:f")
     assert "importlib" not in str(caught.value)
-    assert "code_file" not in str(caught.value)
+    assert "own_code" not in str(caught.value)
 
 
 def test_a_mean_over_something_else_is_refused() -> None:

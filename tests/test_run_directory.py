@@ -1,6 +1,7 @@
 """The folder of a run: what it keeps, what it replaces, who may use it."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_tensorboard_shows_steps_that_are_logged_again_once(tmp_path: Path) -> N
     for step in (1, 2, 3):
         run.log("train", step, {"loss": float(step)})
     run.close()
+    time.sleep(1.1)  # TensorBoard orders files by the second
     run = RunDirectory(config, "0", resume=True)
     run.go_on_after(2)
     run.log("train", 3, {"loss": 30.0})

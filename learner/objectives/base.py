@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from catalog.errors import traceback_below
+from catalog.own_code import traceback_below
 from learner.advantages import Advantages, group_advantages
 from learner.config import LearnerConfig
 

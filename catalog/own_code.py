@@ -1,0 +1,93 @@
+"""Code that a person names in the configuration: rewards, objectives and trackers of their own."""
+
+import importlib
+import sys
+import traceback
+import zlib
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+
+class OwnCodeError(ValueError):
+    """What is named cannot be had. The message says why, and shows the line that fails; the caller adds the name."""
+
+
+def find_code(name: str, root: Path | None = None, fits: Callable[[Any], bool] = callable) -> Any:
+    """What "package.module:Name" or "path/file.py:name" names.
+
+    root: where modules and relative files are looked up first, the working directory by default; after it wherever
+    Python looks for modules. fits: what to list of a module that has no such name. Raises OwnCodeError.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise OwnCodeError("write 'package.module:Name' or 'path/file.py:name'")
+    root = root or Path.cwd()
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    module = _module_of_file(place, root) if place.endswith(".py") else _module_of_import(place, root)
+    if not hasattr(module, attribute):
+        fitting = {key: value for key, value in vars(module).items() if fits(value) and not key.startswith("_")}
+        own = [key for key, value in fitting.items() if getattr(value, "__module__", None) == module.__name__]
+        raise OwnCodeError(
+            f"{place} has no {attribute!r}; it has {', '.join(own or fitting) or 'nothing of that kind'}"
+        )
+    return getattr(module, attribute)
+
+
+def _module_of_import(place: str, root: Path) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name and (place == error.name or place.startswith(error.name + ".")):
+            raise OwnCodeError(f"there is no module {error.name!r}, neither installed nor under {root}") from None
+        raise OwnCodeError(
+            f"{place} needs the module {error.name!r}, which is missing\n{traceback_below(error, __file__)}"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise OwnCodeError(f"importing {place} failed: {error!r}\n{traceback_below(error, __file__)}") from error
+
+
+def _module_of_file(place: str, root: Path) -> ModuleType:
+    """The module of a file, which finds its neighbours by import.
+
+    It is run once per process, as an import would, since it is looked up several times before a run starts.
+    """
+    places = [Path(folder) / place for folder in (str(root), *sys.path)]
+    if not any(path.is_file() for path in places):
+        raise OwnCodeError(f"there is no file {root / place}")
+    file = next(path for path in places if path.is_file()).resolve()
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    loader = SourceFileLoader(f"file_{file.stem}_{zlib.crc32(bytes(file)):08x}", str(file))
+    if loader.name in sys.modules:
+        return sys.modules[loader.name]
+    module = ModuleType(loader.name)
+    module.__file__ = str(file)
+    sys.modules[loader.name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[loader.name]
+        if not isinstance(error, Exception | SystemExit):
+            raise
+        raise OwnCodeError(f"running {file} failed: {error!r}\n{traceback_below(error, __file__)}") from error
+    return module
+
+
+def traceback_below(error: BaseException, file: str) -> str:
+    """The traceback of an error below the frames of `file`: those that the author of called code wrote or called.
+
+    The frames of an import by which `file` came to that code are left out as well, since a fault is never theirs.
+    """
+    frames = error.__traceback__
+    while frames and (_imports(frames) or (frames.tb_next and frames.tb_frame.f_code.co_filename == file)):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+
+
+def _imports(frames: TracebackType) -> bool:
+    file = frames.tb_frame.f_code.co_filename
+    return file.startswith("<frozen importlib") or file in (importlib.__file__, __file__)

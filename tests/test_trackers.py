@@ -1,0 +1,106 @@
+"""Trackers are given what a run logs, and can neither stop it nor be forgotten when it ends."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Refused
+
+from launch.compose import compose
+from launch.config import Config, ConfigError
+from launch.run_directory import RunDirectory
+
+TRACKERS = """
+from pathlib import Path
+
+class Lines:
+    def __init__(self, run, config):
+        self.file = run / "lines"
+        self.log("config", config["train"]["seed"], {})
+
+    def log(self, phase, step, metrics):
+        with self.file.open("a") as file:
+            print(phase, step, metrics, file=file)
+
+    def close(self):
+        self.log("closed", 0, {})
+
+class Fails(Lines):
+    def log(self, phase, step, metrics):
+        if phase == "train":
+            metrics.clear()
+            raise ConnectionError("no network")
+
+    def close(self):
+        raise AssertionError("it was left out before")
+
+class CannotBeMade(Lines):
+    def __init__(self, run, config):
+        raise PermissionError("who are you?")
+
+def function(run, config):
+    return Lines(run, config)
+"""
+
+
+@pytest.fixture
+def tracked(tmp_path: Path) -> Any:
+    """The configuration of a run with some of TRACKERS."""
+    (tmp_path / "trackers.py").write_text(TRACKERS)
+
+    def configured(*names: str) -> Config:
+        trackers = ",".join(f"{tmp_path}/trackers.py:{name}" for name in names)
+        return compose(overrides=[f"runs={tmp_path}/runs", f"train.trackers=[{trackers}]", "train.seed=7"])
+
+    return configured
+
+
+def test_a_tracker_is_given_all_metrics(tracked: Any) -> None:
+    run = RunDirectory(tracked("Lines"), "0")
+    run.log("sft", 1, {"loss": 2.0})
+    run.log("train", 1, {"loss": 1.0, "kl": 0.0})
+    run.close()
+    assert (run.path / "lines").read_text().splitlines() == [
+        "config 7 {}",
+        "sft 1 {'loss': 2.0}",
+        "train 1 {'loss': 1.0, 'kl': 0.0}",
+        "closed 0 {}",
+    ]
+
+
+def test_a_tracker_that_raises_is_left_out_and_the_others_are_not(tracked: Any) -> None:
+    said: list[str] = []
+    run = RunDirectory(tracked("Fails", "Lines"), "0", say=said.append)
+    for step in (1, 2):
+        run.log("train", step, {"loss": 1.0})
+    run.close()
+    assert len(said) == 1
+    assert "trackers.py:Fails raised and gets nothing more" in said[0]
+    assert "ConnectionError: no network" in said[0]
+    assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 1.0]
+    assert (run.path / "lines").read_text().count("{'loss': 1.0}") == 2
+
+
+def test_a_tracker_that_cannot_be_made_leaves_the_old_run_as_it_is(tracked: Any) -> None:
+    old = RunDirectory(tracked(), "old")
+    old.log("train", 1, {"loss": 1.0})
+    old.close()
+    with pytest.raises(ConfigError, match=r"CannotBeMade' could not be made:\n(?s:.*)PermissionError: who are you\?"):
+        RunDirectory(tracked("Lines", "CannotBeMade"), "new", overwrite=True)
+    assert "old" in (old.path / "catalogue.json").read_text()
+    assert [line["loss"] for line in old.metrics("train", steps=1)] == [1.0]
+    assert {path.name for path in old.path.parent.iterdir()} == {"default"}
+
+
+def test_a_tracker_that_cannot_be_made_leaves_no_run(tmp_path: Path, tracked: Any) -> None:
+    with pytest.raises(ConfigError):
+        RunDirectory(tracked("CannotBeMade"), "new")
+    assert not any((tmp_path / "runs").iterdir())
+
+
+def test_what_is_no_tracker_is_refused_before_anything_starts(tmp_path: Path, tracked: Any, refused: Refused) -> None:
+    tracked()
+    assert "'missing.py:Wandb': there is no file" in refused("train", "train.trackers=[missing.py:Wandb]")
+    for name in ("function", "Path"):
+        message = refused("train", f"train.trackers=[{tmp_path}/trackers.py:{name}]")
+        assert f"trackers.py:{name}' must be a class with the methods log(phase, step, metrics) and close()" in message
