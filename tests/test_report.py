@@ -62,6 +62,13 @@ def test_a_narrow_terminal_keeps_names_whole_and_all_columns(
     assert max(map(len, printed.splitlines())) <= 80
 
 
+def test_a_table_shows_brackets_of_titles(capsys: pytest.CaptureFixture[str]) -> None:
+    titles = ["Duct Tape [white], 2 inch", "Hex Bolt [/] Nut", "Ear Plugs [2-Pack]"]
+    Progress().table("", ["recommended", "item"], [[title, "1"] for title in titles])
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in titles)
+
+
 def test_a_step_says_what_was_logged() -> None:
     step = {"groups_with_hit": 0.125, "reward": 0.001, "loss": 1.6e-4, "timing_s/step": 0.5}
     assert step_words([step], {}) == "hit 12%  reward +0.0010  loss +1.6e-04  0.50 s/step"
