@@ -6,6 +6,7 @@ attention call whose block mask skips what nobody sees. Windows go by position, 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,8 +20,12 @@ from learner.tree_mask import MaskedRun, TreeMask
 IMPLEMENTATION = "tree"
 
 
-class Window(int):
-    """In place of the mask of layers with a sliding window: how many positions a query sees, its own included."""
+@dataclass(frozen=True)
+class Window:
+    """In place of the mask of layers with a sliding window."""
+
+    size: int
+    """Positions that a query sees, its own included."""
 
 
 FLEX_VARIANTS = 64
@@ -48,7 +53,7 @@ def tree_attention(
     if tree is None or asked:
         reason = f"needs {asked}" if asked else "does not hand keyword arguments on to its attention"
         raise NotImplementedError(f"{type(module).__name__} {reason}: train it with learner.packing=padded")
-    window = attention_mask if isinstance(attention_mask, Window) else sliding_window
+    window = attention_mask.size if isinstance(attention_mask, Window) else sliding_window
     if dropout:
         raise NotImplementedError("tree attention has no dropout: train with learner.packing=padded")
     if query.is_cuda:

@@ -1,10 +1,14 @@
 """The two attention kernels for packed trees against each other."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from learner.attention import flex_kernel_options, flex_tree_attention, tree_attention
+from learner import attention
+from learner.attention import flex_kernel_options, flex_tree_attention, tree_attention, window_of_mask
 from learner.packing import pack_groups
 from learner.tree_mask import TreeMask
 from tests.test_packing import large_groups, split, whole_blocks
@@ -37,6 +41,17 @@ def test_flex_attention_equals_that_of_runs(
     with torch.compiler.set_stance("force_eager"):
         found, expected, _ = attend(heads, key_heads, softcap, window, "cpu")
     torch.testing.assert_close(found, expected)
+
+
+def test_the_window_of_a_mask_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most models name their window by the mask of a layer; torch.compile traces what flex attention does with it."""
+    monkeypatch.setattr(attention, "flex_tree_attention", lambda query, key, value, blocks, *_: blocks)
+    tree = TreeMask(torch.full((256,), 256), torch.arange(256))
+    on_cuda: Any = SimpleNamespace(is_cuda=True)
+    blocks: Any = tree_attention(nn.Module(), on_cuda, on_cuda, on_cuda, window_of_mask(local_size=40), tree=tree)[0]
+    query, key = torch.tensor([99, 100]), torch.tensor([60, 60])
+    visible = torch.compile(blocks.mask_mod, backend="eager", fullgraph=True)(0, 0, query, key)
+    assert visible.tolist() == [True, False]
 
 
 @pytest.mark.gpu
