@@ -70,7 +70,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)
         actors.rewards.ready(config.cluster.start_timeout_s)
-        surviving(actors, progress, partial(trial, actors, model_path))
+        surviving(actors, progress, partial(trial, actors, config, model_path))
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite, say=progress.line)
         opened.callback(directory.close)
         sft = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
@@ -87,10 +87,10 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     return summary
 
 
-def trial(actors: Actors, model_path: Path) -> None:
+def trial(actors: Actors, config: Config, model_path: Path) -> None:
     """What only shows when it runs, before the warm-up takes its time."""
     try_weights(actors, model_path)
-    try_groups(actors)
+    try_groups(actors, config)
 
 
 def try_weights(actors: Actors, model_path: Path) -> None:
@@ -105,16 +105,27 @@ def try_weights(actors: Actors, model_path: Path) -> None:
         ) from error
 
 
-def try_groups(actors: Actors) -> None:
-    """Roll out a group per worker: rewards that cannot score it show now, and models that vLLM computes otherwise."""
-    rollouts, rewards = actors.rollouts, actors.rewards
-    examples = min(len(rollouts.workers), len(rollouts.catalog.examples("train")))
-    flight = rollouts.launch("train", np.arange(examples), seed=0)
+def try_groups(actors: Actors, config: Config) -> None:
+    """Roll out the longest prompts: one as evaluation does, and one per worker as training does, to its rewards.
+
+    So a cache that cannot hold them shows now, and rewards that cannot score, and models that vLLM computes otherwise.
+    """
+    rollouts, rewards, catalog = actors.rollouts, actors.rewards, actors.rollouts.catalog
+    evaluate(rollouts, config, "test", longest_prompts(catalog, "test", eval_examples(config, catalog, "test"), 1))
+    train = np.arange(len(catalog.examples("train")))
+    longest = longest_prompts(catalog, "train", train, len(rollouts.workers))
+    flight = rollouts.launch("train", longest, seed=0)
     scoring = [rewards.submit(table, "train") for table in rollouts.land(flight)]
     groups = list(rewards.results(scoring))
     rewards.metrics(groups)
     rollouts.sleep()  # the learner comes next
     actors.learner.check_rollouts(groups)
+
+
+def longest_prompts(catalog: Catalog, split: str, example_ids: np.ndarray, count: int) -> np.ndarray:
+    """int64 [at most count]: of some examples of a split those with the longest prompts."""
+    lengths = catalog.examples(split).prompt_lengths[example_ids]
+    return example_ids[np.argsort(-lengths, kind="stable")[:count]]
 
 
 def warm_up(

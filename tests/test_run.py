@@ -274,6 +274,16 @@ def test_a_reward_that_fails_is_found_before_the_warm_up(tmp_path: Path) -> None
     assert not (tmp_path / "runs" / "short").exists()
 
 
+def test_a_cache_too_small_for_the_evaluation_is_refused_before_the_warm_up(tmp_path: Path) -> None:
+    beams = ("train.eval_beams=60", "rollout.kv_cache_gib=0.00056")  # 72 blocks: enough for the 16 of training
+    process = start(tmp_path, "--name", "small", "--steps", "1", settings=(*SMALL, *beams))
+    output = finish(process)
+    assert process.returncode == 1
+    assert "with 60 beams needs" in output
+    assert "SFT  " not in output
+    assert not (tmp_path / "runs" / "small").exists()
+
+
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
     process = start(tmp_path, "--name", "ended", "--steps", "1000")
     deadline = time.monotonic() + 100
