@@ -2,7 +2,6 @@
 
 import functools
 import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -113,11 +112,15 @@ class LearnerRank:
         self._staleness, self._seed = staleness, seed
 
     def address(self) -> tuple[str, int]:
-        """This rank's host and a free port there; the ranks meet at rank 0's."""
+        """This rank's host, and the port of a store that it opens there; the ranks meet at rank 0's.
+
+        It stays open, so that nobody else takes the port before `join`, which finds it since it takes many tenants.
+        """
+        from torch.distributed import TCPStore
+
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        return host, self._store.port
 
     @_named
     def join(self, master_host: str, master_port: int, ranks_here: int) -> None:

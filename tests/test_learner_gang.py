@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from launch.progress import Progress
 from launch.run import GANG_RESTARTS, surviving
 from learner.config import LearnerConfig
 from learner.mismatch import MismatchError
-from learner.rank import PEER_LOST
+from learner.rank import PEER_LOST, LearnerRank
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors' processes cannot import tests
 
@@ -80,6 +81,14 @@ def gang(ray_session: None, tmp_path: Path) -> Iterator[LearnerGang]:
     gang = LearnerGang(config, catalog, tmp_path, [{"num_cpus": 0}] * 2, 1, rank_class)
     yield gang
     gang.close()
+
+
+def test_the_port_where_ranks_meet_is_held_until_they_do(ray_session: None) -> None:
+    rank = LearnerRank.options(num_cpus=0).remote(0, 1, "no model", "no catalogue", LearnerConfig())  # type: ignore[attr-defined]
+    address = ray.get(rank.address.remote())
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(address)
+    ray.kill(rank)
 
 
 def test_the_buckets_of_rank_0_are_what_is_published(gang: LearnerGang) -> None:
