@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -17,7 +17,6 @@ HEALTH_TIMEOUT_S = 5.0
 RESTART_POLL_S = 0.25
 MAX_DEATHS = 3
 """Of a worker at one table, or while its engine starts."""
-T = TypeVar("T")
 
 
 class RolloutTimeout(TimeoutError):
@@ -224,21 +223,18 @@ def _revive(stream: RolloutStream, timeout_s: float, death: Exception) -> None:
     stream.deaths += 1
     if stream.deaths >= MAX_DEATHS:
         raise WorkerLost(f"{stream}: died {stream.deaths} times at this table; last: {first_line(death)}") from death
-    try:
-        stream.restart(timeout_s)
-    except RayActorError as error:
-        raise WorkerLost(f"{stream}: died and was not restarted ({first_line(error)})") from death
+    stream.restart(timeout_s)
 
 
 def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s: float, name: str) -> None:
     """Wait for a dead worker's restart and give it its weights.
 
-    Raises RolloutTimeout naming it, or RayActorError when it stays dead.
+    Raises RolloutTimeout naming it, WorkerLost when it stays dead, or DataLost when its weights are gone.
     """
     deadline = time.monotonic() + timeout_s
-    _retry_until(deadline, lambda: worker.ready.remote(), f"{name}: restart")
+    _retry_until(deadline, lambda: worker.ready.remote(), name, "restart")
     if weights is not None:
-        _retry_until(deadline, lambda: weights.load(worker), f"{name}: reload of version {weights.version}")
+        _retry_until(deadline, lambda: weights.load(worker), name, f"reload of version {weights.version}")
 
 
 def await_restart(worker: ActorHandle, timeout_s: float, name: str) -> None:
@@ -246,26 +242,25 @@ def await_restart(worker: ActorHandle, timeout_s: float, name: str) -> None:
 
     Raises RolloutTimeout naming it, or WorkerLost when it stays dead.
     """
-    try:
-        _retry_until(time.monotonic() + timeout_s, lambda: worker.health.remote(), f"{name}: restart")
-    except RayActorError as error:
-        raise WorkerLost(f"{name}: died and was not restarted ({first_line(error)})") from error
+    _retry_until(time.monotonic() + timeout_s, lambda: worker.health.remote(), name, "restart")
 
 
-def _retry_until(deadline: float, call: Callable[[], ray.ObjectRef], what: str) -> None:
-    """Repeat a call to an actor that is being restarted. Raises RayActorError when it is dead for good."""
+def _retry_until(deadline: float, call: Callable[[], ray.ObjectRef], name: str, what: str) -> None:
+    """Repeat a call to a worker that is being restarted. Raises as bring_back."""
     while True:
         try:
             ray.get(call(), timeout=max(0.0, deadline - time.monotonic()))
             return
-        except (ObjectLostError, ActorUnavailableError) as error:
+        except GetTimeoutError as error:
+            raise RolloutTimeout(f"{name}: {what} is not done in time") from error
+        except (ObjectLostError, RayActorError) as error:
             if (lost := lost_data(error)) is not None:
                 raise lost from error
+            if not isinstance(error, ActorUnavailableError):
+                raise WorkerLost(f"{name}: died and was not restarted ({first_line(error)})") from error
             if time.monotonic() > deadline:
-                raise
+                raise RolloutTimeout(f"{name}: {what} is not done in time") from error
             time.sleep(RESTART_POLL_S)
-        except GetTimeoutError as error:
-            raise RolloutTimeout(f"{what} is not done in time") from error
 
 
 def _health(stream: RolloutStream) -> str:

@@ -46,6 +46,17 @@ def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights
     assert sum(map(len, tables)) == len(IDS)
 
 
+def test_a_worker_that_stays_dead_is_named(fleet: RolloutFleet) -> None:
+    fleet.publish(lambda version: published(version), version=1)
+    flight = fleet.launch("train", np.asarray(IDS), seed=0)
+    ray.kill(fleet.workers[0])
+    with pytest.raises(WorkerLost, match=r"rollout worker 0 .* died and was not restarted"):
+        landed(fleet, flight)
+    fleet.publish(lambda version: published(version), version=2)
+    with pytest.raises(WorkerLost, match="rollout worker 0: died and was not restarted"):
+        fleet.loaded()
+
+
 def test_a_worker_that_dies_with_flights_queued_restarts_each_once(fleet: RolloutFleet, folder: Path) -> None:
     """The flight behind is running again when it is landed, and waits for room in its queue."""
     ids = np.arange(14)
