@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from yaml import YAMLError
 
+from catalog.catalog import Catalog
 from rewards.config import RewardTerm
 from rewards.errors import RewardError
 from rewards.group import Group, Groups
@@ -27,8 +28,6 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     args = _keyword_arguments(options.args)
     if options.catalog:
-        from catalog.catalog import Catalog
-
         groups = groups_of_catalog(Catalog.load(options.catalog), options.split, options.groups, options.candidates)
     else:
         groups = sample_groups()

@@ -204,11 +204,6 @@ class RolloutWorker:
         """Totals of TIMINGS since the worker started, by name."""
         return dict(self._timings)
 
-    def shutdown(self) -> None:
-        """Free the engine."""
-        if self._created is not None:
-            self._created.shutdown()
-
     def _now(self, doing: str) -> None:
         self._doing = (doing, time.monotonic())
 

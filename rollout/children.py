@@ -25,10 +25,6 @@ class Children:
     key: torch.Tensor
     """[R, W]: what they are ordered by."""
 
-    def select(self, row: torch.Tensor) -> "Children":
-        """Of some rows."""
-        return Children(self.logprob[row], self.edge[row], self.key[row])
-
     def only_child(self, where: torch.Tensor, edge: torch.Tensor, logprob: torch.Tensor | float) -> "Children":
         """Where a node has but one child, that one: where, edge and logprob are like the rows [...]."""
         first = torch.arange(self.edge.shape[-1], device=where.device) == 0
@@ -69,8 +65,8 @@ def top_children(
 ) -> Children:
     """The `keep` best children of each node, by log-probability or by `key`.
 
-    logits: [R, V]. node: int64 [R]. fanout: int64 [R], on the host. Equal keys: the lower token first. Where no
-    node has more than `keep` children and there is no `key`, they stay in the order of tokens.
+    logits: [R, V]. node: int64 [R]. fanout: int64 [R], on the host. Best first, of equal keys the lower token; without
+    a `key`, nodes of at most `keep` children may have them in the order of tokens.
     """
     normaliser = logsumexp(logits) if space == "vocabulary" else None
     pieces = []

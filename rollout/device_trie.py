@@ -68,7 +68,7 @@ class DeviceTrie:
         first, target = self.source.first_edge, self.source.edge_target
         length, to_end = np.zeros(self.source.num_nodes, np.int32), np.zeros(self.source.num_nodes, bool)
         fanout = np.diff(first)
-        starts = [*self.source.level_start.tolist(), self.source.num_nodes]
+        starts = self.source.level_start.tolist()
         for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
             single = start + np.flatnonzero(np.diff(first[start : stop + 1]) == 1)
             child = target[first[single]]

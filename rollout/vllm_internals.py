@@ -20,13 +20,11 @@ RUNNER_NAMES = (
     "input_ids",
     "positions",
     "max_num_tokens",
-    "max_model_len",
     "model_config",
     "max_num_reqs",
     "uses_mrope",
     "cudagraph_dispatcher",
 )
-
 
 PADDING_SLOT = -1
 """Where the key and value of a padding token go: nowhere."""
@@ -72,7 +70,6 @@ class PagedModel:
         self._runner = runner
         self.device: torch.device = runner.device
         self.max_batched_tokens: int = runner.max_num_tokens
-        self.max_model_len: int = runner.max_model_len
         self.max_rows: int = runner.max_num_reqs
         self.vocab_size: int = runner.model_config.get_vocab_size()
         spec = self._only_spec()

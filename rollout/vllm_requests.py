@@ -135,13 +135,12 @@ class BeamRequests:
 def widest_fanout_below(trie: Trie) -> np.ndarray:
     """int64 [N]: the most children of any node from each node on."""
     widest = np.diff(trie.first_edge)
-    starts = [*trie.level_start.tolist(), trie.num_nodes]
+    starts = trie.level_start.tolist()
     for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
         edges = slice(int(trie.first_edge[start]), int(trie.first_edge[stop]))
         of_child = np.where(trie.edge_target[edges] >= 0, widest[np.maximum(trie.edge_target[edges], 0)], 0)
-        if stop > start:
-            below = np.maximum.reduceat(of_child, trie.first_edge[start:stop] - edges.start)
-            widest[start:stop] = np.maximum(widest[start:stop], below)
+        below = np.maximum.reduceat(of_child, trie.first_edge[start:stop] - edges.start)
+        widest[start:stop] = np.maximum(widest[start:stop], below)
     return widest
 
 
