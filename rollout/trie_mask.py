@@ -112,9 +112,8 @@ class TrieMask:
     >>> mask.constrain_(logits, rows, nodes)             # before the next
     """
 
-    def __init__(self, trie: DeviceTrie, eos_token: int, logprob_space: LogprobSpace) -> None:
+    def __init__(self, trie: DeviceTrie, logprob_space: LogprobSpace) -> None:
         self.trie = trie
-        self.eos_token = eos_token
         self.logprob_space = logprob_space
         largest_fanout = int(torch.diff(trie.first_edge).max())
         self._halvings = largest_fanout.bit_length()
@@ -162,8 +161,9 @@ class TrieMask:
                 logprobs = torch.where(chosen | (sampling[chunk].temperature[row] == 0), logprobs, float("-inf"))
             logits.index_fill_(0, some_rows, float("-inf"))
             logits[some_rows[row], token] = logprobs
-            end = logits[some_rows, self.eos_token]
-            logits[some_rows, self.eos_token] = torch.where(some_nodes == ENDED, 0.0, end)
+            eos_token = self.trie.source.eos_token
+            end = logits[some_rows, eos_token]
+            logits[some_rows, eos_token] = torch.where(some_nodes == ENDED, 0.0, end)
 
     def normalise_(self, logits: torch.Tensor, rows: torch.Tensor, sampling: Sampling | None = None) -> None:
         """In logits [N, V] float32, replace rows [R] by log-probabilities over the whole vocabulary, unconstrained.

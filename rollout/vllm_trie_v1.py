@@ -40,9 +40,9 @@ class TrieLogitsProcessor(LogitsProcessor):
         settings: Any = vllm_config.additional_config
         trie = Trie.load(Path(settings["trie_path"]))
         space = settings["logprob_space"]
-        self._walk = TrieMask(DeviceTrie.of(trie, "cpu"), trie.eos_token, space)
+        self._walk = TrieMask(DeviceTrie.of(trie, "cpu"), space)
         on_host = torch.device(device).type == "cpu"
-        self._mask = self._walk if on_host else TrieMask(DeviceTrie.of(trie, device), trie.eos_token, space)
+        self._mask = self._walk if on_host else TrieMask(DeviceTrie.of(trie, device), space)
         self._device = device
         self._rows: dict[int, _Row] = {}
 

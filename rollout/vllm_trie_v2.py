@@ -36,7 +36,7 @@ class TrieLogitsProcessorV2(LogitsProcessor):
         settings: Any = vllm_config.additional_config
         trie = Trie.load(Path(settings["trie_path"]))
         device = req_states.device
-        self._mask = TrieMask(DeviceTrie.of(trie, device), trie.eos_token, settings["logprob_space"])
+        self._mask = TrieMask(DeviceTrie.of(trie, device), settings["logprob_space"])
         self._states = req_states
         self._requests: dict[int, TrieRequest] = {}
         self._constrained = np.zeros(req_states.max_num_reqs, bool)

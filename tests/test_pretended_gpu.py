@@ -92,7 +92,7 @@ def test_the_trie_mask_waits_for_the_device_once(space: LogprobSpace) -> None:
     requests = [TrieRequest("a", 0, (0.0, 0.8)[i % 2], i, i) for i in range(len(nodes))]
 
     def walked(device: str) -> list[torch.Tensor]:
-        there, mask = torch.device(device), TrieMask(DeviceTrie.of(TRIE, device), TRIE.eos_token, space)
+        there, mask = torch.device(device), TrieMask(DeviceTrie.of(TRIE, device), space)
         sampling = Sampling.of(requests, [0] * len(nodes), there)
         constrained, free = logits.to(there, copy=True), logits.to(there, copy=True)
         mask.constrain_(constrained, rows.to(there), nodes.to(there), sampling)

@@ -16,7 +16,7 @@ from rollout.trie_mask import ENDED, LEFT, Sampling, TrieMask, TrieRequest
 
 
 def mask_of(trie: Trie, space: LogprobSpace = "vocabulary") -> TrieMask:
-    return TrieMask(DeviceTrie.of(trie), trie.eos_token, space)
+    return TrieMask(DeviceTrie.of(trie), space)
 
 
 @given(seed=st.integers(0, 50), count=st.integers(1, 80), vocabulary=st.integers(3, 60))
