@@ -41,7 +41,7 @@ class DataConfig:
     """Where items and examples come from."""
 
     path: str | None = None
-    # Folder with items.parquet and {train,valid,test}.parquet, or None for the generated catalogue.
+    # Folder in one of the three formats of docs/catalog.md, or None for the generated catalogue.
     cache: str = ".cache/catalog"
     # Folder that holds built catalogues, one per fingerprint of data, tokenizer and template.
     max_history: int = 10

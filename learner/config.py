@@ -64,7 +64,7 @@ class LearnerConfig:
     """Objective, packing and distribution of the policy update."""
 
     objective: str = "grpo"
-    # A file of learner/objectives, or an import path "package.module:function".
+    # A file of learner/objectives, an import path "package.module:function" or a file path "../file.py:function".
     clip_low: float | None = None
     # Lower clipping bound of the ratio (1 - clip_low); None does not clip.
     clip_high: float | None = None
@@ -119,7 +119,7 @@ class LearnerConfig:
     sleep: bool = False
     # Give back what training has freed before workers load new weights, for devices that both use.
     timeout_s: float = 1800.0
-    # Longest wait for one step of a rank.
+    # Longest wait for one call of the ranks: a step, a report of the warm-up, a checkpoint.
     deepspeed: dict[str, Any] = field(default_factory=dict)
     # More DeepSpeed configuration, merged over ours.
 
