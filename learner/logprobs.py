@@ -26,10 +26,7 @@ class LogprobHead(nn.Module):
         super().__init__()
         self._projection = (projection,)  # in a tuple, because its weights belong to the language model
         self.scale, self.softcap = logit_transform(config)
-        weight, _ = self.weights()
-        row_bytes = len(weight) * widened(weight[:0]).element_size()
-        self.chunk_rows = max(1, int(chunk_mib * 2**20 / row_bytes))
-        """Rows that are projected onto the vocabulary at once."""
+        self._chunk_bytes = chunk_mib * 2**20
 
     def forward(self, hidden: torch.Tensor, edge_row: torch.Tensor, edge_target: torch.Tensor) -> torch.Tensor:
         """float32 [E]: the log-probability of edge_target after the token of hidden[edge_row].
@@ -41,6 +38,10 @@ class LogprobHead(nn.Module):
     def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [V, D] and bias [V] of the projection."""
         return cast(torch.Tensor, self._projection[0].weight), getattr(self._projection[0], "bias", None)
+
+    def chunk_rows(self, weight: torch.Tensor) -> int:
+        """Rows that are projected onto the vocabulary at once. weight: [V, D], in the precision of the product."""
+        return max(1, int(self._chunk_bytes / (len(weight) * weight.element_size())))
 
     def transform(self, projected: torch.Tensor) -> torch.Tensor:
         """Logits in float32 from the projection's output."""
@@ -101,7 +102,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
         normalizer = hidden.new_empty(len(hidden), dtype=torch.float32)
         logp = hidden.new_empty(len(edge_row), dtype=torch.float32)
         wide, wide_bias = widened(weight), None if bias is None else widened(bias)
-        chunks = _chunks(edge_row, len(hidden), head.chunk_rows, len(weight))
+        chunks = _chunks(edge_row, len(hidden), head.chunk_rows(wide), len(wide))
         for rows, pieces in chunks:
             projected = linear(hidden[rows].to(wide.dtype), wide, wide_bias)
             for piece, edges in pieces:
@@ -123,7 +124,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden)
         to_weight = None
         to_bias = torch.zeros_like(wide_bias) if wide_bias is not None and ctx.needs_input_grad[2] else None
-        for rows, pieces in _chunks(edge_row, len(hidden), head.chunk_rows, len(weight)):
+        for rows, pieces in _chunks(edge_row, len(hidden), head.chunk_rows(wide), len(wide)):
             states = hidden[rows].to(wide.dtype)
             projected, ctx.projected = ctx.projected, None
             if projected is None:

@@ -81,7 +81,7 @@ def trie_logprobs(head: LogprobHead, hidden: torch.Tensor, choices: Choices) -> 
     logits of `head.chunk_rows` tokens would.
     """
     weight, bias = head.weights()
-    size = max(1, head.chunk_rows * weight.shape[0] // weight.shape[1])
+    size = max(1, head.chunk_rows(weight) * weight.shape[0] // weight.shape[1])
     logits = [
         checkpoint(_project, hidden, weight, bias, rows, tokens, use_reentrant=False)
         for rows, tokens in zip(choices.row.split(size), choices.token.split(size), strict=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -23,8 +24,10 @@ from transformers import (
 )
 
 from catalog.trie import Trie
+from learner.logprobs import LogprobHead
 from learner.packing import padded_batch
 from learner.policy import Policy
+from learner.products import widened
 
 VOCABULARY, EOS = 97, 96
 SHAPE = {
@@ -269,6 +272,15 @@ def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
     lm.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output * 0.5)
     with pytest.raises(NotImplementedError, match="LlamaForCausalLM computes logits that differ"):
         Policy(lm)
+
+
+def test_the_budget_of_logits_counts_those_of_the_device_that_computes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is made on the CPU, which may have to widen bfloat16, and moves to the learner's device later."""
+    monkeypatch.setattr("learner.products.has_bfloat16", lambda: False)
+    projection = nn.Linear(8, 128, bias=False, dtype=torch.bfloat16)
+    head = LogprobHead(projection, LlamaConfig(), chunk_mib=1)
+    there = projection.to("meta").weight
+    assert head.chunk_rows(widened(there)) * 128 * 2 == 2**20
 
 
 def test_tokens_of_padded_groups_are_counted_with_their_padding() -> None:
