@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from catalog.catalog import Catalog
 from catalog.metrics import ndcg_per_example, paired_bootstrap, ranking_metrics
 from launch.actors import Actors
 from launch.compose import load
-from launch.config import Config, ConfigError
+from launch.config import Config
 from launch.continuation import changes
 from launch.data_order import DataOrder
 from launch.evaluate import eval_examples, evaluate
@@ -26,13 +27,24 @@ from launch.progress import Progress, Stage
 from launch.report import before, print_metrics, write_report
 from launch.run_directory import RunDirectory, in_use, versions
 from launch.train import train
+from launch.trial import trial
 from learner import checkpoint
-from rollout.actor import ChecksumMismatch
 from rollout.streams import DataLost
 
 GANG_RESTARTS = 3
 """Of the learner ranks, while they start, in the trial of the weights, the warm-up, training and evaluation each."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the phases of a run share, once its actors are up and its directory is there."""
+
+    config: Config
+    catalog: Catalog
+    directory: RunDirectory
+    actors: Actors
+    progress: Progress
 
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -73,11 +85,11 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         surviving(actors, progress, partial(trial, actors, config, model_path))
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite, say=progress.line)
         opened.callback(directory.close)
-        sft = surviving(actors, progress, partial(warm_up, actors, config, catalog, directory, progress))
+        session = Session(config, catalog, directory, actors, progress)
+        sft = surviving(actors, progress, partial(warm_up, session))
         with progress.stage("train", steps) as stage:
-            training = partial(train_to_the_end, actors, order, config, catalog, directory, stage, steps)
-            surviving(actors, progress, training)
-        rl = surviving(actors, progress, partial(final_evaluation, actors, config, catalog, directory, progress))
+            surviving(actors, progress, partial(train_to_the_end, session, order, stage, steps))
+        rl = surviving(actors, progress, partial(final_evaluation, session))
         confirmed_loads = actors.rollouts.confirmed_loads
     summary = summarise(config, catalog, directory, sft, rl, steps, confirmed_loads)
     directory.write_json("summary.json", summary)
@@ -87,66 +99,24 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     return summary
 
 
-def trial(actors: Actors, config: Config, model_path: Path) -> None:
-    """What only shows when it runs, before the warm-up takes its time."""
-    try_weights(actors, model_path)
-    try_groups(actors, config)
-
-
-def try_weights(actors: Actors, model_path: Path) -> None:
-    """Load the weights before training into every worker: those that it cannot take show now."""
-    actors.rollouts.publish(actors.learner.export, version=-1)
-    try:
-        actors.rollouts.loaded()
-    except ChecksumMismatch as error:
-        raise ConfigError(
-            f"model {model_path}: vLLM stores the weights of {architecture(model_path)} in another form than Hugging "
-            f"Face, so it cannot be trained ({getattr(error, 'cause', error)})"
-        ) from error
-
-
-def try_groups(actors: Actors, config: Config) -> None:
-    """Roll out the longest prompts: one as evaluation does, and one per worker as training does, to its rewards.
-
-    So a cache that cannot hold them shows now, and rewards that cannot score, and models that vLLM computes otherwise.
-    """
-    rollouts, rewards, catalog = actors.rollouts, actors.rewards, actors.rollouts.catalog
-    evaluate(rollouts, config, "test", longest_prompts(catalog, "test", eval_examples(config, catalog, "test"), 1))
-    train = np.arange(len(catalog.examples("train")))
-    longest = longest_prompts(catalog, "train", train, len(rollouts.workers))
-    flight = rollouts.launch("train", longest, seed=0)
-    scoring = [rewards.submit(table, "train") for table in rollouts.land(flight)]
-    groups = list(rewards.results(scoring))
-    rewards.metrics(groups)
-    rollouts.sleep()  # the learner comes next
-    actors.learner.check_rollouts(groups)
-
-
-def longest_prompts(catalog: Catalog, split: str, example_ids: np.ndarray, count: int) -> np.ndarray:
-    """int64 [at most count]: of some examples of a split those with the longest prompts."""
-    lengths = catalog.examples(split).prompt_lengths[example_ids]
-    return example_ids[np.argsort(-lengths, kind="stable")[:count]]
-
-
-def warm_up(
-    actors: Actors, config: Config, catalog: Catalog, directory: RunDirectory, progress: Progress
-) -> dict[str, Any]:
+def warm_up(session: Session) -> dict[str, Any]:
     """SFT, its weights to the rollout workers as version 0, and the test metrics before RL; done once per run."""
+    learner, directory, epochs = session.actors.learner, session.directory, session.config.learner.sft.epochs
     sft = directory.checkpoints / "sft"
     if checkpoint.latest(directory.checkpoints) is not None and directory.has("eval-sft.json"):
         pass  # `restore` loads what came after
-    elif config.learner.sft.epochs and not sft.is_dir():
-        with progress.stage("SFT", config.learner.sft.epochs) as stage:
-            for report in actors.learner.sft(directory.path / "sft"):
+    elif epochs and not sft.is_dir():
+        with session.progress.stage("SFT", epochs) as stage:
+            for report in learner.sft(directory.path / "sft"):
                 done = int(report["epoch"]) - ("valid_loss" not in report)
                 stage.update(done, warm_up_words(report))
                 if "valid_loss" in report:
                     directory.log("sft", int(report["epoch"]), report)
-            actors.learner.save(sft, {"steps_done": 0})
+            learner.save(sft, {"steps_done": 0})
             shutil.rmtree(directory.path / "sft")
     elif sft.is_dir():
-        actors.learner.load(sft)
-    return evaluation("sft", actors, config, catalog, directory, progress, version=0)
+        learner.load(sft)
+    return evaluation(session, "sft", version=0)
 
 
 def warm_up_words(report: dict[str, float]) -> str:
@@ -155,25 +125,18 @@ def warm_up_words(report: dict[str, float]) -> str:
     return "  ".join(far + [f"{name} {report[name]:.4f}" for name in ("loss", "valid_loss") if name in report])
 
 
-def train_to_the_end(
-    actors: Actors,
-    order: DataOrder,
-    config: Config,
-    catalog: Catalog,
-    directory: RunDirectory,
-    stage: Stage,
-    steps: int,
-) -> None:
+def train_to_the_end(session: Session, order: DataOrder, stage: Stage, steps: int) -> None:
     """All steps that are still to be done after the newest checkpoint."""
+    config, actors = session.config, session.actors
 
     def validate() -> dict[str, float]:
-        ranks, _ = evaluate(actors.rollouts, config, "valid", eval_examples(config, catalog, "valid"))
+        ranks, _ = evaluate(actors.rollouts, config, "valid", eval_examples(config, session.catalog, "valid"))
         return ranking_metrics(ranks, config.train.eval_ks)
 
-    first = restore(actors, directory)
-    directory.go_on_after(first)
+    first = restore(session)
+    session.directory.go_on_after(first)
     stage.update(first)
-    train(actors, order, config.train, directory, stage, validate, first=first, steps=steps)
+    train(actors, order, config.train, session.directory, stage, validate, first=first, steps=steps)
 
 
 def surviving(actors: Actors, progress: Progress, work: Callable[[], T]) -> T:
@@ -192,8 +155,9 @@ def surviving(actors: Actors, progress: Progress, work: Callable[[], T]) -> T:
         actors.learner.restart()
 
 
-def restore(actors: Actors, directory: RunDirectory) -> int:
+def restore(session: Session) -> int:
     """Bring learner and workers to the newest checkpoint, or to the weights before RL; returns the steps done."""
+    actors, directory = session.actors, session.directory
     latest = checkpoint.latest(directory.checkpoints)
     sft = directory.checkpoints / "sft"
     first = 0
@@ -207,36 +171,28 @@ def restore(actors: Actors, directory: RunDirectory) -> int:
     return first
 
 
-def final_evaluation(
-    actors: Actors, config: Config, catalog: Catalog, directory: RunDirectory, progress: Progress
-) -> dict[str, Any]:
+def final_evaluation(session: Session) -> dict[str, Any]:
     """The test metrics of the newest checkpoint, which the workers hold already unless something was lost."""
-    restore(actors, directory)
-    return evaluation("rl", actors, config, catalog, directory, progress)
+    restore(session)
+    return evaluation(session, "rl")
 
 
-def evaluation(
-    phase: str,
-    actors: Actors,
-    config: Config,
-    catalog: Catalog,
-    directory: RunDirectory,
-    progress: Progress,
-    version: int | None = None,
-) -> dict[str, Any]:
+def evaluation(session: Session, phase: str, version: int | None = None) -> dict[str, Any]:
     """Hit ranks of the current weights on the test split, kept as eval-<phase>.json.
 
     Those before RL ("sft") are read from there when it exists, since later weights cannot give them any more.
     version: publish the learner's weights under it first; None: the workers hold them.
     """
+    config, directory, rollouts = session.config, session.directory, session.actors.rollouts
     file = f"eval-{phase}.json"
     if directory.has(file) and phase == "sft":
         return directory.read_json(file)
-    example_ids = eval_examples(config, catalog, "test")
-    with progress.stage(f"evaluate {before(config) if phase == 'sft' else 'RL'}", len(example_ids)) as stage:
+    example_ids = eval_examples(config, session.catalog, "test")
+    called = before(config) if phase == "sft" else "RL"
+    with session.progress.stage(f"evaluate {called}", len(example_ids)) as stage:
         if version is not None:
-            actors.rollouts.publish(actors.learner.export, version)
-        ranks, invalid = evaluate(actors.rollouts, config, "test", example_ids, stage)
+            rollouts.publish(session.actors.learner.export, version)
+        ranks, invalid = evaluate(rollouts, config, "test", example_ids, stage)
         metrics = ranking_metrics(ranks, config.train.eval_ks)
         k = max(config.train.eval_ks)
         stage.update(detail=f"NDCG@{k} {metrics[f'ndcg@{k}']:.4f}")
