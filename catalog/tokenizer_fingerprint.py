@@ -1,4 +1,4 @@
-"""What names a tokenizer by what it does, and the memory of it that spares loading the tokenizer."""
+"""A fingerprint of what a tokenizer does, remembered so that the tokenizer need not be loaded to know it."""
 
 import hashlib
 import json

@@ -196,7 +196,7 @@ def evaluation(session: Session, phase: str, version: int | None = None) -> dict
         metrics = ranking_metrics(ranks, config.train.eval_ks)
         k = max(config.train.eval_ks)
         stage.update(detail=f"NDCG@{k} {metrics[f'ndcg@{k}']:.4f}")
-    directory.log("test", actors.rollouts.version or 0, metrics)
+    directory.log("test", rollouts.version or 0, metrics)
     result = {"example_ids": example_ids.tolist(), "hit_ranks": ranks.tolist(), "invalid": invalid, "metrics": metrics}
     directory.write_json(file, result)
     return result

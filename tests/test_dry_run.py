@@ -75,7 +75,10 @@ def test_a_dry_run_is_quick(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["learner.objective=nope"], "no objective 'nope'; known are ['dapo', 'grpo'"),
-        (["learner.objective=no_such_module:loss"], "objective 'no_such_module:loss': there is no module 'no_such_module'"),
+        (
+            ["learner.objective=no_such_module:loss"],
+            "objective 'no_such_module:loss': there is no module 'no_such_module'",
+        ),
         (
             ["learner.deepspeed={bf16: {enabled: true}}"],
             "learner.deepspeed.bf16 is the learner's own: set learner.dtype",
