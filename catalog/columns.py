@@ -14,6 +14,8 @@ from catalog.ragged import Ragged
 
 MILLISECONDS = 10**11
 """From here on a time is hardly one in seconds: they would lie in the year 5138."""
+WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"
+"""A text that is written again as it was when it is read as a 64-bit integer."""
 
 
 class Columns:
@@ -44,24 +46,35 @@ class Columns:
         return cls(file, table, present)
 
     @classmethod
-    def of_csv(cls, file: Path, *names: str, texts: Sequence[str] = ()) -> "Columns":
-        """The same of a CSV file in UTF-8 with a header. texts: columns of strings, also where all are numbers."""
+    def of_csv(cls, file: Path, *names: str, texts: Sequence[str] = (), ids: Sequence[str] = ()) -> "Columns":
+        """The same of a CSV file in UTF-8 with a header. texts: columns of strings, also where all are numbers.
+
+        ids: columns of ids, integers where all are whole numbers without leading zeros; one that is empty is null.
+        """
         _check_exists(file)
         try:
             table = pa.csv.read_csv(
                 file,
                 parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+                convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys([*texts, *ids], pa.string())),
             )
         except (OSError, pa.ArrowException) as error:
             raise CatalogError(f"{file}: not a readable CSV file ({error})") from error
         twice = [name for name in names if table.column_names.count(name) > 1]
         if twice:
             raise CatalogError(f"{file}: column {twice[0]!r} occurs twice; keep one of them")
-        return cls(file, table.select([name for name in names if name in table.column_names]), table.column_names)
+        present = table.column_names
+        for name in (name for name in ids if name in present):
+            table = table.set_column(present.index(name), name, _ids_of_texts(table[name]))
+        return cls(file, table.select([name for name in names if name in present]), present)
 
     def fault(self, column: str, row: int, message: str) -> CatalogError:
         return CatalogError(f"{self.file}: column {column!r}, row {row}: {message}")
+
+    def as_texts(self, name: str) -> "Columns":
+        """The same with one column of ids as strings."""
+        place = self.table.column_names.index(name)
+        return Columns(self.file, self.table.set_column(place, name, self.texts(name)), self.names)
 
     def with_nulls(self, name: str) -> pa.Array:
         """The column in one piece. Raises CatalogError where it is missing."""
@@ -101,9 +114,9 @@ class Columns:
         return self._as_strings(name, self.with_nulls(name))
 
     def seconds(self, name: str) -> np.ndarray:
-        """int64 [n]: seconds since 1970, from integers or from Arrow timestamps."""
+        """int64 [n]: seconds since 1970, from integers or from Arrow timestamps or dates."""
         column = self.column(name)
-        if pa.types.is_timestamp(column.type):
+        if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
             return column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()).to_numpy()
         if not pa.types.is_integer(column.type):
             raise CatalogError(
@@ -210,6 +223,12 @@ def _check_exists(file: Path) -> None:
         raise CatalogError(f"{file}: missing; there is no folder {file.parent}")
     beside = sorted(path.name for path in file.parent.iterdir())
     raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
+
+
+def _ids_of_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What a CSV file says of ids, which has no types: texts lose nothing, and integers are what they look like."""
+    filled = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+    return filled.cast(pa.int64()) if pc.all(pc.match_substring_regex(filled, WHOLE_NUMBER)).as_py() else filled
 
 
 def _is_text(kind: pa.DataType) -> bool:

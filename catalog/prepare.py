@@ -42,6 +42,8 @@ def prepare(
         raise CatalogError(f"max_history={max_history}: a prompt needs at least one item")
     catalogue = _columns(items, "item_id", "title")
     log = _columns(interactions, "user_id", "item_id", "timestamp")
+    if log.ids("item_id").type != catalogue.ids("item_id").type and any(map(_is_csv, (interactions, items))):
+        log, catalogue = log.as_texts("item_id"), catalogue.as_texts("item_id")  # what a CSV file has is a text, too
     index = ItemIndex(catalogue, "item_id")
     titles = catalogue.titles_with_nulls("title")
     usable = np.append(_short_titles(titles, max_title_words), False)  # the last is for unknown items, row -1
@@ -82,9 +84,13 @@ def prepare(
 
 
 def _columns(file: Path, *names: str) -> Columns:
-    if file.suffix.lower() == ".csv":
-        return Columns.of_csv(file, *names, texts=["title"])
+    if _is_csv(file):
+        return Columns.of_csv(file, *names, texts=["title"], ids=["user_id", "item_id"])
     return Columns.of_parquet(file, *names)
+
+
+def _is_csv(file: Path) -> bool:
+    return file.suffix.lower() == ".csv"
 
 
 def _check_new(out_dir: Path) -> None:

@@ -152,8 +152,8 @@ def _info_lines(file: Path) -> tuple[list[str], list[int]]:
 
 def _csv_columns(file: Path) -> Columns:
     """A CSV file of ReRe's, its history_item_id column ("[3, 14]") made a column of lists."""
-    texts = ("user_id", "history_item_id", "item_title")
-    columns = Columns.of_csv(file, *texts, "item_id", "timestamp", texts=texts)
+    texts, ids = ("history_item_id", "item_title"), ("user_id",)
+    columns = Columns.of_csv(file, *texts, *ids, "item_id", "timestamp", texts=texts, ids=ids)
     lists = columns.column("history_item_id")
     wrong = pc.invert(pc.match_substring_regex(lists, r"^\[\s*(\d+(\s*,\s*\d+)*)?\s*\]$"))
     if pc.any(wrong).as_py():

@@ -74,6 +74,40 @@ def test_csv_files_give_what_parquet_files_give(tmp_path: Path) -> None:
         assert of_csv.equals(of_parquet)
 
 
+def write_csv(folder: Path, users: list[str], items: list[str], time: str = "2001-09-{:02d}") -> tuple[Path, Path]:
+    """Files in which every user has had every item, one a day."""
+    log = [f"{user},{item},{time.format(day + 1)}" for user in users for day, item in enumerate(items)]
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *log]))
+    (folder / "items.csv").write_text("\n".join(["item_id,title", *(f"{item},Title {item}" for item in items)]))
+    return folder / "log.csv", folder / "items.csv"
+
+
+@pytest.mark.parametrize("names", [["007", "7", "12e5"], ["0001", "0002", "0003"], ["7", "8", "B01"]])
+def test_ids_of_csv_files_stay_as_they_are_written(tmp_path: Path, names: list[str]) -> None:
+    counts = prepare(*write_csv(tmp_path, names, names), tmp_path / "out", k=2)
+    assert (counts["users"], counts["items"]) == (3, 3)
+    assert sorted(pq.read_table(tmp_path / "out/items.parquet")["item_id"].to_pylist()) == sorted(names)
+    rows = [
+        row
+        for split in ("train", "valid", "test")
+        for row in pq.read_table(tmp_path / f"out/{split}.parquet").to_pylist()
+    ]
+    assert {row["user_id"] for row in rows} <= set(names)
+    assert {row["timestamp"] % DAY for row in rows} == {0}
+
+
+def test_numbers_of_a_csv_file_are_ids_of_a_catalogue_of_strings(tmp_path: Path) -> None:
+    log, _ = write_csv(tmp_path, ["ann", "bob", "cid"], ["1", "2", "3"])
+    (tmp_path / "items.csv").write_text("item_id,title\n1,Bolt\n2,Nut\n3,Wire\nB4,Washer\n")
+    assert prepare(log, tmp_path / "items.csv", tmp_path / "out", k=3)["items"] == 3
+
+
+def test_an_interaction_of_nobody_is_a_fault(tmp_path: Path) -> None:
+    files = write_csv(tmp_path, ["ann", "", "cid"], ["1", "2", "3"])
+    with pytest.raises(CatalogError, match=r"log\.csv: column 'user_id', row 3: empty"):
+        prepare(*files, tmp_path / "out", k=3)
+
+
 def test_repeated_interactions_are_kept_and_counted(tmp_path: Path) -> None:
     log = [
         (user, item, day) for user in "ab" for item, day in ((0, 0), (1, 1), (5, 2), (0, 3), (1, 4), (1, 4), (1, 4))
