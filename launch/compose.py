@@ -1,12 +1,12 @@
 """How a configuration comes about: defaults, the YAML of each group, overrides; and how a run keeps it."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from catalog.atomic import atomic_file
 from launch.config import FIXED_IN_A_RUN, Config, ConfigError, check
@@ -14,6 +14,8 @@ from launch.config import FIXED_IN_A_RUN, Config, ConfigError, check
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULTS = {"cluster": "local", "data": "embedded", "model": "small", "algorithm": "rere"}
 """The YAML of each group that is taken where none is named."""
+NO_LIST = "AnyNode is not a ListConfig, TupleConfig, list, or tuple."
+"""OmegaConf's words for a single value where a list is expected."""
 
 
 def compose(
@@ -52,9 +54,11 @@ def compose(
                 f"override {override!r}: write the whole list, such as rewards='[{{name: rule}},{{name: ranking}}]'"
             )
         addition = _dotlist(override)
-        if key == "rewards" and not OmegaConf.is_list(addition.rewards):
+        if key == "rewards" and not (
+            OmegaConf.is_list(addition.rewards) and all(isinstance(term, DictConfig) for term in addition.rewards)
+        ):
             raise ConfigError(
-                f"override {override!r}: write a list, such as rewards='[{{name: rule}},{{name: ranking}}]'"
+                f"override {override!r}: write a list of terms, such as rewards='[{{name: rule}},{{name: ranking}}]'"
             )
         tree = _merge(tree, addition, f"override {override!r}")
     config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
@@ -141,15 +145,16 @@ def _merge(tree: DictConfig, addition: DictConfig, origin: str) -> DictConfig:
     try:
         return OmegaConf.merge(tree, addition)  # type: ignore[return-value]
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{origin}: {reason}" + (f" ({_valid_keys(tree, key)})" if key else "")) from error
+        reason = str(error).splitlines()[0].replace(NO_LIST, "expected a list, such as [...]")
+        raise ConfigError(f"{origin}: {reason}{_place(error)}") from error
 
 
-def _valid_keys(tree: DictConfig, key: str) -> str:
-    """The keys beside `key`, for a message."""
-    parent = OmegaConf.select(tree, key.rpartition(".")[0]) if "." in key else tree
-    if not isinstance(parent, DictConfig):
-        return f"at {key}"
-    section = key.rpartition(".")[0] or "the top level"
-    return f"at {key}; keys of {section}: {', '.join(str(name) for name in parent)}"
+def _place(error: Exception) -> str:
+    """Where in the configuration an error of OmegaConf lies, and the keys there when it is one that is unknown."""
+    key, section = getattr(error, "full_key", None), getattr(error, "object_type", None)
+    if not key:
+        return ""
+    if not (isinstance(error, ConfigKeyError) and isinstance(section, type) and is_dataclass(section)):
+        return f" (at {key})"
+    name = key.rpartition(".")[0] or ("the top level" if section is Config else section.__name__)
+    return f" (at {key}; keys of {name}: {', '.join(entry.name for entry in fields(section))})"

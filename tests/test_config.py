@@ -43,6 +43,10 @@ def test_every_committed_group_composes(group: str) -> None:
         ("learner.lora.dropout=1", "learner.lora.dropout=1.0: must be at least 0 and less than 1"),
         ("model.heads=0", "model.heads=0: must be greater than 0"),
         ("rewards=[]", "at least one reward"),
+        ("rewards=rule", "write a list of terms, such as rewards='[{name: rule},{name: ranking}]'"),
+        ("rewards=[rule, ranking]", "write a list of terms, such as rewards='[{name: rule},{name: ranking}]'"),
+        ("rewards=[{nam: rule}]", "keys of RewardTerm: name, weight, label"),
+        ("train.eval_ks=10", "expected a list, such as [...] (at train.eval_ks)"),
         ("rewards.0.weight=2", "write the whole list, such as rewards="),
         ("rewards[1].weight=2", "write the whole list, such as rewards="),
         ("name=../elsewhere", "plain folder name"),
@@ -221,8 +225,3 @@ def test_a_damaged_configuration_is_not_filled_up_with_defaults(tmp_path: Path) 
             load(path)
         with pytest.raises(ConfigError, match=r"config\.yaml"):
             compose(cluster="local", started=path)
-
-
-def test_rewards_that_are_no_list_are_refused_with_an_example() -> None:
-    with pytest.raises(ConfigError, match=r"write a list, such as rewards='\[\{name: rule\}"):
-        compose(overrides=["rewards=rule"])
