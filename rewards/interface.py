@@ -141,6 +141,11 @@ def check_written(name: str, written: Any, args: dict[str, Any]) -> None:
     """Raise RewardError for what is no function or class, or does not take `args`; makes nothing of it."""
     if not callable(written):
         raise RewardError(f"reward {name!r} is {_shown(written)}; it must be a function of one group or a class")
+    if inspect.iscoroutinefunction(written.__call__ if inspect.isclass(written) else written):
+        raise RewardError(
+            f"reward {name!r} is async; write a plain function or class that runs its coroutines with asyncio.run. "
+            "Terms work in actors of their own, beside each other and the next rollouts"
+        )
     try:
         signature = inspect.signature(written)
     except ValueError:

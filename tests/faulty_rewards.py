@@ -62,6 +62,10 @@ def words(group: Group) -> list[str]:
     return group.candidate_titles
 
 
+async def coroutine(group: Group) -> list[float]:
+    return title_length(group)
+
+
 def exits(group: Group) -> list[float]:
     raise SystemExit(3)
 
@@ -99,6 +103,11 @@ class Meets(Constant):
 class OneGroupShort(Constant):
     def __call__(self, groups: Groups) -> Returned:
         return [[1.0] * len(group.scores) for group in groups][1:]
+
+
+class AsyncCall(Constant):
+    async def __call__(self, groups: Groups) -> Returned:  # type: ignore[override]
+        return [[0.0] * len(group.candidate_titles) for group in groups]
 
 
 class Flat(Constant):

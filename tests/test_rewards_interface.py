@@ -110,6 +110,8 @@ def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
         ("one_number", r"reward 'one_number' returned 1.0 for group 0, which has 6 candidates"),
         ("nothing", "reward 'nothing' returned None for group 0"),
         ("words", r"reward 'words' returned 6 values \(\['Steel .*expected one float for each"),
+        ("coroutine", "reward 'coroutine' is async; write a plain function or class"),
+        ("AsyncCall", "reward 'AsyncCall' is async; write a plain function or class"),
         ("exits", r"reward 'exits' raised on group 0"),
         ("OneGroupShort", r"reward 'OneGroupShort' returned 3 lists for 4 groups \(groups 0, 1, 2, 3\)"),
         ("ArrowWords", r"reward 'ArrowWords' returned 6 values \(\['Steel .* for group 0"),
