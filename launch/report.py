@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
@@ -128,7 +129,7 @@ def _generated(run: RunDirectory, catalog: Catalog) -> str:
 
 def _group(group: dict[str, Any], catalog: Catalog) -> str:
     history = catalog.examples("train").history_classes(group["example_id"])[-HISTORY_SHOWN:]
-    liked = " · ".join(html.escape(catalog.title(item_class)) for item_class in history)
+    liked = " · ".join(f"<bdi>{html.escape(catalog.title(item_class))}</bdi>" for item_class in history)  # any script
     target_class, ranked = group["target_class"], group["candidate_class"]
     rows = [
         [str(rank), _candidate(item_class, target_class, catalog), f"{sum(logprobs):.2f}", f"{reward:+.3f}"]
@@ -155,8 +156,9 @@ def _curve(steps: list[dict[str, Any]], name: str) -> str:
     mean = np.convolve(np.pad(value, (last - 1, 0), "edge"), np.full(last, 1 / last), "valid")
     figure, axes = plt.subplots(figsize=(4.2, 2.6), dpi=150, layout="constrained")
     axes.plot(number, value, lw=1, color="#9ecae1")
-    axes.plot(number, mean, lw=1.6, color="#1f77b4")
+    axes.plot(number, mean, "." if len(number) == 1 else "-", lw=1.6, color="#1f77b4")  # a line of one point is none
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
