@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,16 +61,17 @@ def _connect(config: Config) -> None:
             raise ConfigError(f"cluster.object_store_gib={config.cluster.object_store_gib:g}: {error}") from error
     else:
         try:
+            _check_somebody_listens(config.cluster.address)
             ray.init(
                 address=config.cluster.address,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 runtime_env={"env_vars": inherited_environment()},
             )
-        except ConnectionError as error:
+        except OSError as error:
             raise ClusterUnreachable(
-                f"cluster.address={config.cluster.address}: no Ray cluster answers; start one with `ray start --head` "
-                "or take a profile that starts its own, such as CLUSTER=local"
+                f"cluster.address={config.cluster.address}: no Ray cluster answers ({error}); start one with "
+                "`ray start --head` or take a profile that starts its own, such as CLUSTER=local"
             ) from error
         except AuthenticationError as error:
             raise ClusterUnreachable(
@@ -77,6 +79,13 @@ def _connect(config: Config) -> None:
                 "authentication; set the same RAY_AUTH_MODE for `ray start` on every node and here (Ray keeps its "
                 "token in ~/.ray/auth_token)"
             ) from error
+
+
+def _check_somebody_listens(address: str) -> None:
+    """Raise OSError where nobody listens at host:port: Ray would try again for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 class ClusterUnreachable(ConnectionError):

@@ -115,3 +115,12 @@ def test_a_run_with_a_ray_of_its_own_joins_no_cluster_that_runs_here(monkeypatch
     monkeypatch.setattr("ray.init", lambda **settings: asked.append(settings.get("address")))
     connect(compose())
     assert asked == ["local"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere.invalid:6379"])
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr("ray.init", lambda **settings: pytest.fail("Ray would wait for it for minutes"))
+    with pytest.raises(
+        ClusterUnreachable, match=rf"cluster\.address={address}: no Ray cluster answers \(.*; start one"
+    ):
+        connect(compose(overrides=[f"cluster.address={address}"]))
