@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray import ObjectRef
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, LocalRayletDiedError
 
 from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
@@ -26,6 +26,7 @@ from launch.rollout_fleet import RolloutFleet
 from launch.run_directory import lock_file
 from launch.waiting import fetch
 from rewards.pool import RewardPool
+from rollout.streams import RayLost
 
 
 def connect(config: Config) -> None:
@@ -128,6 +129,8 @@ class Actors:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         ray.shutdown()
+        if isinstance(error, LocalRayletDiedError):
+            raise RayLost from error
 
     def save_rollouts(self, groups: Sequence[ObjectRef], path: Path) -> None:
         """Write groups with their titles to a Parquet file, without bringing them to the driver."""

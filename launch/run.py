@@ -29,7 +29,7 @@ from launch.run_directory import RunDirectory, in_use, versions
 from launch.train import train
 from launch.trial import trial
 from learner import checkpoint
-from rollout.streams import DataLost
+from rollout.streams import DataLost, check_ray
 
 GANG_RESTARTS = 3
 """Of the learner ranks, while they start, in the trial of the weights, the warm-up, training and evaluation each."""
@@ -149,6 +149,7 @@ def surviving(actors: Actors, progress: Progress, work: Callable[[], T]) -> T:
         except (LearnerLost, DataLost) as lost:
             if restarts == GANG_RESTARTS:
                 raise
+            check_ray()
             restarts += 1
             progress.line(f"{lost}; starting all ranks again ({restarts} of {GANG_RESTARTS} times at most)")
         actors.rollouts.abandon()

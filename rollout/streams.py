@@ -7,13 +7,22 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    LocalRayletDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.experimental import get_local_object_locations
 
 from rollout.actor import StaleWeights
 from rollout.config import RolloutConfig, Strategy
 
 HEALTH_TIMEOUT_S = 5.0
+RAY_TIMEOUT_S = 60.0
 RESTART_POLL_S = 0.25
 MAX_DEATHS = 3
 """Of a worker at one table, or while its engine starts."""
@@ -29,6 +38,31 @@ class WorkerLost(RuntimeError):
 
 class DataLost(RuntimeError):
     """Tables or weights went with the node that held them; the steps after the last checkpoint have to be repeated."""
+
+
+class RayLost(RuntimeError):
+    """Ray has died on the driver's machine, so that nothing can be started from here any more."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Ray's raylet on this machine has died, and with it all that it had started; the machine may have run out "
+            "of memory (its log is raylet.out in /tmp/ray/session_*/logs). RESUME=1 goes on from the last checkpoint"
+        )
+
+
+def check_ray() -> None:
+    """Raise RayLost where that is so: what is started again after a death would be waited for in vain."""
+    try:
+        ray.get(_nothing.remote(), timeout=RAY_TIMEOUT_S)
+    except LocalRayletDiedError as error:
+        raise RayLost from error
+    except RayError:
+        pass  # something else, which the caller will see
+
+
+@ray.remote(num_cpus=0)
+def _nothing() -> None:
+    pass
 
 
 def lost_data(error: Exception) -> DataLost | None:
@@ -229,8 +263,9 @@ def _revive(stream: RolloutStream, timeout_s: float, death: Exception) -> None:
 def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s: float, name: str) -> None:
     """Wait for a dead worker's restart and give it its weights.
 
-    Raises RolloutTimeout naming it, WorkerLost when it stays dead, or DataLost when its weights are gone.
+    Raises RolloutTimeout naming it, WorkerLost when it stays dead, DataLost when its weights are gone, or RayLost.
     """
+    check_ray()
     deadline = time.monotonic() + timeout_s
     _retry_until(deadline, lambda: worker.ready.remote(), name, "restart")
     if weights is not None:
@@ -240,8 +275,9 @@ def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s:
 def await_restart(worker: ActorHandle, timeout_s: float, name: str) -> None:
     """Wait until a dead worker's new process answers: before, every call fails as if it had died once more.
 
-    Raises RolloutTimeout naming it, or WorkerLost when it stays dead.
+    Raises RolloutTimeout naming it, WorkerLost when it stays dead, or RayLost.
     """
+    check_ray()
     _retry_until(time.monotonic() + timeout_s, lambda: worker.health.remote(), name, "restart")
 
 

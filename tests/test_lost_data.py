@@ -1,5 +1,7 @@
 """Objects that went with a node: every wait calls them lost, and the run repeats the steps since its checkpoint."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,31 @@ from rewards.config import RewardTerm
 from rewards.pool import RewardPool
 from rollout.config import RolloutConfig
 from rollout.streams import DataLost, PublishedWeights, bring_back, collect, stream_rollout
+
+DEAD_RAYLET = """
+import os, signal, subprocess
+import ray
+from launch.progress import Progress
+from launch.run import surviving
+from rollout.streams import DataLost, RayLost
+
+ray.init(address="local", include_dashboard=False, num_cpus=1, object_store_memory=10**8, log_to_driver=False)
+raylet = subprocess.check_output(["pgrep", "-P", str(os.getpid()), "-f", "raylet/raylet"], text=True)
+os.kill(int(raylet), signal.SIGKILL)
+
+class Learner:
+    def join(self):
+        raise DataLost("the table")
+
+class Actors:
+    learner = Learner()
+
+try:
+    surviving(Actors(), Progress(), lambda: None)
+except RayLost as error:
+    print(error)
+os._exit(0)
+"""
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -85,3 +112,9 @@ def test_lost_data_are_made_again_from_the_last_checkpoint(lost: ray.ObjectRef) 
 
     assert surviving(actors, Progress(), work) == "done"
     assert happened == ["abandon", "restart"]
+
+
+def test_nothing_is_started_again_where_ray_itself_has_died() -> None:
+    done = subprocess.run([sys.executable, "-c", DEAD_RAYLET], capture_output=True, text=True, timeout=120)
+    assert "Ray's raylet on this machine has died" in done.stdout, done.stderr
+    assert "RESUME=1" in done.stdout
