@@ -14,8 +14,8 @@ from catalog.ragged import Ragged
 
 MILLISECONDS = 10**11
 """From here on a time is hardly one in seconds: they would lie in the year 5138."""
-WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"
-"""A text that is written again as it was when it is read as a 64-bit integer."""
+CSV_NULLS = pa.array(pa.csv.ConvertOptions().null_values)
+"""How CSV files spell a number that is missing."""
 
 
 class Columns:
@@ -25,11 +25,12 @@ class Columns:
     >>> columns.texts("user_id"); columns.id_lists("history")
     """
 
-    def __init__(self, file: Path, table: pa.Table, names: Sequence[str] = ()) -> None:
-        """names: all columns of the file, where `table` holds some of them only."""
+    def __init__(self, file: Path, table: pa.Table, names: Sequence[str] = (), typed: bool = True) -> None:
+        """names: all columns of the file, where `table` holds some of them only. typed: False for text files."""
         self.file = file
         self.table = table
         self.names = names or table.column_names
+        self.typed = typed
         if not table.num_rows:
             raise CatalogError(f"{file}: no rows; every file needs at least one")
 
@@ -39,6 +40,7 @@ class Columns:
         _check_exists(file)
         try:
             present = pq.read_schema(file).names
+            _check_once(file, present, names)
             table = pq.read_table(file, columns=[name for name in names if name in present])
             table.validate(full=True)
         except (OSError, pa.ArrowException) as error:
@@ -47,9 +49,9 @@ class Columns:
 
     @classmethod
     def of_csv(cls, file: Path, *names: str, texts: Sequence[str] = (), ids: Sequence[str] = ()) -> "Columns":
-        """The same of a CSV file in UTF-8 with a header. texts: columns of strings, also where all are numbers.
+        """The same of a CSV file in UTF-8 with a header.
 
-        ids: columns of ids, integers where all are whole numbers without leading zeros; one that is empty is null.
+        texts: columns of strings, also where all are numbers. ids: columns of ids, as _csv_ids reads them.
         """
         _check_exists(file)
         try:
@@ -60,21 +62,16 @@ class Columns:
             )
         except (OSError, pa.ArrowException) as error:
             raise CatalogError(f"{file}: not a readable CSV file ({error})") from error
-        twice = [name for name in names if table.column_names.count(name) > 1]
-        if twice:
-            raise CatalogError(f"{file}: column {twice[0]!r} occurs twice; keep one of them")
         present = table.column_names
-        for name in (name for name in ids if name in present):
-            table = table.set_column(present.index(name), name, _ids_of_texts(table[name]))
-        return cls(file, table.select([name for name in names if name in present]), present)
+        _check_once(file, present, names)
+        table = table.select([name for name in names if name in present])
+        for place, name in enumerate(table.column_names):
+            if name in ids:
+                table = table.set_column(place, name, _csv_ids(table[name]))
+        return cls(file, table, present, typed=False)
 
     def fault(self, column: str, row: int, message: str) -> CatalogError:
         return CatalogError(f"{self.file}: column {column!r}, row {row}: {message}")
-
-    def as_texts(self, name: str) -> "Columns":
-        """The same with one column of ids as strings."""
-        place = self.table.column_names.index(name)
-        return Columns(self.file, self.table.set_column(place, name, self.texts(name)), self.names)
 
     def with_nulls(self, name: str) -> pa.Array:
         """The column in one piece. Raises CatalogError where it is missing."""
@@ -172,7 +169,7 @@ class ItemIndex:
     """The items of a catalogue by their id; an item is its row."""
 
     def __init__(self, items: Columns, id_column: str) -> None:
-        self.file = items.file
+        self.file, self._typed = items.file, items.typed
         self.ids = items.ids(id_column)
         first = pc.index_in(self.ids, self.ids).to_numpy()
         again = np.flatnonzero(first != np.arange(len(first)))
@@ -197,6 +194,8 @@ class ItemIndex:
         return self._lookup(columns, name, columns.ids(name)).fill_null(-1).to_numpy()
 
     def _lookup(self, columns: Columns, name: str, ids: pa.Array) -> pa.Int32Array:
+        if ids.type != self.ids.type and not (columns.typed and self._typed):
+            return pc.index_in(ids.cast(pa.large_string()), self.ids.cast(pa.large_string()))
         if ids.type != self.ids.type:
             kinds = {pa.int64(): "integers"}
             raise CatalogError(
@@ -219,16 +218,29 @@ class ItemIndex:
 def _check_exists(file: Path) -> None:
     if file.is_file():
         return
+    if file.is_dir():
+        raise CatalogError(f"{file}: a folder; write it as one file")
     if not file.parent.is_dir():
         raise CatalogError(f"{file}: missing; there is no folder {file.parent}")
     beside = sorted(path.name for path in file.parent.iterdir())
     raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
 
 
-def _ids_of_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """What a CSV file says of ids, which has no types: texts lose nothing, and integers are what they look like."""
-    filled = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
-    return filled.cast(pa.int64()) if pc.all(pc.match_substring_regex(filled, WHOLE_NUMBER)).as_py() else filled
+def _check_once(file: Path, present: Sequence[str], names: Sequence[str]) -> None:
+    twice = [name for name in names if present.count(name) > 1]
+    if twice:
+        raise CatalogError(f"{file}: column {twice[0]!r} occurs twice; keep one of them")
+
+
+def _csv_ids(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Integers where these, written again, are what the file says (007 is not 7); else texts, or decimal numbers."""
+    trimmed = pc.utf8_trim_whitespace(texts)
+    known = pc.if_else(pc.is_in(trimmed, CSV_NULLS), None, trimmed)
+    if pc.all(pc.match_substring_regex(known, r"^(0|-?[1-9]\d{0,17})$")).as_py():
+        return known.cast(pa.int64())
+    if pc.all(pc.match_substring_regex(known, r"^-?\d+\.\d*$")).as_py():
+        return known.cast(pa.float64())
+    return pc.if_else(pc.equal(trimmed, ""), None, texts)
 
 
 def _is_text(kind: pa.DataType) -> bool:

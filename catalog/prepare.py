@@ -42,8 +42,6 @@ def prepare(
         raise CatalogError(f"max_history={max_history}: a prompt needs at least one item")
     catalogue = _columns(items, "item_id", "title")
     log = _columns(interactions, "user_id", "item_id", "timestamp")
-    if log.ids("item_id").type != catalogue.ids("item_id").type and any(map(_is_csv, (interactions, items))):
-        log, catalogue = log.as_texts("item_id"), catalogue.as_texts("item_id")  # what a CSV file has is a text, too
     index = ItemIndex(catalogue, "item_id")
     titles = catalogue.titles_with_nulls("title")
     usable = np.append(_short_titles(titles, max_title_words), False)  # the last is for unknown items, row -1
@@ -84,13 +82,9 @@ def prepare(
 
 
 def _columns(file: Path, *names: str) -> Columns:
-    if _is_csv(file):
+    if file.suffix.lower() == ".csv":
         return Columns.of_csv(file, *names, texts=["title"], ids=["user_id", "item_id"])
     return Columns.of_parquet(file, *names)
-
-
-def _is_csv(file: Path) -> bool:
-    return file.suffix.lower() == ".csv"
 
 
 def _check_new(out_dir: Path) -> None:
@@ -131,8 +125,9 @@ def _examples(
 
 def _short_titles(titles: pa.LargeStringArray, max_words: int) -> np.ndarray:
     """bool [items]: a title that is there and has at most max_words words; others are left out, not an error."""
-    words = pc.count_substring_regex(pc.fill_null(titles, ""), r"\S+").to_numpy()
-    return (words > 0) & (words <= max_words)
+    trimmed = pc.utf8_trim_whitespace(pc.fill_null(titles, ""))
+    words = pc.list_value_length(pc.utf8_split_whitespace(trimmed)).to_numpy()
+    return (pc.utf8_length(trimmed).to_numpy() > 0) & (words <= max_words)
 
 
 def _day(day: str | None, unlimited: int) -> int:

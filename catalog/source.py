@@ -40,7 +40,7 @@ class Source:
         """Raises CatalogError for a folder that is missing, lacks a file, or has none of the formats."""
         if not folder.is_dir():
             raise CatalogError(f"{folder}: no such folder; {FORMATS}")
-        present = {path.name for path in folder.iterdir()}
+        present = {path.name for path in folder.iterdir() if path.exists()}  # a link may lead nowhere
         if "info.txt" in present and "items.parquet" not in present:
             names, read = ("info.txt", *(f"{split}.csv" for split in SPLITS)), _read_csv
         elif "sequences.parquet" in present and "train.parquet" not in present:
@@ -152,8 +152,8 @@ def _info_lines(file: Path) -> tuple[list[str], list[int]]:
 
 def _csv_columns(file: Path) -> Columns:
     """A CSV file of ReRe's, its history_item_id column ("[3, 14]") made a column of lists."""
-    texts, ids = ("history_item_id", "item_title"), ("user_id",)
-    columns = Columns.of_csv(file, *texts, *ids, "item_id", "timestamp", texts=texts, ids=ids)
+    texts = ("history_item_id", "item_title")
+    columns = Columns.of_csv(file, "user_id", *texts, "item_id", "timestamp", texts=texts, ids=("user_id",))
     lists = columns.column("history_item_id")
     wrong = pc.invert(pc.match_substring_regex(lists, r"^\[\s*(\d+(\s*,\s*\d+)*)?\s*\]$"))
     if pc.any(wrong).as_py():

@@ -108,6 +108,59 @@ def test_an_interaction_of_nobody_is_a_fault(tmp_path: Path) -> None:
         prepare(*files, tmp_path / "out", k=3)
 
 
+def prepared_csv(folder: Path, users: list[str], items: list[str], known: list[str]) -> Source:
+    """From CSV files: every user with each of the items, once a day."""
+    rows = [f"{user},{item},{DAY * day}" for day, item in enumerate(items) for user in users]
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    (folder / "items.csv").write_text("\n".join(["item_id,title", *(f"{item},Title of {item}" for item in known)]))
+    prepare(folder / "log.csv", folder / "items.csv", folder / "out", k=1)
+    return Source.of(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("users", "items"),
+    [
+        (["7", "07", "007"], ["1", "01", "x"]),
+        (["1e5", "2e5"], ["9223372036854775809", "9223372036854775810", "3"]),
+        (["0", "-1"], ["5", "6", "12"]),
+    ],
+)
+def test_ids_of_csv_files_are_what_is_written_there(tmp_path: Path, users: list[str], items: list[str]) -> None:
+    read = prepared_csv(tmp_path, users, items * 3, items).read(10)
+    assert set(map(str, read.item_ids.to_pylist())) == set(items)
+    assert {user for split in read.splits.values() for user in split.user_id.to_pylist()} == set(users)
+
+
+def test_one_csv_file_may_hold_other_ids_besides_numbers(tmp_path: Path) -> None:
+    read = prepared_csv(tmp_path, ["a", "b"], ["5", "6"] * 4, ["5", "6", "B7"]).read(10)
+    assert read.item_ids.to_pylist() == ["5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "message"),
+    [
+        (["a", ""], ["x", "y"], "'user_id', row 1: empty"),
+        (["1", "NA"], ["x", "y"], "'user_id', row 1: empty"),
+        (["a", "b"], ["x", ""], "'item_id', row 2: empty"),
+        (["1.0", "2.0"], ["x", "y"], "'user_id' is double"),
+    ],
+)
+def test_ids_that_are_none_are_refused_in_csv_files(
+    tmp_path: Path, users: list[str], items: list[str], message: str
+) -> None:
+    with pytest.raises(CatalogError, match=message):
+        prepared_csv(tmp_path, users, items, ["x", "y"])
+
+
+def test_a_title_of_any_white_space_is_left_out(tmp_path: Path) -> None:
+    """So that the folder can be read; words end at any white space, too."""
+    files = write(tmp_path, [(user, item, day) for day in range(8) for user in "abc" for item in (0, 1, 4, 5)])
+    titles = ["Bolt", "Nut", None, "x", "\u3000\u00a0", "one\u00a0two\u3000three"]
+    pq.write_table(pa.table({"item_id": range(100, 106), "title": titles}), files[1])
+    prepare(*files, tmp_path / "out", k=3, max_title_words=2)
+    assert Source.of(tmp_path / "out").read(10).titles.to_pylist() == ["Bolt", "Nut"]
+
+
 def test_repeated_interactions_are_kept_and_counted(tmp_path: Path) -> None:
     log = [
         (user, item, day) for user in "ab" for item, day in ((0, 0), (1, 1), (5, 2), (0, 3), (1, 4), (1, 4), (1, 4))
@@ -183,6 +236,12 @@ def test_faults_are_named(tmp_path: Path) -> None:
         prepare(tmp_path / "nowhere.parquet", files[1], tmp_path / "out")
     with pytest.raises(CatalogError, match=r"log\.parquet: missing; there is no folder .*nowhere"):
         prepare(tmp_path / "nowhere" / "log.parquet", files[1], tmp_path / "out")
+    (tmp_path / "parts.parquet").mkdir()
+    with pytest.raises(CatalogError, match=r"parts\.parquet: a folder; write it as one file"):
+        prepare(tmp_path / "parts.parquet", files[1], tmp_path / "out")
+    pq.write_table(pa.table([[1], [2], ["Bolt"]], names=["item_id", "item_id", "title"]), files[1])
+    with pytest.raises(CatalogError, match=r"raw-items\.parquet: column 'item_id' occurs twice"):
+        prepare(*files, tmp_path / "out")
     pq.write_table(pa.table({"item_id": [1], "name": ["Bolt"]}), files[1])
     with pytest.raises(CatalogError, match="'title' is missing"):
         prepare(*files, tmp_path / "out")

@@ -349,6 +349,13 @@ def test_each_fault_is_named(folder: Path, fault: str) -> None:
     assert [word for word in words if word not in str(error.value)] == []
 
 
+def test_a_link_that_leads_nowhere_is_a_missing_file(folder: Path) -> None:
+    (folder / "train.parquet").unlink()
+    (folder / "train.parquet").symlink_to(folder / "gone.parquet")
+    with pytest.raises(CatalogError, match=r"train\.parquet: missing; the folder holds items\.parquet"):
+        Source.of(folder)
+
+
 def test_fingerprint_is_of_the_contents(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     before = Source.of(folder).fingerprint()
     moved = tmp_path_factory.mktemp("moved")
