@@ -31,12 +31,14 @@ class Reference:
     @contextmanager
     def ready(self) -> Iterator[Policy]:
         """The model on the learner's device, without gradients."""
+        in_host_memory = [weight.data for weight in self._weights.values()]
         if self._offload:
             self._policy.to(self._device)
         with torch.no_grad():
             yield self._policy
-        if self._offload:
-            self._policy.to("cpu")
+        if self._offload:  # nothing has changed them: they need not be copied back
+            for weight, own in zip(self._weights.values(), in_host_memory, strict=True):
+                weight.data = own
 
     def copy_from(self, buckets: Iterable[Sequence[tuple[str, Tensor]]]) -> None:
         """Take the policy's weights."""

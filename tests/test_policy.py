@@ -28,6 +28,7 @@ from learner.logprobs import LogprobHead
 from learner.packing import padded_batch
 from learner.policy import Policy
 from learner.products import widened
+from learner.reference import Reference
 
 VOCABULARY, EOS = 97, 96
 SHAPE = {
@@ -281,6 +282,22 @@ def test_the_budget_of_logits_counts_those_of_the_device_that_computes_them(monk
     head = LogprobHead(projection, LlamaConfig(), chunk_mib=1)
     there = projection.to("meta").weight
     assert head.chunk_rows(widened(there)) * 128 * 2 == 2**20
+
+
+def test_an_offloaded_reference_is_not_copied_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With copies on the CPU in place of those on a GPU."""
+    policy = Policy(language_model("llama"))
+    reference = Reference(policy, torch.device("meta"), offload=True)
+    in_host_memory = [weight.data_ptr() for weight in policy.parameters()]
+
+    def to(_: torch.device | str) -> None:
+        for weight in policy.parameters():
+            weight.data = weight.data.clone()
+
+    monkeypatch.setattr(policy, "to", to)
+    with reference.ready():
+        assert all(weight.data_ptr() not in in_host_memory for weight in policy.parameters())
+    assert [weight.data_ptr() for weight in policy.parameters()] == in_host_memory
 
 
 def test_tokens_of_padded_groups_are_counted_with_their_padding() -> None:
