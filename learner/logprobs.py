@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from learner.products import linear, padded_rows, weight_gradient, widened
+from rollout.logsumexp import logsumexp
 
 _ON_CPU, _ON_CUDA = 1 << 19, 1 << 25
 # Float32 logits that exist at once.
@@ -107,7 +108,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
             projected = linear(hidden[rows].to(wide.dtype), wide, wide_bias)
             for piece, edges in pieces:
                 logits = head.transform(projected[piece.start - rows.start : piece.stop - rows.start])
-                normalizer[piece] = _logsumexp(logits)
+                normalizer[piece] = logsumexp(logits)
                 logp[edges] = logits[edge_row[edges] - piece.start, edge_target[edges]]
         ctx.save_for_backward(hidden, normalizer, edge_row, edge_target)
         ctx.head, ctx.weights = head, (weight, bias)  # not saved tensors: ZeRO-3 swaps a parameter's storage
@@ -142,11 +143,6 @@ class _VocabularyLogprobs(torch.autograd.Function):
             if to_bias is not None:
                 to_bias += projected.sum(0)
         return to_hidden[: ctx.rows], to_weight, to_bias, None, None, None
-
-
-def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """[rows] of finite logits. On the CPU, torch's log-softmax is one pass over memory, its logsumexp several."""
-    return logits.logsumexp(-1) if logits.is_cuda else logits[:, 0] - logits.log_softmax(-1)[:, 0]
 
 
 Pieces = list[tuple[slice, slice]]

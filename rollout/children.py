@@ -8,10 +8,10 @@ import torch
 
 from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
+from rollout.logsumexp import logsumexp
 
 NEG_INF = float("-inf")
 _GATHER_ELEMENTS = 1 << 21
-_CACHED_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -149,19 +149,6 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor, Children]], rows: int) -> Ch
         whole.logprob[row, columns], whole.edge[row, columns] = found.logprob, found.edge
         whole.key[row, columns] = found.key
     return whole
-
-
-def logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """float32 [R] of finite logits [R, V] in any precision, a few rows at a time: no copy of [R, V] is made.
-
-    On the CPU, torch's log-softmax is one pass over memory where its logsumexp is several.
-    """
-    if logits.device.type != "cpu":
-        return logits.float().logsumexp(1)
-    rows = max(1, _CACHED_ELEMENTS // logits.shape[1])
-    return torch.cat(
-        [chunk[:, 0] - chunk.log_softmax(1)[:, 0] for chunk in map(torch.Tensor.float, logits.split(rows))]
-    )
 
 
 def _fanout_buckets(fanout: np.ndarray) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from search_oracle import plain_beam_search
 from transformers import AutoModelForCausalLM
 
 from catalog.trie import Trie
-from rollout.children import logsumexp
+from rollout.logsumexp import logsumexp
 from rollout.vllm_arguments import EngineError
 from rollout.vllm_one_token import _logits
 from rollout.vllm_requests import widest_fanout_below

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from search_oracle import EOS, plain_beam_search, random_trie
 
 from catalog.trie import Trie
-from rollout.children import logsumexp, top_children
+from rollout.children import top_children
 from rollout.config import ForcedChains, LogprobSpace
 from rollout.device_trie import DeviceTrie
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
+from rollout.logsumexp import logsumexp
 from rollout.search import BeamSearch
 
 
