@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -63,17 +62,17 @@ class Progress:
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table between its title and a blank line; the first column is text, the others are figures.
 
-        Brackets in it are shown as they are: they are part of many titles.
+        Brackets and backslashes in it are shown as they are: titles have them.
         """
         self.line(title)
         table = Table(show_edge=False, pad_edge=False)
         widest = max((len(row[0]) for row in rows), default=0)
         whole = widest <= NAME_WIDTH  # rich would narrow it, then widen it again and cut off the last column instead
-        table.add_column(escape(columns[0]), no_wrap=whole, min_width=min(widest, NAME_WIDTH), overflow="fold")
+        table.add_column(Text(columns[0]), no_wrap=whole, min_width=min(widest, NAME_WIDTH), overflow="fold")
         for column in columns[1:]:
-            table.add_column(escape(column), justify="right", overflow="fold")
+            table.add_column(Text(column), justify="right", overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(Text, row))
         self.console.print(table, "")
 
     @contextmanager
