@@ -1,8 +1,8 @@
 """Log-probabilities over the vocabulary, without ever holding more logits than a budget allows."""
 
-from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -20,7 +20,7 @@ class LogprobHead(nn.Module):
     """The vocabulary projection, the log-softmax and the choice of targets in one.
 
     >>> head = LogprobHead(lm.get_output_embeddings(), lm.config, chunk_mib=256)
-    >>> logp = head(hidden, edge_row, edge_target)
+    >>> logp = head(hidden, batch.edge_row, batch.edge_target, batch.row_edges)
     """
 
     def __init__(self, projection: nn.Module, config: PretrainedConfig, chunk_mib: float) -> None:
@@ -29,12 +29,15 @@ class LogprobHead(nn.Module):
         self.scale, self.softcap = logit_transform(config)
         self._chunk_bytes = chunk_mib * 2**20
 
-    def forward(self, hidden: torch.Tensor, edge_row: torch.Tensor, edge_target: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, edge_row: torch.Tensor, edge_target: torch.Tensor, row_edges: np.ndarray
+    ) -> torch.Tensor:
         """float32 [E]: the log-probability of edge_target after the token of hidden[edge_row].
 
-        hidden: [K, D]. edge_row, edge_target: int64 [E], distinct pairs, edge_row ascending.
+        hidden: [K, D]. edge_row, edge_target: int64 [E], distinct pairs, edge_row ascending. row_edges: int64 [K + 1],
+        see PackedBatch; on the host, so that nothing waits for the device.
         """
-        return _VocabularyLogprobs.apply(hidden, *self.weights(), edge_row, edge_target, self)
+        return _VocabularyLogprobs.apply(hidden, *self.weights(), edge_row, edge_target, row_edges, self)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [V, D] and bias [V] of the projection."""
@@ -97,13 +100,14 @@ class _VocabularyLogprobs(torch.autograd.Function):
         bias: torch.Tensor | None,
         edge_row: torch.Tensor,
         edge_target: torch.Tensor,
+        row_edges: np.ndarray,
         head: LogprobHead,
     ) -> torch.Tensor:
         ctx.rows, hidden = len(hidden), padded_rows(hidden)  # here, because padding projections would copy them
         normalizer = hidden.new_empty(len(hidden), dtype=torch.float32)
         logp = hidden.new_empty(len(edge_row), dtype=torch.float32)
         wide, wide_bias = widened(weight), None if bias is None else widened(bias)
-        chunks = _chunks(edge_row, len(hidden), head.chunk_rows(wide), len(wide))
+        chunks = _chunks(row_edges, hidden, wide, head)
         for rows, pieces in chunks:
             projected = linear(hidden[rows].to(wide.dtype), wide, wide_bias)
             for piece, edges in pieces:
@@ -111,7 +115,8 @@ class _VocabularyLogprobs(torch.autograd.Function):
                 normalizer[piece] = logsumexp(logits)
                 logp[edges] = logits[edge_row[edges] - piece.start, edge_target[edges]]
         ctx.save_for_backward(hidden, normalizer, edge_row, edge_target)
-        ctx.head, ctx.weights = head, (weight, bias)  # not saved tensors: ZeRO-3 swaps a parameter's storage
+        ctx.head, ctx.row_edges = head, row_edges
+        ctx.weights = weight, bias  # not saved tensors: ZeRO-3 swaps a parameter's storage
         ctx.projected = projected if len(chunks) == 1 and any(ctx.needs_input_grad) else None
         return logp - normalizer[edge_row]
 
@@ -125,7 +130,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden)
         to_weight = None
         to_bias = torch.zeros_like(wide_bias) if wide_bias is not None and ctx.needs_input_grad[2] else None
-        for rows, pieces in _chunks(edge_row, len(hidden), head.chunk_rows(wide), len(wide)):
+        for rows, pieces in _chunks(ctx.row_edges, hidden, wide, head):
             states = hidden[rows].to(wide.dtype)
             projected, ctx.projected = ctx.projected, None
             if projected is None:
@@ -142,23 +147,28 @@ class _VocabularyLogprobs(torch.autograd.Function):
                 to_weight = weight_gradient(projected, states, to_weight)
             if to_bias is not None:
                 to_bias += projected.sum(0)
-        return to_hidden[: ctx.rows], to_weight, to_bias, None, None, None
+        return to_hidden[: ctx.rows], to_weight, to_bias, None, None, None, None
 
 
 Pieces = list[tuple[slice, slice]]
 """Slices of rows and, edges being ordered by row, of their edges."""
 
 
-def _chunks(edge_row: torch.Tensor, rows: int, chunk_rows: int, vocabulary: int) -> list[tuple[slice, Pieces]]:
-    """Rows that are projected at once, and the pieces of each whose float32 logits exist at once."""
-    piece_rows = max(1, (_ON_CUDA if edge_row.is_cuda else _ON_CPU) // vocabulary)
-    chunks = _slices(0, rows, chunk_rows)
-    pieces = [_slices(chunk.start, chunk.stop, piece_rows) for chunk in chunks]
-    stops = torch.tensor([piece.stop for of_chunk in pieces for piece in of_chunk], device=edge_row.device)
-    edges = pairwise([0, *torch.searchsorted(edge_row, stops).tolist()])
+def _chunks(
+    row_edges: np.ndarray, hidden: torch.Tensor, weight: torch.Tensor, head: LogprobHead
+) -> list[tuple[slice, Pieces]]:
+    """Rows that are projected at once, and the pieces of each whose float32 logits exist at once.
+
+    Rows of padding behind those of row_edges have no edges.
+    """
+    last, piece_rows = len(row_edges) - 1, max(1, (_ON_CUDA if hidden.is_cuda else _ON_CPU) // len(weight))
+
+    def edges(rows: slice) -> slice:
+        return slice(int(row_edges[min(rows.start, last)]), int(row_edges[min(rows.stop, last)]))
+
     return [
-        (chunk, [(piece, slice(*next(edges))) for piece in of_chunk])
-        for chunk, of_chunk in zip(chunks, pieces, strict=True)
+        (chunk, [(piece, edges(piece)) for piece in _slices(chunk.start, chunk.stop, piece_rows)])
+        for chunk in _slices(0, len(hidden), head.chunk_rows(weight))
     ]
 
 

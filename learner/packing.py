@@ -35,6 +35,8 @@ class PackedBatch:
     """int64 [E]: the distinct (fed token, target) pairs: ascending indices into `rows`."""
     edge_target: torch.Tensor
     """int64 [E]: the target token of each pair."""
+    row_edges: np.ndarray
+    """int64 [K + 1], on the host on any device: the pairs of rows[k] are row_edges[k] : row_edges[k + 1]."""
     edge: torch.Tensor
     """int64 [C, T]: the pair of every candidate token; 0 where mask is False."""
     mask: torch.Tensor
@@ -129,6 +131,7 @@ def pack_groups(
         rows=_tensor(rows),
         edge_row=_tensor(edge_row),
         edge_target=_tensor(tree.token[targets]),
+        row_edges=np.searchsorted(edge_row, np.arange(len(rows) + 1)),
         edge=_scatter(edge, mask),
         mask=torch.from_numpy(mask),
         fed_tokens=fed,
@@ -155,6 +158,7 @@ def padded_batch(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence
         rows=_tensor(rows),
         edge_row=torch.arange(len(rows)),
         edge_target=_tensor(np.concatenate(targets)),
+        row_edges=np.arange(len(rows) + 1),
         edge=_scatter(np.arange(len(rows)), mask),
         mask=torch.from_numpy(mask),
         fed_tokens=int(fed.sum()),

@@ -89,7 +89,7 @@ class Policy(nn.Module):
         hidden = self._hidden(batch)
         if batch.choices is not None:
             return trie_logprobs(self.head, hidden, batch.choices)
-        logp = self.head(hidden, batch.edge_row, batch.edge_target)
+        logp = self.head(hidden, batch.edge_row, batch.edge_target, batch.row_edges)
         of_token = logp.index_select(0, batch.edge.flatten()).view(batch.edge.shape)
         return of_token.masked_fill(~batch.mask, 0.0)
 
