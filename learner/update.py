@@ -1,9 +1,6 @@
 """One step of reinforcement learning: advantages, micro-batches, reference, objective, optimizer."""
 
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +17,7 @@ from learner.micro_batches import plan_micro_batches
 from learner.mismatch import check_mismatch
 from learner.objectives import CompletionBatch, resolve
 from learner.packing import PackedBatch
+from learner.phase_timer import PhaseTimer
 from learner.policy import Policy
 from learner.reference import Reference
 from learner.schedule import learning_rate
@@ -78,22 +76,21 @@ class PolicyUpdate:
 
         Every rank computes all advantages, and takes its share of the groups by the plan that all ranks agree on.
         """
-        seconds: dict[str, float] = defaultdict(float)
-        with self._phase(seconds, "learn"):
+        timer = PhaseTimer(self._engine.device)
+        with timer("learn"):
             advantages = self._objective.advantages(experience.rewards, self._config.normalize_std)
-            with self._phase(seconds, "pack"):
+            with timer("pack"):
                 micro_batches = self._micro_batches(experience, advantages)
             if self._reference is not None:
-                with self._phase(seconds, "reference"), self._reference.ready() as reference:
+                with timer("reference"), self._reference.ready() as reference:
                     for micro in micro_batches:
                         micro.logp_ref = reference(micro.packed)
             count = self._objective.count(experience.candidates)
             updates = [
-                self._update(
-                    micro_batches, count, seconds, keep_old=update == 0 and self._config.updates_per_batch > 1
-                )
+                self._update(micro_batches, count, timer, keep_old=update == 0 and self._config.updates_per_batch > 1)
                 for update in range(self._config.updates_per_batch)
             ]
+        seconds = timer.seconds()
         return {
             **updates[0],
             **{name: float(np.mean([update[name] for update in updates])) for name in MEANS if name in updates[0]},
@@ -165,12 +162,12 @@ class PolicyUpdate:
         return torch.from_numpy(np.concatenate(weights)).to(self._engine.device)
 
     def _update(
-        self, micro_batches: list[MicroBatch], count: int, seconds: dict[str, float], keep_old: bool
+        self, micro_batches: list[MicroBatch], count: int, timer: PhaseTimer, keep_old: bool
     ) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self._engine.device))
         for index, micro in enumerate(micro_batches):
-            with self._phase(seconds, "forward"):
+            with timer("forward"):
                 logp = self._engine(micro.packed)
                 batch = CompletionBatch(
                     logp,
@@ -182,7 +179,7 @@ class PolicyUpdate:
                 )
                 contributions, metrics = self._objective(batch, self._config)
                 loss = (contributions * micro.candidate_weights).sum() / count
-            with self._phase(seconds, "backward"):
+            with timer("backward"):
                 # The engine averages over ranks; the loss is a sum over them.
                 weighted = loss * (micro.weight * self._engine.world_size)
                 self._engine.backward(weighted, last=index == len(micro_batches) - 1)
@@ -191,7 +188,7 @@ class PolicyUpdate:
             for name, value in {**_sums(micro, logp.detach()), **metrics, "loss": loss.detach()}.items():
                 sums[name] += micro.weight * value.sum()  # stays on the device: nothing waits for it here
         rate = learning_rate(self._config.optimizer, self.updates_done, self._total)
-        with self._phase(seconds, "optimizer"):
+        with timer("optimizer"):
             norm = self._engine.step(rate)
         self.updates_done += 1
         self._sync_reference()
@@ -207,14 +204,6 @@ class PolicyUpdate:
         summed = dict(zip(sums, self._engine.total(torch.stack(list(sums.values())).tolist()), strict=True))
         candidates = max(summed.pop("candidates"), 1.0)
         return {name: value if name in TOTALS else value / candidates for name, value in summed.items()}
-
-    @contextmanager
-    def _phase(self, seconds: dict[str, float], name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self._engine.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds[name] += time.perf_counter() - start
 
 
 def _sums(micro: MicroBatch, logp: Tensor) -> dict[str, Tensor]:
