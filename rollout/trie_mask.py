@@ -57,7 +57,7 @@ class TrieRequest:
             "trie_request": self.label,
             "trie_node": self.node,
             "trie_temperature": self.temperature,
-            "trie_seed": self.seed,
+            "trie_seed": self.seed % 2**64,  # vLLM takes no larger integers
             "trie_sample": self.sample,
         }
 

@@ -1,6 +1,7 @@
 """Creates the vLLM engine that both rollout engines drive."""
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -58,8 +59,9 @@ def check_vocabulary(trie_path: str | Path, trie: Trie, vocab_size: int) -> None
 
 def check_temperature(strategy: Strategy, temperature: float) -> None:
     """Raises EngineError where samples are to be drawn at a temperature that has no distribution."""
-    if strategy != "beam" and not temperature > 0:
-        raise EngineError(f"rollout.temperature={temperature}: a sample needs a temperature above 0")
+    if strategy != "beam" and not 0 < temperature < math.inf:
+        needed = "a sample needs a temperature above 0 and below infinity"
+        raise EngineError(f"rollout.temperature={temperature}: {needed}")
 
 
 def create_llm(

@@ -1,7 +1,7 @@
 """Drives any search over the trie through vLLM's public requests: one request of one token per place to score."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from rollout.children import Children
 from rollout.frontier import Frontier, TrieSearch
 from rollout.groups import Candidates
 from rollout.trie_mask import TrieRequest
-from rollout.vllm_requests import sampling_params
+from rollout.vllm_requests import run_requests, sampling_params
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -43,17 +43,14 @@ def _ask(
     llm: "LLM", trie: Trie, prompts: Sequence[Sequence[int]], frontier: Frontier, beams: int
 ) -> list[dict[int, float]]:
     """Log-probabilities of all children of every node of the frontier, by token."""
-    texts: list[Any] = []
-    params: list[Any] = []
+    requests = []
     for slot, node, fanout in zip(frontier.slot, frontier.node.tolist(), frontier.fanout, strict=True):
         path = trie.path(node)
-        texts.append({"prompt_token_ids": [*prompts[slot // beams], *path]})
         request = TrieRequest(f"beam {slot % beams} of prompt {slot // beams} at depth {len(path)}", node)
-        params.append(sampling_params(trie, request, 1, int(fanout)))
-    answers = []
-    for output in llm.generate(texts, params, use_tqdm=False):
-        flat: Any = output.outputs[0].logprobs
-        answers.append(dict(zip(flat.token_ids, flat.logprobs, strict=True)))
+        requests.append(([*prompts[slot // beams], *path], sampling_params(trie, request, 1, int(fanout))))
+    answers: list[dict[int, float]] = [{} for _ in requests]
+    for i, _, found in run_requests(llm, requests):
+        answers[i] = found
     return answers
 
 

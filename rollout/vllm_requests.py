@@ -158,22 +158,35 @@ def sample(llm: "LLM", trie: Trie, draws: Sequence[Draw]) -> list[tuple[np.ndarr
 
     The log-probabilities are those of the policy, at temperature 1, as the trie mask defines them.
     """
+    requests = [(draw.prompt, sampling_params(trie, draw.request, draw.max_tokens)) for draw in draws]
+    tokens: list[list[int]] = [[] for _ in draws]
+    logprobs: list[list[float]] = [[] for _ in draws]
+    for i, token, found in run_requests(llm, requests):
+        tokens[i].append(token)
+        logprobs[i].append(found[token])
+    return [
+        (np.asarray(ids, np.int32), np.asarray(own, np.float32)) for ids, own in zip(tokens, logprobs, strict=True)
+    ]
+
+
+def run_requests(
+    llm: "LLM", requests: Sequence[tuple[Sequence[int], "SamplingParams"]]
+) -> Iterator[tuple[int, int, dict[int, float]]]:
+    """(which request, token, log-probability by token) of every token that any of them generates, as they come.
+
+    None is left in the engine where one of them is refused or the caller stops: its answers would be taken for others.
+    """
     engine = llm.llm_engine
-    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(draws))}
-    logprobs: dict[str, list[float]] = {name: [] for name in tokens}
-    for name, draw in zip(tokens, draws, strict=True):
-        params = sampling_params(trie, draw.request, draw.max_tokens)
-        engine.add_request(name, {"prompt_token_ids": list(draw.prompt)}, params)
     try:
+        for i, (prompt, params) in enumerate(requests):
+            engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 for token, found in _steps(output):
-                    tokens[output.request_id].append(token)
-                    logprobs[output.request_id].append(found[token])
+                    yield int(output.request_id), token, found
     finally:
         if engine.has_unfinished_requests():
-            engine.abort_request(list(tokens))
-    return [(np.asarray(tokens[name], np.int32), np.asarray(logprobs[name], np.float32)) for name in tokens]
+            engine.abort_request([str(i) for i in range(len(requests))])
 
 
 def sampling_params(trie: Trie, request: TrieRequest, max_tokens: int, logprobs: int = 0) -> "SamplingParams":

@@ -78,7 +78,34 @@ def test_what_cannot_be_generated_is_refused(requests_engine: Any, prompts: list
     requests_engine._config.temperature, configured = 0.0, requests_engine._config.temperature
     with pytest.raises(EngineError, match=r"rollout\.temperature=0\.0: a sample needs a temperature above 0"):
         generate(requests_engine, prompts[:1], 4, strategy="sample")
+    requests_engine._config.temperature = float("inf")
+    with pytest.raises(EngineError, match=r"rollout\.temperature=inf: a sample needs .* below infinity"):
+        generate(requests_engine, prompts[:1], 4, strategy="sample")
     requests_engine._config.temperature = configured
+
+
+@pytest.mark.parametrize("broken", ["add_request", "step"])
+@pytest.mark.parametrize("strategy", ["beam", "sample", "stochastic_beam"])
+def test_a_search_that_breaks_off_leaves_no_requests(
+    requests_engine: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, strategy: str, broken: str
+) -> None:
+    expected = generate(requests_engine, prompts[:4], 4, strategy=strategy)
+    vllm_engine = requests_engine._llm.llm_engine
+    call, calls = getattr(vllm_engine, broken), iter(range(2))
+
+    def breaks(*arguments: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return call(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm_engine, broken, breaks)
+        with pytest.raises(KeyboardInterrupt):
+            generate(requests_engine, prompts[4:8], 4, strategy=strategy)
+    again = generate(requests_engine, prompts[:4], 4, strategy=strategy)
+    for group, before in zip(again, expected, strict=True):
+        assert group.item_class.tolist() == before.item_class.tolist()
+        np.testing.assert_allclose(group.score, before.score, atol=1e-4)
 
 
 def test_no_prompts_give_no_groups(requests_engine: Any) -> None:

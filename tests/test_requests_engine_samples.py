@@ -56,6 +56,14 @@ def test_sampled_log_probabilities_are_those_of_the_policy_at_temperature_1(
     check_logprobs(trie, generate(trie_space_engine, prompts[:8], 8, strategy="sample"), inside)
 
 
+def test_seeds_count_modulo_two_to_the_64th(requests_engine: Any, prompts: list[list[int]]) -> None:
+    large, small = (
+        requests_engine.generate(prompts[:1], [seed], [0], group_size=8, strategy="sample")[0]
+        for seed in (2**70 + 5, 5)
+    )
+    assert large.item_class.tolist() == small.item_class.tolist()
+
+
 def test_samples_depend_on_prompt_and_seed_alone(requests_engine: Any, prompts: list[list[int]]) -> None:
     def classes(order: list[int], shift: int = 0) -> dict[int, list[int]]:
         seeds = [SEEDS[i] + shift for i in order]
