@@ -1,8 +1,10 @@
 """The rollout worker: a Ray actor that owns one engine and streams group tables."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import ray
 
 from catalog.catalog import Catalog
 from rollout.config import RolloutConfig, Strategy
-from rollout.engine import RolloutEngine
+from rollout.engine import EngineDied, RolloutEngine
 from rollout.engines import create_engine
 from rollout.groups import group_table, validate_groups
 from rollout.host_memory import host_environment
@@ -149,7 +151,8 @@ class RolloutWorker:
             targets = [int(examples.target_class[i]) for i in ids]
             seeds = [group_seed(seed, policy_version, i) for i in ids]
             started = time.perf_counter()
-            groups = self._engine.generate(prompts, seeds, targets, group_size=group_size, strategy=strategy)
+            with self._that_ends_with_its_engine():
+                groups = self._engine.generate(prompts, seeds, targets, group_size=group_size, strategy=strategy)
             self._timings["generate_s"] += time.perf_counter() - started
             self._timings["calls"] += 1
             self._timings["groups"] += len(groups)
@@ -170,7 +173,9 @@ class RolloutWorker:
         started = time.perf_counter()
         self._version = None
         try:
-            loaded = engine.load_weights(ray.get(list(bucket_refs), timeout=self._config.timeout_s))
+            buckets = ray.get(list(bucket_refs), timeout=self._config.timeout_s)
+            with self._that_ends_with_its_engine():
+                loaded = engine.load_weights(buckets)
         finally:
             self._now("idle")
         if loaded != checksum:
@@ -185,7 +190,8 @@ class RolloutWorker:
         """Let go of weights and KV cache. Rollouts are refused until load_weights, which wakes the worker."""
         self._version = None
         if self._created is not None:  # else it has just been restarted
-            self._created.sleep()
+            with self._that_ends_with_its_engine():
+                self._created.sleep()
 
     @ray.method(concurrency_group="health")
     def health(self) -> dict[str, Any]:
@@ -203,6 +209,15 @@ class RolloutWorker:
     def timings(self) -> dict[str, float]:
         """Totals of TIMINGS since the worker started, by name."""
         return dict(self._timings)
+
+    @contextmanager
+    def _that_ends_with_its_engine(self) -> Iterator[None]:
+        """A worker whose engine has died ends, too: Ray restarts it, and streams take it up where it was."""
+        try:
+            yield
+        except EngineDied as death:
+            print(f"rollout worker {self._rank}: {death}; it starts anew", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _now(self, doing: str) -> None:
         self._doing = (doing, time.monotonic())

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ import numpy as np
 from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
+from rollout.engine import EngineDied
 from rollout.groups import Candidates
-from rollout.vllm_engine import call_workers, check_requests, check_temperature, check_vocabulary
+from rollout.vllm_engine import call_workers, check_requests, check_temperature, check_vocabulary, has_died
 from rollout.weights import WeightBucket, combine
 
 if TYPE_CHECKING:
@@ -56,6 +58,18 @@ class BaseEngine(ABC):
         check_requests(arrays, seeds, longest, self._vocab_size, self._max_model_len)
         if not arrays:
             return []
+        with self._that_may_die():
+            return self._generate(arrays, seeds, target_classes, size, strategy)
+
+    def _generate(
+        self,
+        arrays: list[np.ndarray],
+        seeds: Sequence[int],
+        target_classes: Sequence[int],
+        size: int,
+        strategy: Strategy,
+    ) -> list[Candidates]:
+        config = self._config
         if strategy == "beam":
             return self._search(arrays, seeds, strategy, size)
         if strategy == "dynamic":
@@ -68,13 +82,27 @@ class BaseEngine(ABC):
 
     def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
         """See RolloutEngine.load_weights."""
-        loaded = call_workers(self._llm, "load_bucket_weights", list(buckets))
-        self._llm.reset_prefix_cache()
+        with self._that_may_die():
+            loaded = call_workers(self._llm, "load_bucket_weights", list(buckets))
+            self._llm.reset_prefix_cache()
         return combine(loaded)
 
     def sleep(self) -> None:
         """See RolloutEngine.sleep."""
-        call_workers(self._llm, "fall_asleep")
+        with self._that_may_die():
+            call_workers(self._llm, "fall_asleep")
+
+    @contextmanager
+    def _that_may_die(self) -> Iterator[None]:
+        """What fails in here because a process of vLLM's has ended raises EngineDied."""
+        try:
+            yield
+        except Exception as error:
+            if has_died(self._llm):
+                raise EngineDied(
+                    f"a process of the rollout engine has ended ({type(error).__name__}: {error})"
+                ) from error
+            raise
 
     def shutdown(self) -> None:
         """See RolloutEngine.shutdown."""

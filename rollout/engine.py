@@ -8,6 +8,10 @@ from rollout.groups import Candidates
 from rollout.weights import WeightBucket
 
 
+class EngineDied(RuntimeError):
+    """A process of an engine has ended; the engine answers no more, and a new one has to be made."""
+
+
 class RolloutEngine(Protocol):
     """Generates groups with the weights of one policy version.
 

@@ -138,6 +138,13 @@ def call_workers(llm: "LLM", method: str, *arguments: Any) -> list[Any]:
         raise EngineError(told[1]) from error
 
 
+def has_died(llm: "LLM") -> bool:
+    """Whether a worker that is a process of its own, as with tensor parallelism, has ended."""
+    executor: Any = llm.llm_engine.model_executor
+    workers = getattr(executor, "workers", None) or ()
+    return getattr(executor, "is_failed", False) or not all(worker.proc.is_alive() for worker in workers)
+
+
 def _unknown_argument(name: str) -> str:
     from vllm import EngineArgs
 

@@ -1,12 +1,18 @@
-"""Generates groups in a process of its own: python generate_groups.py MODEL TRIE TENSOR_PARALLEL PROMPTS OUT."""
+"""Generates groups in a process of its own: python generate_groups.py MODEL TRIE TENSOR_PARALLEL PROMPTS OUT.
+
+Then a rank of the engine is killed.
+"""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
 from rollout.config import RolloutConfig
+from rollout.engine import EngineDied
 from rollout.weights import WeightBucket, checksum
 from rollout.worker_engine import WorkerEngine
 
@@ -20,9 +26,16 @@ def main(model: str, trie: str, tensor_parallel: str, prompts_file: str, out: st
     ]
     loaded = engine.load_weights([WeightBucket.pack(named)])
     groups = engine.generate(prompts, range(len(prompts)), [0] * len(prompts), group_size=8)
+    os.kill(engine._llm.llm_engine.model_executor.workers[-1].proc.pid, signal.SIGKILL)
+    deaths = []
+    for _ in range(2):
+        try:
+            engine.generate(prompts, range(len(prompts)), [0] * len(prompts), group_size=8)
+        except EngineDied as death:
+            deaths.append(str(death))
     engine.shutdown()
     found = [{"item_class": group.item_class.tolist(), "score": group.score.tolist()} for group in groups]
-    Path(out).write_text(json.dumps({"loaded": loaded, "sent": checksum(named), "groups": found}))
+    Path(out).write_text(json.dumps({"loaded": loaded, "sent": checksum(named), "groups": found, "deaths": deaths}))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 
 from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
+from rollout.engine import EngineDied
 from rollout.groups import Candidates
 from rollout.weights import WeightBucket, checksum
 
@@ -17,8 +18,8 @@ class FakeEngine:
     """Candidates drawn from the seed alone; a file next to the model makes it slow, or die once.
 
     `<model>/die_at` holds the number of the call at which the process ends, 0 for the start of the engine; it is
-    removed first, so that the restarted worker lives, unless it says "always". `<model>/sleep` holds the seconds that
-    a call takes.
+    removed first, so that the restarted worker lives, unless it says "always". `<model>/lost` does as if a process of
+    the engine had ended, likewise once. `<model>/sleep` holds the seconds that a call takes.
     """
 
     def __init__(self, model_path: str, trie_path: Path, config: RolloutConfig) -> None:
@@ -45,9 +46,15 @@ class FakeEngine:
     ) -> list[Candidates]:
         self.calls += 1
         self._die_if_asked()
+        self._lose_a_process_if_asked()
         if (self.model_path / "sleep").exists():
             time.sleep(float((self.model_path / "sleep").read_text()))
         return [self._group(seed, group_size or self.config.group_size) for seed in seeds]
+
+    def _lose_a_process_if_asked(self) -> None:
+        if (self.model_path / "lost").exists():
+            (self.model_path / "lost").unlink()
+            raise EngineDied("a process of the rollout engine has ended")
 
     def _group(self, seed: int, size: int) -> Candidates:
         classes = np.random.default_rng(seed).permutation(self.trie.num_classes)[:size].astype(np.int32)
@@ -57,6 +64,7 @@ class FakeEngine:
         return Candidates(tokens=tokens, logprobs=logprobs, item_class=classes, score=score)
 
     def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
+        self._lose_a_process_if_asked()
         return checksum(named for bucket in buckets for named in bucket.tensors())
 
     def sleep(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from rollout_workers import (
     CONFIG,
     IDS,
@@ -35,6 +36,12 @@ def blank(ray_session: None, small_catalog: Catalog, folder: Path) -> Iterator[A
     yield from started_worker(small_catalog, folder, rank=1, version=None, restarts=3)
 
 
+@pytest.fixture
+def lonely(ray_session: None, small_catalog: Catalog, folder: Path) -> Iterator[ActorHandle]:
+    """A worker of a test's own, with two restarts."""
+    yield from started_worker(small_catalog, folder, rank=3, version=None, restarts=2)
+
+
 def test_a_worker_that_dies_in_the_middle_repeats_what_is_missing(blank: ActorHandle, folder: Path) -> None:
     weights = published(5)
     give(blank, weights)
@@ -45,6 +52,20 @@ def test_a_worker_that_dies_in_the_middle_repeats_what_is_missing(blank: ActorHa
     assert not (folder / "die_at").exists()
     assert ray.get(blank.health.remote())["process"] != health["process"]
     assert after == before
+
+
+def test_a_worker_whose_engine_loses_a_process_is_restarted(lonely: ActorHandle, folder: Path) -> None:
+    """As a rank of several under tensor parallelism that the system kills: the actor itself lives on."""
+    weights = published(5)
+    give(lonely, weights)
+    before = tables_of([stream_rollout(lonely, 3, "train", IDS, 5, 7, CONFIG, weights=weights)])
+    (folder / "lost").touch()
+    assert tables_of([stream_rollout(lonely, 3, "train", IDS, 5, 7, CONFIG, weights=weights)]) == before
+    (folder / "lost").touch()
+    with pytest.raises(RayActorError):
+        give(lonely, weights)
+    assert tables_of([stream_rollout(lonely, 3, "train", IDS, 5, 7, CONFIG, weights=weights)]) == before
+    assert not (folder / "lost").exists()
 
 
 def test_a_worker_that_died_while_it_was_idle_is_given_its_weights_again(blank: ActorHandle) -> None:

@@ -72,10 +72,10 @@ def test_scoring_forced_chains_at_once_changes_nothing(worker_engine: Any, monke
         np.testing.assert_allclose(one.score, other.score, atol=1e-4)
 
 
-def test_two_tensor_parallel_ranks_find_the_same_and_hold_all_weights(
+def test_two_tensor_parallel_ranks_find_the_same_hold_all_weights_and_die_by_name(
     worker_engine: Any, tiny_model_dir: Path, trie_path: Path, tmp_path: Path
 ) -> None:
-    """Two worker processes in lockstep; their shards' checksums add up to that of the whole weights."""
+    """Two worker processes in lockstep; their shards' checksums add up to that of the whole weights; one is killed."""
     prompts, files = ragged_prompts(12), [str(tmp_path / name) for name in ("prompts.json", "groups.json")]
     Path(files[0]).write_text(json.dumps(prompts))
     script = Path(__file__).with_name("generate_groups.py")
@@ -84,6 +84,7 @@ def test_two_tensor_parallel_ranks_find_the_same_and_hold_all_weights(
     assert run.returncode == 0, run.stderr[-3000:]
     answer = json.loads(Path(files[1]).read_text())
     assert answer["loaded"] == answer["sent"]
+    assert len(answer["deaths"]) == 2
     for found, expected in zip(answer["groups"], generate(worker_engine, prompts, 8), strict=True):
         assert found["item_class"] == expected.item_class.tolist()
         np.testing.assert_allclose(found["score"], expected.score, atol=1e-4)
