@@ -7,6 +7,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a file system answers where nothing can be written, by no fault of the program."""
+
+
+class CannotWrite(OSError):
+    """A full disk, or a place where nothing may be written. The message names what was to be written."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise CannotWrite naming `path` where the file system refuses what the body writes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise CannotWrite(f"{path} cannot be written: {error}") from error
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -18,12 +36,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     >>> with atomic_file(folder / "summary.json") as temporary:
     ...     temporary.write_text("{}")
     """
-    temporary = _beside(path)
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        temporary = _beside(path)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -33,18 +52,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Where another process has made `path` meanwhile, that one is kept and this one removed: for folders whose name says
     what is in them. Raises OSError when the folder cannot be renamed for any other reason.
     """
-    temporary = _beside(path)
-    temporary.mkdir()
-    try:
-        yield temporary
+    with writing(path):
+        temporary = _beside(path)
+        temporary.mkdir()
         try:
-            temporary.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+            yield temporary
+            try:
+                temporary.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary)
 
 
 def _beside(path: Path) -> Path:

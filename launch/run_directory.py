@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from catalog.atomic import atomic_file
+from catalog.atomic import atomic_file, writing
 from launch.compose import load, save
 from launch.config import Config, ConfigError
 from launch.continuation import check_resumable
@@ -56,9 +56,9 @@ def in_use(config: Config) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(path):
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
@@ -97,7 +97,8 @@ class RunDirectory:
 
     def _open(self, config: Config, fingerprint: str, say: Callable[[str], None]) -> None:
         for folder in (self.path, self.rollouts, self.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
         self.write_json(CATALOGUE, {"fingerprint": fingerprint})
         save(config, self.path / "config.yaml")
         _cut_torn_line(self.path / METRICS)
@@ -166,7 +167,7 @@ class RunDirectory:
 
     def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl; the same values to TensorBoard, under `phase`/, and to the trackers."""
-        with (self.path / METRICS).open("a") as file:
+        with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
             file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._tensorboard.add_scalar(f"{phase}/{name}", value, step)

@@ -1,10 +1,13 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from catalog.atomic import atomic_file, atomic_folder
+from catalog.atomic import CannotWrite, atomic_file, atomic_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -36,6 +39,13 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_beside_it(tmp_path: Pa
     with pytest.raises(FileNotFoundError), atomic_file(path):
         pass  # nothing was written
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_a_full_disk_is_named_with_what_was_to_be_written(tmp_path: Path, atomic: Callable) -> None:
+    with pytest.raises(CannotWrite, match=r"/name cannot be written: .*No space left"), atomic(tmp_path / "name"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert names(tmp_path) == []
 
 
 def test_the_last_of_two_writers_of_a_file_wins(tmp_path: Path) -> None:
