@@ -15,6 +15,7 @@ from rewards.errors import RewardError, RewardTimeoutError, name_examples
 from rewards.terms import replicas_of
 from rollout.streams import lost_data
 
+FETCH_TIMEOUT_S = 30.0
 RETRIES = 2
 """How often one table is scored again after the actor that held it died."""
 
@@ -36,7 +37,7 @@ class Work:
         DataLost where the table is gone.
         """
         try:
-            return ray.get(self.done)
+            return ray.get(self.done, timeout=self.replica.stage.timeout_s)
         except RayError as error:
             for work in self.inputs:
                 work.value()
@@ -44,7 +45,10 @@ class Work:
 
     def groups(self) -> str:
         """The groups of the table, for messages; the only place where the driver fetches one."""
-        return name_examples(ray.get(self.table)["example_id"].to_pylist())
+        try:
+            return name_examples(ray.get(self.table, timeout=FETCH_TIMEOUT_S)["example_id"].to_pylist())
+        except RayError:
+            return "groups whose table is lost"
 
     def _failure(self, error: RayError) -> RewardError:
         names = self.replica.stage.names

@@ -11,8 +11,8 @@ import torch
 from rollout.arrays import as_tensor
 
 CHECKSUM_BITS = 63
-_ON_CPU, _ON_CUDA = 1 << 16, 1 << 26
-# Elements that are summed at once.
+_ON_CPU, _ON_CUDA = 1 << 16, 1 << 24
+# Elements that are summed at once, two copies of them as 64-bit integers.
 _MIX = 0x1E3779B97F4A7C15
 _BITS_OF_ITEM_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -16,6 +16,7 @@ from launch.run import surviving
 from launch.waiting import fetch
 from rewards.config import RewardTerm
 from rewards.pool import RewardPool
+from rewards.stage import Stage, Work
 from rollout.config import RolloutConfig
 from rollout.streams import DataLost, PublishedWeights, bring_back, collect, stream_rollout
 
@@ -112,6 +113,12 @@ def test_lost_data_are_made_again_from_the_last_checkpoint(lost: ray.ObjectRef) 
 
     assert surviving(actors, Progress(), work) == "done"
     assert happened == ["abandon", "restart"]
+
+
+def test_a_late_reward_is_named_though_its_table_is_lost(lost: ray.ObjectRef) -> None:
+    stage = SimpleNamespace(names="'slow'", timeout_s=3.0)
+    late = Stage.late(stage, Work(SimpleNamespace(stage=stage, queue=[1]), lost, lost))
+    assert "reward 'slow' gave no answer for groups whose table is lost within 3 s" in str(late)
 
 
 def test_nothing_is_started_again_where_ray_itself_has_died() -> None:
