@@ -96,11 +96,11 @@ def _reward(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rere", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")
+    train = commands.add_parser("train", help="warm up, train and evaluate a recommender")
     commands.add_parser("prepare", help="make a data folder of raw interactions")
     commands.add_parser("recommend", help="the titles that the policy of a run recommends after given ones")
     commands.add_parser("compare", help="finished runs side by side")
-    train = commands.add_parser("train", help="warm up, train and evaluate a recommender")
+    commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")
     train.add_argument("--cluster", help="a file of configs/cluster (local)")
     train.add_argument("--data", help="a file of configs/data or a folder (embedded)")
     train.add_argument("--model", help="a file of configs/model or a Hugging Face directory (small)")

@@ -66,6 +66,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         for line in changes(load(Path(config.runs) / config.name / "config.yaml"), config):
             progress.line(line)
     with progress.stage("catalogue") as stage:
+        stage.update(detail="the model and its tokenizer")
         model_path = prepare_model(config)
         catalog = build_catalog(config.data, str(model_path), lambda words: stage.update(detail=words))
         stage.update(detail=_catalog_words(catalog))
