@@ -198,6 +198,9 @@ def collect(streams: Sequence[RolloutStream], timeout_s: float) -> Iterator[tupl
     dead or keeps dying at one table, DataLost when its weights are gone, and whatever a worker raised.
     """
     live = [stream for stream in streams if len(stream.example_ids)]
+    for stream in streams:
+        if stream not in live:
+            stream.close()  # so that it holds its weights no longer than the others
     try:
         while live:
             stream = _next_ready(live, timeout_s)

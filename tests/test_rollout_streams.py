@@ -105,6 +105,13 @@ def test_tables_of_several_workers_interleave(worker: ActorHandle, blank: ActorH
     assert tables[0] == tables[1]  # whichever worker generates a group, it is the same
 
 
+def test_streams_that_are_over_hold_no_weights(worker: ActorHandle) -> None:
+    weights = published(0)
+    streams = [stream_rollout(worker, 0, "train", ids, 0, 7, CONFIG, weights=weights) for ids in ([], IDS[:2])]
+    assert len(list(collect(streams, 60.0))) == 1
+    assert [stream.weights for stream in streams] == [None, None]
+
+
 def test_a_slow_worker_is_named_with_what_it_does(blank: ActorHandle, folder: Path) -> None:
     give(blank, published(0))
     (folder / "sleep").write_text("3")
