@@ -23,7 +23,7 @@ from catalog.config import DataConfig
 from catalog.template import prompt_texts
 from catalog.tokenizer import encode_prompts, load_tokenizer
 from launch.compose import load
-from launch.config import ConfigError
+from launch.config import Config, ConfigError
 from launch.progress import Progress
 from launch.run_directory import RunDirectory
 from learner import checkpoint
@@ -69,8 +69,7 @@ def recommend(
         raise ConfigError(f"run {run} does not exist")
     config = replace(load(run / "config.yaml"), name=run.resolve().name, runs=str(run.resolve().parent))
     path = _checkpoint(run / "checkpoints", step)
-    catalog = build_catalog(config.data, str(path))
-    RunDirectory.check_catalogue(config, catalog.fingerprint)
+    catalog = catalogue(config, path)
     _mention_unknown(histories, catalog)
     rollout = replace(config.rollout, kv_cache_gib=min(config.rollout.kv_cache_gib, KV_CACHE_GIB))
     with _errors_only():
@@ -81,6 +80,19 @@ def recommend(
         return catalog, engine.generate(prompts, nothing, nothing, group_size=count, strategy="beam")
     finally:
         engine.shutdown()
+
+
+def catalogue(config: Config, tokenizer_path: Path) -> Catalog:
+    """The one that the run was started with: in the cache, or else built again of the run's data.
+
+    Raises ConfigError where neither gives it, and CatalogError.
+    """
+    path = Path(config.data.cache) / RunDirectory.catalogue_of(config)
+    if path.is_dir():
+        return Catalog.load(path)
+    catalog = build_catalog(config.data, str(tokenizer_path))
+    RunDirectory.check_catalogue(config, catalog.fingerprint)
+    return catalog
 
 
 def _checkpoint(folder: Path, step: str | None) -> Path:

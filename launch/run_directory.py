@@ -131,19 +131,25 @@ class RunDirectory:
     @staticmethod
     def check_catalogue(config: Config, fingerprint: str) -> None:
         """Raise ConfigError when the run that is to be continued was started with another catalogue."""
+        started = RunDirectory.catalogue_of(config)
+        if started != fingerprint:
+            raise ConfigError(
+                f"the catalogue is {fingerprint}, but run {Path(config.runs) / config.name} was started with "
+                f"{started}: the files of the data or the model's tokenizer have changed; bring back the old ones, or "
+                "start another run with NAME="
+            )
+
+    @staticmethod
+    def catalogue_of(config: Config) -> str:
+        """Fingerprint of the catalogue that an existing run was started with. Raises ConfigError."""
         file = Path(config.runs) / config.name / CATALOGUE
         try:
-            started = json.loads(file.read_text())["fingerprint"]
+            return str(json.loads(file.read_text())["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{file} is missing or damaged, so nobody can tell whether the run was started with the same data; "
                 "start another with NAME=, or OVERWRITE=1 replaces it"
             ) from error
-        if started != fingerprint:
-            raise ConfigError(
-                f"the catalogue is {fingerprint}, but run {file.parent} was started with {started}: the files of the "
-                "data or the model's tokenizer have changed; bring back the old ones, or start another run with NAME="
-            )
 
     @staticmethod
     def check_steps(config: Config, steps: int) -> None:

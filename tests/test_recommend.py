@@ -2,13 +2,18 @@
 
 import difflib
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from catalog.build import build_catalog
+from catalog.errors import CatalogError
+from launch.compose import compose
 from launch.config import ConfigError
-from launch.recommend import close_titles, histories_of_file, main
+from launch.recommend import catalogue, close_titles, histories_of_file, main
+from launch.run_directory import RunDirectory
 
 
 def test_options_may_stand_between_the_run_and_the_titles() -> None:
@@ -32,3 +37,18 @@ def test_close_titles_of_a_small_catalogue_are_those_of_difflib() -> None:
 def test_close_titles_of_a_large_catalogue_are_found() -> None:
     titles = pa.array([f"Acme Bolt {i:06d}, Pack of {i % 97}" for i in range(100_000)], pa.large_string())
     assert close_titles("Acme Bolt 041234, Pack of 99", titles)[0].startswith("Acme Bolt 041234")
+
+
+def test_the_catalogue_is_that_of_the_run_though_its_data_have_gone(
+    data: Path, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    config = compose(data=str(data), overrides=[f"runs={tmp_path}/runs", f"data.cache={tmp_path}/cache"])
+    built = build_catalog(config.data, str(tiny_tokenizer_dir))
+    RunDirectory(config, built.fingerprint).close()
+    shutil.rmtree(built.path)
+    assert catalogue(config, tiny_tokenizer_dir).fingerprint == built.fingerprint
+    shutil.rmtree(data)
+    assert catalogue(config, tiny_tokenizer_dir).titles.equals(built.titles)
+    shutil.rmtree(built.path)
+    with pytest.raises(CatalogError, match="data"):
+        catalogue(config, tiny_tokenizer_dir)
