@@ -46,6 +46,11 @@ def prepare(
     titles = catalogue.titles_with_nulls("title")
     usable = np.append(_short_titles(titles, max_title_words), False)  # the last is for unknown items, row -1
     row_of = index.known(log, "item_id")
+    if (row_of < 0).all():
+        first = log.ids("item_id")[0].as_py()
+        raise log.fault(
+            "item_id", 0, f"neither item {first!r} nor any other is in {items.name}; give both the same ids"
+        )
     users, time = pc.dictionary_encode(log.texts("user_id")), log.seconds("timestamp")
     user = users.indices.to_numpy()
 

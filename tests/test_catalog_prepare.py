@@ -152,6 +152,11 @@ def test_ids_that_are_none_are_refused_in_csv_files(
         prepared_csv(tmp_path, users, items, ["x", "y"])
 
 
+def test_ids_of_another_kind_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=r"log\.csv: column 'item_id', row 0: neither item 'item-5' nor any other"):
+        prepared_csv(tmp_path, ["a", "b"], ["item-5", "item-6"], ["5", "6"])
+
+
 def test_a_title_of_any_white_space_is_left_out(tmp_path: Path) -> None:
     """So that the folder can be read; words end at any white space, too."""
     files = write(tmp_path, [(user, item, day) for day in range(8) for user in "abc" for item in (0, 1, 4, 5)])
