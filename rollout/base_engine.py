@@ -14,7 +14,14 @@ from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
 from rollout.engine import EngineDied
 from rollout.groups import Candidates
-from rollout.vllm_engine import call_workers, check_requests, check_temperature, check_vocabulary, has_died
+from rollout.vllm_engine import (
+    call_workers,
+    check_requests,
+    check_strategy,
+    check_temperature,
+    check_vocabulary,
+    has_died,
+)
 from rollout.weights import WeightBucket, combine
 
 if TYPE_CHECKING:
@@ -51,7 +58,8 @@ class BaseEngine(ABC):
     ) -> list[Candidates]:
         """See RolloutEngine.generate. Samples are ordered by their log-probability."""
         config, strategy = self._config, strategy or self._config.strategy
-        size = group_size or config.group_size
+        size = config.group_size if group_size is None else group_size
+        check_strategy(strategy, size)
         check_temperature(strategy, config.temperature)
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
         longest = config.max_completion_tokens if strategy == "unconstrained" else self._trie.max_tokens

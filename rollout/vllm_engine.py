@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -55,6 +55,14 @@ def check_vocabulary(trie_path: str | Path, trie: Trie, vocab_size: int) -> None
             f"{trie_path} has token {trie.edge_token.max()}, the model's vocabulary is {vocab_size}: build the "
             "catalogue with the model's tokenizer"
         )
+
+
+def check_strategy(strategy: str, size: int) -> None:
+    """Raises EngineError for a strategy that there is not, or for a group of nothing."""
+    if strategy not in get_args(Strategy):
+        raise EngineError(f"rollout.strategy={strategy}: choose one of {', '.join(get_args(Strategy))}")
+    if size < 1:
+        raise EngineError(f"rollout.group_size={size}: a group needs a candidate")
 
 
 def check_temperature(strategy: Strategy, temperature: float) -> None:

@@ -75,6 +75,10 @@ def test_what_cannot_be_generated_is_refused(requests_engine: Any, prompts: list
         generate(requests_engine, [prompts[0], []], 4)
     with pytest.raises(EngineError, match=r"prompt 0 has 2040 tokens.*rollout\.vllm\.max_model_len"):
         generate(requests_engine, [[5] * 2040], 4)
+    with pytest.raises(EngineError, match=r"rollout\.strategy=beams: choose one of beam, sample"):
+        generate(requests_engine, prompts[:1], 4, strategy="beams")
+    with pytest.raises(EngineError, match=r"rollout\.group_size=0: a group needs a candidate"):
+        generate(requests_engine, prompts[:1], 0)
     requests_engine._config.temperature, configured = 0.0, requests_engine._config.temperature
     with pytest.raises(EngineError, match=r"rollout\.temperature=0\.0: a sample needs a temperature above 0"):
         generate(requests_engine, prompts[:1], 4, strategy="sample")
