@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +23,19 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table; 0 when it succeeded."""
     parser = argparse.ArgumentParser(prog="rere compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, such as runs/*")
-    runs = [FinishedRun(path) for path in parser.parse_args(arguments).runs]
+    runs = finished(parser.parse_args(arguments).runs)
     columns, rows = comparison(runs)
     Progress().table(f"runs by NDCG@{runs[0].k}; gain over {runs[0].name}", columns, rows)
     return 0
+
+
+def finished(paths: Sequence[Path]) -> list["FinishedRun"]:
+    """The finished ones of several runs; the others are named on the error stream. Raises ConfigError without any."""
+    unfinished = [path for path in paths if (path / "config.yaml").is_file() and not (path / "summary.json").exists()]
+    runs = [FinishedRun(path) for path in paths if path not in unfinished or len(unfinished) == len(paths)]
+    if unfinished:
+        print(f"not finished, so left out: {', '.join(path.name for path in unfinished)}", file=sys.stderr)
+    return runs
 
 
 class FinishedRun:
@@ -60,10 +70,14 @@ class FinishedRun:
         targets = catalog.item_ids.take(pa.array(test.target_item[ids])).to_pylist()
         return [(test.user_id(example_id), target) for example_id, target in zip(ids, targets, strict=True)]
 
-    def gain_over(self, other: "FinishedRun", k: int) -> dict[str, float] | None:
-        """paired_bootstrap of NDCG@k from another run to this one; None unless they evaluated the same examples."""
-        if self.examples is None or self.examples != other.examples or k > self.k:
-            return None
+    def gain_over(self, other: "FinishedRun", k: int) -> dict[str, float] | str:
+        """paired_bootstrap of NDCG@k from another run to this one, or why there is none."""
+        if k > self.k:
+            return "not measured"
+        if self.examples is None or other.examples is None:
+            return "catalogue not found"
+        if self.examples != other.examples:
+            return "other examples"
         before, after = (ndcg_per_example(run._after["hit_ranks"], k) for run in (other, self))
         return paired_bootstrap(before, after, [user for user, _ in self.examples], seed=0)
 
@@ -76,7 +90,7 @@ def comparison(runs: Sequence[FinishedRun]) -> tuple[list[str], list[list[str]]]
 
 
 def _row(run: FinishedRun, first: FinishedRun, k: int) -> list[str]:
-    gain = None if run is first else run.gain_over(first, k)
+    gain = "" if run is first else run.gain_over(first, k)
     before, after = (run.metric(phase, f"ndcg@{k}") for phase in ("sft", "rl"))
     return [
         run.name,
@@ -84,12 +98,12 @@ def _row(run: FinishedRun, first: FinishedRun, k: int) -> list[str]:
         str(run.summary["steps"]),
         "not measured" if before is None else f"{before:.4f}",
         "not measured" if after is None else f"{after:.4f}",
-        *_gain_words(gain, run is first),
+        *_gain_words(gain),
         f"{run.summary['timing_s']['step']:.2f}",
     ]
 
 
-def _gain_words(gain: dict[str, float] | None, is_first: bool) -> tuple[str, str]:
-    if gain is None:
-        return ("", "") if is_first else ("", "other examples")
+def _gain_words(gain: dict[str, float] | str) -> tuple[str, str]:
+    if isinstance(gain, str):
+        return "", gain
     return f"{gain['mean']:+.4f}", f"{gain['low']:+.4f} to {gain['high']:+.4f}"

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from catalog.build import build_catalog
-from launch.compare import FinishedRun, comparison
+from launch.compare import FinishedRun, comparison, finished
 from launch.compose import load
 from launch.config import ConfigError
 from launch.recommend import prompt_tokens, recommend
@@ -141,7 +141,9 @@ def test_its_policy_recommends_as_hugging_face_would_rank(finished_run: Path, mo
             assert score == pytest.approx(float(expected), abs=1e-3)
 
 
-def test_it_can_be_compared(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_compared(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(finished_run.parent.parent)
     other = finished_run.with_name("other")
     shutil.copytree(finished_run, other)
@@ -159,7 +161,12 @@ def test_it_can_be_compared(finished_run: Path, monkeypatch: pytest.MonkeyPatch)
     (other / "eval-rl.json").write_text(json.dumps(after))
     _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
     assert dict(zip(columns, rows[1], strict=True))["95% interval"] == "other examples"
+    monkeypatch.chdir(finished_run.parent)  # a cache with a relative path is looked for there
+    _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
+    assert dict(zip(columns, rows[1], strict=True))["95% interval"] == "catalogue not found"
     (other / "summary.json").unlink()
+    assert [run.name for run in finished([other, finished_run])] == [finished_run.name]
+    assert "left out: other" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="only finished runs can be compared"):
         FinishedRun(other)
 
