@@ -88,7 +88,7 @@ def to_yaml(config: Config) -> str:
 def _saved(path: Path) -> DictConfig:
     """What `save` has written; every setting is in it, or it is not what was written."""
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist; there is no run to continue")
+        raise ConfigError(f"{path} does not exist; there is no run in that folder")
     saved = _yaml(path)
     for section, keys in (*FIXED_IN_A_RUN.items(), ("", [entry.name for entry in fields(Config)])):
         for key in (f"{section}.{name}".lstrip(".") for name in keys):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import reduce
+from math import inf
 from typing import Any
 
 from learner.config import OptimizerConfig
@@ -65,6 +66,14 @@ NOT_NEGATIVE = (
     "train.seed",
     "train.eval_examples",
 )
+FINITE = (
+    "cluster.object_store_gib",
+    "rollout.temperature",
+    "rollout.oversample",
+    "rollout.kv_cache_gib",
+    "learner.logit_mib",
+    "train.epochs",
+)
 SHARES = (
     "data.generated.duplicates",
     "learner.clip_low",
@@ -77,6 +86,7 @@ OPTIMIZERS = ("learner.optimizer", "learner.sft.optimizer")
 
 Range = tuple[Callable[[float], bool], str]
 ABOVE_0: Range = (lambda value: value > 0, "must be greater than 0")
+NOT_INFINITE: Range = (lambda value: value < inf, "must be finite")
 AT_LEAST_0: Range = (lambda value: value >= 0, "must not be negative")
 FROM_0_TO_1: Range = (lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 FROM_0_BELOW_1: Range = (lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
@@ -86,6 +96,7 @@ def out_of_range(config: Any) -> Iterator[tuple[str, Any, str]]:
     """(key, value, what it must be) of every number of a Config that lies outside its range."""
     for keys, allowed in (
         (POSITIVE, ABOVE_0),
+        (FINITE, NOT_INFINITE),
         (NOT_NEGATIVE, AT_LEAST_0),
         (SHARES, FROM_0_TO_1),
         (SHARES_BELOW_1, FROM_0_BELOW_1),
@@ -98,6 +109,7 @@ def out_of_range(config: Any) -> Iterator[tuple[str, Any, str]]:
 
 def _optimizer_out_of_range(key: str, optimizer: OptimizerConfig) -> Iterator[tuple[str, Any, str]]:
     yield from _outside(f"{key}.learning_rate", optimizer.learning_rate, ABOVE_0)
+    yield from _outside(f"{key}.learning_rate", optimizer.learning_rate, NOT_INFINITE)
     yield from _outside(f"{key}.warmup_ratio", optimizer.warmup_ratio, FROM_0_TO_1)
     for beta in optimizer.betas:
         yield from _outside(f"{key}.betas", beta, FROM_0_BELOW_1)

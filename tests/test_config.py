@@ -52,6 +52,8 @@ def test_every_committed_group_composes(group: str) -> None:
         ("name=../elsewhere", "plain folder name"),
         ("train.rollouts_every=0", "train.rollouts_every=0: must be greater than 0"),
         ("train.epochs=-3", "train.epochs=-3.0: must be greater than 0"),
+        ("train.epochs=.inf", "train.epochs=inf: must be finite"),
+        ("learner.optimizer.learning_rate=.inf", "learner.optimizer.learning_rate=inf: must be finite"),
         ("rollout.timeout_s=0", "rollout.timeout_s=0.0: must be greater than 0"),
         ("train.seed=-1", "train.seed=-1: must not be negative"),
         ("rollout.max_completion_tokens=0", "rollout.max_completion_tokens=0: must be greater than 0"),
