@@ -89,8 +89,12 @@ def _reward(arguments: list[str]) -> int:
         from launch.sasrec import main as train_sasrec
 
         return train_sasrec(arguments[1:])
-    print("usage: rere reward check SPEC | rere reward train-sasrec --data DATA", file=sys.stderr)
-    return 2
+    asked = arguments[:1] in (["-h"], ["--help"])
+    print(
+        "usage: rere reward check SPEC | rere reward train-sasrec --data DATA",
+        file=sys.stdout if asked else sys.stderr,
+    )
+    return 0 if asked else 2
 
 
 def _parser() -> argparse.ArgumentParser:

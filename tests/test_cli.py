@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import Refused
 
+from launch.cli import main
 from launch.compose import compose
 from launch.run_directory import RunDirectory
 
@@ -90,3 +91,9 @@ def test_what_cannot_be_compared_is_refused(data: Path, refused: Refused) -> Non
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
     assert "only finished runs can be compared" in refused("compare", "runs/mine")
     assert "there is no run runs/ghost" in refused("compare", "runs/ghost", "runs/mine")
+
+
+def test_help_of_rewards_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reward", "--help"]) == 0
+    assert "rere reward check SPEC" in capsys.readouterr().out
+    assert main(["reward", "chek"]) == 2
