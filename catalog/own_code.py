@@ -3,7 +3,6 @@
 import importlib
 import sys
 import traceback
-import zlib
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -61,7 +60,7 @@ def _module_of_file(place: str, root: Path) -> ModuleType:
     file = next(path for path in places if path.is_file()).resolve()
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
-    loader = SourceFileLoader(f"file_{file.stem}_{zlib.crc32(bytes(file)):08x}", str(file))
+    loader = SourceFileLoader(str(file), str(file))  # a name that no import has, and that messages can show
     if loader.name in sys.modules:
         return sys.modules[loader.name]
     module = ModuleType(loader.name)

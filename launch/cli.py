@@ -22,12 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers it while it starts
             raise
-        print("interrupted; everything that was started has been ended", file=sys.stderr)
+        print("interrupted; everything that was started has been ended", *_notes(stop), sep="\n", file=sys.stderr)
         return 130
     except Exception as error:
         if (message := _own_message(error)) is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", *_notes(error), sep="\n", file=sys.stderr)
         return 1
 
 
@@ -69,14 +69,8 @@ def _run(arguments: list[str]) -> int:
         dry_run(config)
         return 0
     from launch.run import run
-    from learner import checkpoint
 
-    try:
-        run(config, resume=options.resume, overwrite=options.overwrite)
-    except KeyboardInterrupt:
-        if (latest := checkpoint.latest(Path(config.runs) / config.name / "checkpoints")) is not None:
-            print(f"RESUME=1 NAME={config.name} goes on from {latest}", file=sys.stderr)
-        raise
+    run(config, resume=options.resume, overwrite=options.overwrite)
     return 0
 
 
@@ -125,6 +119,11 @@ def _own_message(error: BaseException) -> str | None:
     cause = error.cause if isinstance(error, RayTaskError) else error
     package = type(cause).__module__.partition(".")[0]
     return str(cause) if package in OWN_PACKAGES else None
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What else a person should know, such as how a run goes on."""
+    return getattr(error, "__notes__", [])
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

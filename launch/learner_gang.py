@@ -8,10 +8,11 @@ from typing import Any
 import ray
 from ray import ObjectRef, ObjectRefGenerator
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from catalog.catalog import Catalog
 from launch.config import Config
+from learner import checkpoint
 from learner.mismatch import check_mismatch
 from learner.rank import PEER_LOST, LearnerRank, rank_environment
 from rollout.streams import PublishedWeights, lost_data, raise_if_failed
@@ -127,9 +128,12 @@ class LearnerGang:
 
     def save(self, path: Path, state: dict[str, Any], keep: int | None = None) -> None:
         """Write a checkpoint; the newest `keep` beside it stay."""
-        self._all(
-            "checkpoint", [rank.save_checkpoint.remote(str(path.resolve()), state, keep) for rank in self._ranks]
-        )
+        saving = [rank.save_checkpoint.remote(str(path.resolve()), state, keep) for rank in self._ranks]
+        try:
+            self._all("checkpoint", saving)
+        except RayTaskError:  # a rank that is lost is started again, and drops it then
+            checkpoint.discard(path)
+            raise
         self._saved = path, state
 
     def load(self, path: Path) -> dict[str, Any]:

@@ -162,6 +162,8 @@ def histories_of_file(file: Path) -> Iterator[list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ConfigError(f"{file}, line {number} is empty; leave it out, so that every line has its answer")
         try:
             history = json.loads(line)
         except ValueError as error:

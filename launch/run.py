@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -86,6 +87,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         surviving(actors, progress, partial(trial, actors, config, model_path))
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite, say=progress.line)
         opened.callback(directory.close)
+        opened.push(partial(_tell_how_to_go_on, directory))
         session = Session(config, catalog, directory, actors, progress)
         sft = surviving(actors, progress, partial(warm_up, session))
         with progress.stage("train", steps) as stage:
@@ -98,6 +100,15 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     print_metrics(progress, config, summary)
     progress.line(f"{directory.path}: report.html, summary.json, metrics.jsonl, tensorboard, rollouts, checkpoints")
     return summary
+
+
+def _tell_how_to_go_on(
+    directory: RunDirectory, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Add to whatever ends a run that it can be continued."""
+    latest = checkpoint.latest(directory.checkpoints)
+    if error is not None and latest is not None:
+        error.add_note(f"RESUME=1 NAME={directory.path.name} goes on from {latest}")
 
 
 def warm_up(session: Session) -> dict[str, Any]:

@@ -118,6 +118,8 @@ class RunDirectory:
             raise ConfigError(f"run {path} does not exist; there is nothing to resume")
         if resume:
             _check_resumable(config, path)
+            if (last := checkpoint.latest(path / "checkpoints")) is not None:
+                checkpoint.check(last, contents=False)  # whoever loads it looks at every byte
         if overwrite and path.exists() and not _is_run(path):
             raise ConfigError(
                 f"{path} is not the folder of a run (it has neither config.yaml nor {CATALOGUE}), so OVERWRITE=1 does "

@@ -71,14 +71,22 @@ def commit(path: Path, state: dict[str, Any], keep: int | None = None) -> None:
             _remove(old)
 
 
+def discard(path: Path) -> None:
+    """Drop what a write of `path` that failed has left, which may be why the disk is full."""
+    shutil.rmtree(temporary_path(path), ignore_errors=True)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """What commit was given; of a checkpoint in which find_fault finds nothing."""
     return json.loads((path / STATE).read_text())
 
 
-def check(path: Path) -> None:
-    """Raise CheckpointError naming what is wrong with a checkpoint, and the newest other one that is intact."""
-    if fault := find_fault(path):
+def check(path: Path, *, contents: bool = True) -> None:
+    """Raise CheckpointError naming what is wrong with a checkpoint, and the newest other one that is intact.
+
+    contents: as find_fault.
+    """
+    if fault := find_fault(path, contents=contents):
         others = [other for other in steps(path.parent) if other != path and find_fault(other) is None]
         if others:
             offer = f"{others[0].name} is intact: delete {path.name} to go on from there"
@@ -89,8 +97,11 @@ def check(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path}: {fault}; {offer}")
 
 
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words that name the file; None when every byte is as written."""
+def find_fault(path: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words that name the file; None when every byte is as written.
+
+    contents: False reads no file, and only asks whether each is there and has its size.
+    """
     if not path.is_dir():
         return "does not exist"
     try:
@@ -103,6 +114,8 @@ def find_fault(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+    if not contents:
+        return None
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(manifest, pool.map(_sha256, (path / name for name in manifest)), strict=True):
             if digest != manifest[name]["sha256"]:

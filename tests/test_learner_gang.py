@@ -1,6 +1,7 @@
 """The gang of learner ranks: whose error it is, and what a restart does."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from ray import cloudpickle
 from launch.learner_gang import LearnerGang, LearnerLost
 from launch.progress import Progress
 from launch.run import GANG_RESTARTS, surviving
+from learner import checkpoint
 from learner.config import LearnerConfig
 from learner.mismatch import MismatchError
 from learner.rank import PEER_LOST, LearnerRank
@@ -47,7 +49,11 @@ class Rank:
         return 7
 
     def save_checkpoint(self, path: str, state: dict[str, Any], keep: int | None) -> None:
-        Path(path).mkdir(exist_ok=True)
+        if self.rank == 0:
+            checkpoint.begin(Path(path))
+            self._fail_if_asked("save_checkpoint")
+            shutil.rmtree(path, ignore_errors=True)
+            checkpoint.temporary_path(Path(path)).rename(path)
 
     def load_checkpoint(self, path: str) -> dict[str, Any]:
         return {"read from": path}
@@ -153,6 +159,14 @@ def test_a_checkpoint_is_read_only_where_the_ranks_hold_something_else(gang: Lea
     gang.restart()
     gang.join()
     assert gang.load(tmp_path / "a") == {"read from": str(tmp_path / "a")}
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(gang: LearnerGang, tmp_path: Path) -> None:
+    gang.join()
+    (tmp_path / "save_checkpoint-0").write_text("No space left on device")
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        gang.save(tmp_path / "runs/step-1", {"steps_done": 1})
+    assert not any((tmp_path / "runs").iterdir())
 
 
 def test_ranks_that_are_lost_while_they_start_again_are_started_once_more(gang: LearnerGang, tmp_path: Path) -> None:

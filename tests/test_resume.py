@@ -1,7 +1,11 @@
 """What a continued run goes on with, and what it refuses to go on with."""
 
 import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +15,10 @@ from command_line import Refused
 from catalog.build import build_catalog
 from launch.cli import main
 from launch.compose import compose
+from launch.config import Config, ConfigError
+from launch.run import _tell_how_to_go_on
 from launch.run_directory import RunDirectory
+from learner import checkpoint
 
 
 class NothingStarts(Exception):
@@ -77,6 +84,37 @@ def test_a_run_is_not_resumed_on_changed_data(
     assert "bring back the old ones, or start another run with NAME=" in message
     (tmp_path / "runs" / "mine" / "catalogue.json").unlink()
     assert "catalogue.json is missing" in refused(*command, "--resume")
+
+
+def test_a_torn_checkpoint_is_refused_before_anything_starts(data: Path, tmp_path: Path, refused: Refused) -> None:
+    RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
+    path = tmp_path / "runs/mine/checkpoints/step-4"
+    (checkpoint.begin(path) / "model.safetensors").write_bytes(b"weights")
+    checkpoint.commit(path, {})
+    (path / "model.safetensors").write_bytes(b"weig")
+    message = refused("train", "--name", "mine", "--resume")
+    assert "step-4: model.safetensors has 4 bytes instead of 7" in message
+
+
+def test_whatever_ends_a_run_says_how_it_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def stopped(stop: BaseException) -> Callable[..., Any]:
+        def run(config: Config, **_: bool) -> None:
+            directory = RunDirectory(config, "none", overwrite=True)
+            with ExitStack() as opened:
+                opened.push(partial(_tell_how_to_go_on, directory))
+                (directory.checkpoints / "step-4").mkdir()
+                raise stop
+
+        return run
+
+    for stop in (KeyboardInterrupt(), ConfigError("too late")):
+        monkeypatch.setattr("launch.run.run", stopped(stop))
+        assert main(["train", "--data", str(data), "--name", "mine"]) != 0
+        assert "RESUME=1 NAME=mine goes on from runs/mine/checkpoints/step-4\n" in capsys.readouterr().err
 
 
 def test_resuming_what_never_was_is_refused(refused: Refused) -> None:
