@@ -30,8 +30,9 @@ from learner import checkpoint
 from rollout.engines import create_engine
 from rollout.groups import Candidates
 
-KV_CACHE_GIB = 1.0
-"""At most; a run's own may be sized for hundreds of groups at once, and what does not fit together goes in turn."""
+KV_CACHE_GIB = 1 / 16
+"""For each title asked for, at most; a run's own cache may be sized for hundreds of groups at once, and histories that
+do not fit together go in turn."""
 UNKNOWN_SHOWN = 3
 PIECE, COMPARED = 4, 1000
 """Characters of a piece of a title; titles that are compared whole."""
@@ -71,7 +72,7 @@ def recommend(
     path = _checkpoint(run / "checkpoints", step)
     catalog = catalogue(config, path)
     _mention_unknown(histories, catalog)
-    rollout = replace(config.rollout, kv_cache_gib=min(config.rollout.kv_cache_gib, KV_CACHE_GIB))
+    rollout = replace(config.rollout, kv_cache_gib=min(config.rollout.kv_cache_gib, max(count, 16) * KV_CACHE_GIB))
     with _errors_only():
         engine = create_engine(path, catalog.path / "trie.arrow", rollout)
     try:
