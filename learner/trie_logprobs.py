@@ -63,7 +63,7 @@ class TrieSpace:
             alive = mask[:, step]
             key = at * self._base + tokens[:, step]
             edge = np.minimum(np.searchsorted(self._edge_key, key), len(self._edge_key) - 1)
-            lost = np.flatnonzero(alive & ((self._edge_key[edge] != key) | (tokens[:, step] >= self._base) | (at < 0)))
+            lost = np.flatnonzero(alive & ((self._edge_key[edge] != key) | (tokens[:, step] >= self._base)))
             if len(lost):
                 raise ValueError(
                     f"candidate {lost[0]} of the batch leaves the title trie at token {step}; "

@@ -25,10 +25,11 @@ from transformers import (
 
 from catalog.trie import Trie
 from learner.logprobs import LogprobHead
-from learner.packing import padded_batch
+from learner.packing import Choices, padded_batch
 from learner.policy import Policy
 from learner.products import widened
 from learner.reference import Reference
+from learner.trie_logprobs import trie_logprobs
 
 VOCABULARY, EOS = 97, 96
 SHAPE = {
@@ -224,6 +225,14 @@ def test_a_candidate_outside_the_trie_is_refused_with_the_place() -> None:
         policy(policy.pack([[5, 6]], [[[1, 2, EOS], [1, 4, EOS]]]))
 
 
+@pytest.mark.parametrize("wrong", [[1, 8], [1, 3, 3], [7]])
+def test_tokens_of_no_title_and_tokens_after_the_end_are_outside_the_trie_too(wrong: list[int]) -> None:
+    trie = Trie.from_titles([[1, 2, 3], [1, 3], [4, 3]], eos_token=3, tokenizer_fingerprint="test")
+    policy = Policy(language_model("llama"), trie=trie)
+    with pytest.raises(ValueError, match=f"candidate 1 of the batch leaves the title trie at token {len(wrong) - 1}"):
+        policy(policy.pack([[5, 6]], [[[1, 2, 3], wrong]]))
+
+
 def test_logits_never_exceed_the_budget_in_either_pass() -> None:
     lm = language_model("qwen2")
     policy = Policy(lm, logit_mib=logit_mib(16))
@@ -282,6 +291,28 @@ def test_the_budget_of_logits_counts_those_of_the_device_that_computes_them(monk
     head = LogprobHead(projection, LlamaConfig(), chunk_mib=1)
     there = projection.to("meta").weight
     assert head.chunk_rows(widened(there)) * 128 * 2 == 2**20
+
+
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_a_projection_may_have_a_bias(chunk: int) -> None:
+    """As Phi's has."""
+    projection, hidden = nn.Linear(8, VOCABULARY), torch.randn(10, 8, requires_grad=True)
+    head = LogprobHead(projection, LlamaConfig(), logit_mib(chunk))
+    row, target = torch.arange(10), torch.arange(10) * 9
+    everything = Choices(
+        row.repeat_interleave(VOCABULARY),
+        torch.arange(VOCABULARY).repeat(10),
+        row.repeat_interleave(VOCABULARY),
+        row * VOCABULARY + target,
+        row[:, None],
+    )
+    expected = projection(hidden).log_softmax(-1)[row, target]
+    inputs = (hidden, *projection.parameters())
+    expected_gradients = torch.autograd.grad(expected @ torch.linspace(-1, 1, 10), inputs, retain_graph=True)
+    for found in (head(hidden, row, target, np.arange(11)), trie_logprobs(head, hidden, everything)[:, 0]):
+        torch.testing.assert_close(found, expected)
+        gradients = torch.autograd.grad(found @ torch.linspace(-1, 1, 10), inputs)
+        torch.testing.assert_close(gradients, expected_gradients)
 
 
 def test_an_offloaded_reference_is_not_copied_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
