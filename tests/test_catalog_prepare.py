@@ -1,6 +1,8 @@
 """Preparing raw interactions, against loops that do what the paper says."""
 
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -65,8 +67,8 @@ def test_csv_files_give_what_parquet_files_give(tmp_path: Path) -> None:
     )
     for name, table in (("items", items), ("log", log)):
         pq.write_table(table, tmp_path / f"{name}.parquet")
-        pa.csv.write_csv(table, tmp_path / f"{name}.csv")
-    assert prepare(tmp_path / "log.csv", tmp_path / "items.csv", tmp_path / "csv") == prepare(
+        pa.csv.write_csv(table, tmp_path / f"{name}.CSV")
+    assert prepare(tmp_path / "log.CSV", tmp_path / "items.CSV", tmp_path / "csv") == prepare(
         tmp_path / "log.parquet", tmp_path / "items.parquet", tmp_path / "parquet"
     )
     for name in ("items", "train", "valid", "test"):
@@ -136,6 +138,11 @@ def test_one_csv_file_may_hold_other_ids_besides_numbers(tmp_path: Path) -> None
     assert read.item_ids.to_pylist() == ["5", "6"]
 
 
+def test_numbers_of_csv_files_are_integers_also_below_zero_and_between_blanks(tmp_path: Path) -> None:
+    read = prepared_csv(tmp_path, ["a", "b"], ["5", "-6"] * 4, [" 5", "-6 "]).read(10)
+    assert read.item_ids.to_pylist() == [5, -6]
+
+
 @pytest.mark.parametrize(
     ("users", "items", "message"),
     [
@@ -160,10 +167,10 @@ def test_ids_of_another_kind_are_named(tmp_path: Path) -> None:
 def test_a_title_of_any_white_space_is_left_out(tmp_path: Path) -> None:
     """So that the folder can be read; words end at any white space, too."""
     files = write(tmp_path, [(user, item, day) for day in range(8) for user in "abc" for item in (0, 1, 4, 5)])
-    titles = ["Bolt", "Nut", None, "x", "\u3000\u00a0", "one\u00a0two\u3000three"]
+    titles = ["Bolt", "Wing\u00a0Nut", None, "x", "\u3000\u00a0", "one\u00a0two\u3000three"]
     pq.write_table(pa.table({"item_id": range(100, 106), "title": titles}), files[1])
     prepare(*files, tmp_path / "out", k=3, max_title_words=2)
-    assert Source.of(tmp_path / "out").read(10).titles.to_pylist() == ["Bolt", "Nut"]
+    assert Source.of(tmp_path / "out").read(10).titles.to_pylist() == titles[:2]
 
 
 def test_repeated_interactions_are_kept_and_counted(tmp_path: Path) -> None:
@@ -206,8 +213,18 @@ def test_prepared_examples_equal_the_loops(
     assert targets == [row[3] for row in rows]
 
 
+@pytest.fixture
+def west(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose days begin nine hours after those of UTC."""
+    with monkeypatch.context() as there:
+        there.setenv("TZ", "WEST+9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
 def test_the_command_writes_a_folder_that_can_be_trained_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    west: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = [(user, item, day) for day in range(8) for user in "abc" for item in (0, 1)]
     files = write(tmp_path, log)
@@ -235,6 +252,8 @@ def test_faults_are_named(tmp_path: Path) -> None:
         prepare(*files, tmp_path / "out", k=1)
     with pytest.raises(CatalogError, match="'November' is no day"):
         prepare(*files, tmp_path / "out", start="November")
+    with pytest.raises(CatalogError, match="max_history=0: a prompt needs at least one item"):
+        prepare(*files, tmp_path / "out", max_history=0)
     with pytest.raises(CatalogError, match="exists"):
         prepare(*files, tmp_path)
     with pytest.raises(CatalogError, match=r"nowhere\.parquet: missing"):
