@@ -66,6 +66,19 @@ def test_the_newest_are_kept_by_number(tmp_path):
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-100", "step-11"]
 
 
+def test_a_step_that_is_done_again_replaces_its_checkpoint(tmp_path):
+    write(tmp_path, "step-1")
+    (tmp_path / ".step-1.deleted" / "zero").mkdir(parents=True)  # what an interrupted removal has left
+    assert checkpoint.read_state(write(tmp_path, "step-1", b"again")) == {"content": "again"}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_write_that_failed_leaves_nothing(tmp_path):
+    (checkpoint.begin(tmp_path / "step-1") / "model.safetensors").write_bytes(b"half of i")
+    checkpoint.discard(tmp_path / "step-1")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_checkpoint_whose_removal_is_interrupted_is_none(tmp_path, monkeypatch):
     old = write(tmp_path, "step-1")
 
@@ -103,7 +116,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path, da
 def test_when_all_are_damaged_none_is_offered(tmp_path):
     path = write(tmp_path, "step-1")
     (path / "state.json").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="no other is intact"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"no other is intact$"):
+        checkpoint.check(path)
+    write(tmp_path, "sft")
+    with pytest.raises(CheckpointError, match=r"no other is intact: delete all step-N to go on from .*sft$"):
         checkpoint.check(path)
 
 

@@ -1,8 +1,12 @@
 """The folder of a run: what it keeps, what it replaces, who may use it."""
 
+import errno
 import os
+import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from command_line import Refused
@@ -10,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.compose import compose
 from launch.config import ConfigError
-from launch.run_directory import RunDirectory, in_use
+from launch.run_directory import RunDirectory, in_use, lock_file
 
 
 def test_a_runs_folder_that_cannot_be_is_named(tmp_path: Path, refused: Refused) -> None:
@@ -65,6 +69,22 @@ def test_tensorboard_shows_steps_that_are_logged_again_once(tmp_path: Path) -> N
     assert [event.value for event in shown.Scalars("sft/loss")] == [9.0]
 
 
+def test_tensorboard_keeps_epochs_of_a_higher_number_than_the_steps_of_a_resumed_run(tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    run = RunDirectory(config, "0")
+    for epoch in (1, 2, 3):
+        run.log("sft", epoch, {"loss": 9.0 - epoch})
+    run.log("train", 1, {"loss": 1.0})
+    run.close()
+    time.sleep(1.1)  # as above
+    run = RunDirectory(config, "0", resume=True)
+    run.go_on_after(1)
+    run.log("train", 2, {"loss": 2.0})
+    run.close()
+    shown = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("sft/loss")] == [1, 2, 3]
+
+
 def test_a_run_that_is_a_link_is_replaced_and_what_it_links_to_stays(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").write_text("")
@@ -78,8 +98,27 @@ def test_a_run_that_is_a_link_is_replaced_and_what_it_links_to_stays(tmp_path: P
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, refused: Refused) -> None:
-    with in_use(compose(overrides=[f"runs={tmp_path / 'runs'}"])):
-        assert f"is in use by process {os.getpid()}" in refused("train", f"runs={tmp_path / 'runs'}")
+    config = compose(overrides=[f"runs={tmp_path / 'runs'}"])
+    (tmp_path / "runs").mkdir()
+    lock_file(config).write_text("12345678 on a machine that has died")
+    with in_use(config):
+        message = refused("train", f"runs={tmp_path / 'runs'}")
+    assert f"is in use by process {os.getpid()} on {socket.gethostname()}: wait" in message
+
+
+def test_a_run_needs_no_locks_where_the_file_system_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, raised in ((errno.ENOLCK, nullcontext()), (errno.EIO, pytest.raises(OSError, match="lock"))):
+        monkeypatch.setattr("launch.run_directory.fcntl.flock", Mock(side_effect=OSError(code, "lock")))
+        with raised, in_use(compose(overrides=[f"runs={tmp_path}"])):
+            pass
+
+
+def test_a_run_may_not_end_before_the_steps_it_has_done(tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    (tmp_path / "default" / "checkpoints" / "step-4").mkdir(parents=True)
+    RunDirectory.check_steps(config, 4)
+    with pytest.raises(ConfigError, match=r"train\.steps=3: run default has done 4 steps; give STEPS=4 or more"):
+        RunDirectory.check_steps(config, 3)
 
 
 def test_a_run_of_the_same_name_is_kept(data: Path, tmp_path: Path, refused: Refused) -> None:

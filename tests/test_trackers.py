@@ -25,6 +25,10 @@ class Lines:
     def close(self):
         self.log("closed", 0, {})
 
+class Outside(Lines):
+    def __init__(self, run, config):
+        self.file = run.parent.parent / "outside"
+
 class Fails(Lines):
     def log(self, phase, step, metrics):
         if phase == "train":
@@ -40,6 +44,11 @@ class CannotBeMade(Lines):
 
 def function(run, config):
     return Lines(run, config)
+
+class NeverCloses:
+    log = Lines.log
+
+made = object.__new__(Lines)
 """
 
 
@@ -92,15 +101,16 @@ def test_a_tracker_that_cannot_be_made_leaves_the_old_run_as_it_is(tracked: Any)
     assert {path.name for path in old.path.parent.iterdir()} == {"default"}
 
 
-def test_a_tracker_that_cannot_be_made_leaves_no_run(tmp_path: Path, tracked: Any) -> None:
+def test_a_tracker_that_cannot_be_made_leaves_no_run_and_none_of_the_others_open(tmp_path: Path, tracked: Any) -> None:
     with pytest.raises(ConfigError):
-        RunDirectory(tracked("CannotBeMade"), "new")
+        RunDirectory(tracked("Outside", "CannotBeMade"), "new")
     assert not any((tmp_path / "runs").iterdir())
+    assert (tmp_path / "outside").read_text() == "closed 0 {}\n"
 
 
 def test_what_is_no_tracker_is_refused_before_anything_starts(tmp_path: Path, tracked: Any, refused: Refused) -> None:
     tracked()
     assert "'missing.py:Wandb': there is no file" in refused("train", "train.trackers=[missing.py:Wandb]")
-    for name in ("function", "Path"):
+    for name in ("function", "Path", "NeverCloses", "made"):
         message = refused("train", f"train.trackers=[{tmp_path}/trackers.py:{name}]")
         assert f"trackers.py:{name}' must be a class with the methods log(phase, step, metrics) and close()" in message
