@@ -44,10 +44,17 @@ def test_work_is_spread_evenly_over_the_ranks() -> None:
     assert [[len(micro) for micro in rank] for rank in plan] == [[4]] * 4
 
 
+def test_micro_batches_may_be_full_and_those_of_equal_index_are_of_similar_size() -> None:
+    assert plan_micro_batches([90, 10, 80, 20], 100, 2) == [[[0, 1]], [[2, 3]]]
+    assert plan_micro_batches([50, 60, 30, 50, 70], 100, 2) == [[[0, 2], [1]], [[4], [3]]]  # 80 and 70, 60 and 50
+
+
 def test_without_groups_every_rank_still_has_one_empty_micro_batch() -> None:
     assert plan_micro_batches([], 100, 2) == [[[]], [[]]]
 
 
-def test_a_budget_below_one_is_refused() -> None:
+def test_a_budget_or_a_number_of_ranks_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0 tokens"):
         plan_micro_batches([1], 0, 1)
+    with pytest.raises(ValueError, match="and 0 ranks"):
+        plan_micro_batches([1], 1, 0)

@@ -100,10 +100,13 @@ def test_a_group_is_a_function_of_its_seed_alone() -> None:
     assert len({tuple(group.item_class.tolist()) for group in together}) > 5
 
 
-def test_noise_never_reaches_one() -> None:
-    all_bits_set = torch.tensor([-3223976110786282492])  # what seed 0 and this counter are hashed to
-    assert uniform(torch.tensor([0]), all_bits_set) < 1
-    assert torch.isfinite(gumbel(torch.tensor([0]), all_bits_set))
+def test_noise_never_reaches_zero_or_one() -> None:
+    no_bit_set, all_bits_set = -8941845932926284220, -3223976110786282492  # what seed 0 and these are hashed to
+    counters = torch.tensor([no_bit_set, all_bits_set])
+    low, high = uniform(torch.tensor([0]), counters).tolist()
+    assert 0 < low < 2.0**-52
+    assert 1 - 2.0**-52 < high < 1
+    assert torch.isfinite(gumbel(torch.tensor([0]), counters)).all()
 
 
 def test_noise_is_uniform_and_its_counters_matter() -> None:
