@@ -117,11 +117,13 @@ def test_a_catalogue_is_reused_until_something_it_depends_on_changes(tmp_path: P
         build_catalog(replace(base, max_history=1), str(tiny_tokenizer_dir)),
         build_catalog(replace(base, template=TemplateConfig(separator="; ")), str(tiny_tokenizer_dir)),
         build_catalog(base, str(tmp_path / "other")),
+        build_catalog(replace(base, path=None), str(tiny_tokenizer_dir)),
+        build_catalog(replace(base, path=None, generated=replace(SMALL, seed=2)), str(tiny_tokenizer_dir)),
     ]
     write_folder(tmp_path / "renamed", [*TITLES[:3], "Acme Screw"])
     others.append(build_catalog(replace(base, path=str(tmp_path / "renamed")), str(tiny_tokenizer_dir)))
-    assert len({catalog.path for catalog in (first, *others)}) == 5
-    assert len({catalog.fingerprint for catalog in (first, *others)}) == 5
+    assert len({catalog.path for catalog in (first, *others)}) == 7
+    assert len({catalog.fingerprint for catalog in (first, *others)}) == 7
 
 
 def test_the_tokenizer_travels_with_the_catalogue(built: Catalog, tiny_tokenizer_dir: Path) -> None:
@@ -161,6 +163,17 @@ def test_titles_that_differ_only_for_the_eye_are_one(tmp_path: Path) -> None:
     assert catalog.trie.num_classes == 3
     train = catalog.examples("train")
     assert [catalog.title(int(target)) for target in train.target_class] == ["Bolt", "Caf\u00e9"]
+
+
+def test_a_title_that_a_prompt_changes_is_named(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """Though it keeps its tokens behind the end of the prompt alone."""
+    shutil.copytree(tiny_tokenizer_dir, tmp_path / "tokenizer")
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    twice = {"type": "Replace", "pattern": {"Regex": '(?m)"Acme Bolt"[\\s\\S]*"Acme Bolt"'}, "content": "twice"}
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": twice}))
+    folder = write_folder(tmp_path / "data", TITLES)
+    with pytest.raises(CatalogError, match="does not keep the title '\"Acme Bolt\"\\\\n' apart from the prompt"):
+        build_catalog(config(tmp_path / "cache", path=str(folder)), str(tmp_path / "tokenizer"))
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from catalog.byte_bpe import train_byte_bpe
 from catalog.errors import CatalogError
@@ -70,8 +70,19 @@ def test_titles_in_context_differ_from_titles_alone(tmp_path: Path) -> None:
     """Why context matters: a title is not always tokenised alone as it is behind the prompt."""
     train_byte_bpe(["\n\n\n", "a\n\n\n"] * 10, 260, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    with pytest.raises(CatalogError, match=r"title 'x'.*merges"):
-        encode_titles(tokenizer, "a\n", ["\n\nx"], ["title 'x'"])
+    for response in ("\n\nx", "\n\n"):
+        with pytest.raises(CatalogError, match=r"title 'x'.*merges"):
+            encode_titles(tokenizer, "a\n", [response], ["title 'x'"])
+
+
+def test_a_title_without_tokens_is_refused() -> None:
+    with pytest.raises(CatalogError, match="merges the start of ' ' with the end of the prompt"):
+        encode_titles(word_tokenizer(["Response:"]), "Response: ", [" "], ["title ' '"])
+
+
+def test_a_title_may_hold_special_tokens_that_do_not_end_it() -> None:
+    tokenizer = word_tokenizer(["Response:", "Bolt"], bos_token="<s>")
+    assert encode_titles(tokenizer, "Response: ", ["Bolt <s>"], ["title 'Bolt <s>'"])[0].tolist() == [4, 2, 1]
 
 
 def test_a_title_that_does_not_come_back_is_named() -> None:
@@ -89,6 +100,16 @@ def test_a_title_with_the_end_of_sequence_is_named(tokenizer: PreTrainedTokenize
 def test_prompts_begin_as_the_tokenizer_begins_them() -> None:
     tokenizer = word_tokenizer(["Bolt"], bos_token="<s>")
     assert encode_prompts(tokenizer, ["Bolt", "Bolt Bolt"])[1].tolist() == [2, 3, 3] == tokenizer.encode("Bolt Bolt")
+    closing = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = closing
+    assert tokenizer.encode("Bolt") == [3, 1]
+    assert encode_prompts(tokenizer, ["Bolt"])[0].tolist() == [3]  # a title goes on from here
+
+
+def test_what_a_tokenizer_was_used_for_changes_no_tokens() -> None:
+    tokenizer = word_tokenizer(["Bolt"], pad_token="<unk>")
+    tokenizer(["Bolt"], padding="max_length", truncation=True, max_length=4)
+    assert encode_batch(tokenizer, ["Bolt", "Bolt " * 6]).lengths.tolist() == [1, 6]
 
 
 def test_prompts_must_end_in_tokens_of_their_own(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -122,10 +143,15 @@ def test_fingerprint_survives_saving_and_settings_but_not_other_tokens(
     assert tokenizer_fingerprint(again) != before
 
 
-def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_or_of_python_code_is_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(CatalogError, match="no end-of-sequence token"):
         load_tokenizer(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
+    with pytest.raises(CatalogError, match=r"bytes: a fast tokenizer \(tokenizer\.json\) is needed"):
+        load_tokenizer(tmp_path / "bytes")
     with pytest.raises(CatalogError, match="no tokenizer could be loaded"):
         load_tokenizer(tmp_path / "nowhere")
 
