@@ -121,6 +121,15 @@ def test_a_passing_failure_is_retried(service: Service) -> None:
     assert len(service.asked) == 3
 
 
+def test_pauses_double_up_to_the_longest(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("rewards.http.time.sleep", pauses.append)
+    service.answers = [always(503, b"busy")]
+    with pytest.raises(RewardError, match="failed 5 times"):
+        ask(service.url, retries=4, backoff_s=5.0)
+    assert pauses == [0, 5, 10, 20, 30]
+
+
 def test_a_lasting_500_names_the_answer_after_bounded_retries(service: Service) -> None:
     service.answers = [always(500, b"division by zero")]
     with pytest.raises(RewardError, match=r"groups 0, 1, 2, 3: .*failed 3 times, at last with status 500: 'division"):
@@ -177,6 +186,16 @@ def test_what_is_no_address_is_named(url: str) -> None:
         ask(url)
 
 
-def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(RewardError, match="format='xml' must be json or arrow"):
-        Http(SampleCatalog(), "http://h", format="xml")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"format": "xml"}, "format='xml' must be json or arrow"),
+        ({"timeout_s": 0}, "timeout_s=0 greater than 0"),
+        ({"retries": -1}, "retries=-1 and backoff_s=0.5 0 or more"),
+        ({"backoff_s": -1.0}, r"backoff_s=-1\.0 0 or more"),
+        ({"batch": 0}, "batch=0 1 or more"),
+    ],
+)
+def test_bad_arguments_are_refused(argument: dict[str, Any], message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        Http(SampleCatalog(), "http://h", **argument)

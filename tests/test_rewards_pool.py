@@ -170,6 +170,7 @@ def test_light_terms_share_actors_and_the_plan_counts_what_those_reserve() -> No
         *[{"CPU": 2, "GPU": 0}] * 4,
     ]
     assert actor_resources(heavy)[-1] == {"CPU": 0, "GPU": 0}  # adds up
+    assert len(actor_resources([RewardTerm(name) for name in ("rule", "ranking", "popularity", "diversity")])) == 1
 
     config = compose(overrides=["rewards=[{name: rule,num_cpus: 1},{name: popularity,num_cpus: 1,replicas: 4}]"])
     placement = plan(config)

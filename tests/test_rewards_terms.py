@@ -44,9 +44,26 @@ def test_popularity_weighs_a_hit_by_the_inverse_propensity() -> None:
         assert values == pytest.approx([float(item_class == target) for item_class in candidates])
 
 
+def test_popularity_counts_the_targets_of_the_train_split() -> None:
+    class Chosen(SampleExamples):
+        target_class = np.zeros(3, np.int32)
+
+    class Catalog(SampleCatalog):
+        def examples(self, split: str) -> SampleExamples:
+            return Chosen()
+
+    values = score_samples(Popularity(Catalog()))
+    assert values[0][0] == pytest.approx(1.0)  # class 0, chosen three times
+    assert values[1][3] == pytest.approx(2.0)  # class 5, never
+    assert inverse_propensity(np.zeros(2, np.int64), power=0.5, most=10).tolist() == [1, 1]
+
+
 def test_popularity_refuses_bad_arguments() -> None:
     with pytest.raises(RewardError, match="power=-1 must be 0 or more"):
         Popularity(SampleCatalog(), power=-1)
+    with pytest.raises(RewardError, match=r"most=0\.5 1 or more"):
+        Popularity(SampleCatalog(), most=0.5)
+    assert set(Popularity(SampleCatalog(), power=0, most=1).weight) == {1.0}
 
 
 def test_diversity_punishes_what_was_already_offered() -> None:
@@ -63,11 +80,14 @@ def test_a_title_without_words_that_was_already_offered_gets_nothing() -> None:
         def title(self, item_class: int) -> str:
             return "*" * (1 + item_class)
 
-    groups = sample_groups()
-    classes = pa.array([[0, 1, 0, -1, -1, 1]] * len(groups), pa.list_(pa.int32()))
-    table = groups.table.set_column(groups.table.column_names.index("candidate_class"), "candidate_class", classes)
-    values = score("tested", Diversity(Stars()), Groups(table, Stars(), "train")).to_pylist()
-    assert values[0] == [1, 1, 0, 0, 0, 0]
+    assert diversity_of((0, 1, 0, -1, -1, 1), Stars()) == [1, 1, 0, 0, 0, 0]
+
+
+def diversity_of(candidates: tuple[int, ...], catalog: SampleCatalog) -> list[float]:
+    table = sample_groups().table.slice(0, 1)
+    classes = pa.array([candidates], pa.list_(pa.int32()))
+    table = table.set_column(table.column_names.index("candidate_class"), "candidate_class", classes)
+    return score("tested", Diversity(catalog), Groups(table, catalog, "train")).to_pylist()[0]
 
 
 def brute_force_diversity(candidates: tuple[int, ...]) -> list[float]:
@@ -80,8 +100,12 @@ def brute_force_diversity(candidates: tuple[int, ...]) -> list[float]:
 
 
 def test_diversity_equals_brute_force() -> None:
-    expected = [pytest.approx(brute_force_diversity(candidates)) for candidates in CANDIDATES]
-    assert score_samples(Diversity(SampleCatalog())) == expected
+    class Shouts(SampleCatalog):
+        def title(self, item_class: int) -> str:
+            return TITLES[item_class].upper() if item_class % 2 else TITLES[item_class]
+
+    for candidates in (*CANDIDATES, (-1, 9, 8, 5, 6, 7)):
+        assert diversity_of(candidates, Shouts()) == pytest.approx(brute_force_diversity(candidates))
 
 
 def test_semantic_is_the_cosine_of_given_embeddings(tmp_path: Path) -> None:
@@ -100,14 +124,25 @@ def test_semantic_refuses_bad_embeddings(tmp_path: Path) -> None:
     ones = np.ones((len(TITLES), 3))
     with pytest.raises(RewardError, match=r"needs either args\.model or args\.embeddings"):
         Semantic(SampleCatalog())
+    with pytest.raises(RewardError, match=r"needs either args\.model or args\.embeddings"):
+        Semantic(SampleCatalog(), model=str(tmp_path), embeddings=write_embeddings(tmp_path / "e.parquet", ones))
     with pytest.raises(RewardError, match=r"no_such.parquet has no readable columns"):
         Semantic(SampleCatalog(), embeddings=str(tmp_path / "no_such.parquet"))
     missing = write_embeddings(tmp_path / "missing.parquet", ones[1:], TITLES[1:])
     with pytest.raises(RewardError, match=r"lacks 1 of 10 titles, the first is 'Steel Hex Bolt, 3 inch"):
         Semantic(SampleCatalog(), embeddings=missing)
-    ones[4] = 0
-    with pytest.raises(RewardError, match="item class 4 has length 0"):
-        Semantic(SampleCatalog(), embeddings=write_embeddings(tmp_path / "zero.parquet", ones))
+    for value in (0, np.inf):
+        ones[4] = value
+        with pytest.raises(RewardError, match=f"item class 4 has length {value}"):
+            Semantic(SampleCatalog(), embeddings=write_embeddings(tmp_path / "e.parquet", ones))
+
+
+@pytest.mark.parametrize("lists", [[[1.0]] * 9 + [[1.0, 2.0]], [[]] * 10, [None] * 10])
+def test_embeddings_of_no_length_or_of_several_are_refused(tmp_path: Path, lists: list) -> None:
+    column = pa.array(lists, pa.list_(pa.float32()))
+    pq.write_table(pa.table({"title": TITLES, "embedding": column}), tmp_path / "e.parquet")
+    with pytest.raises(RewardError, match=r"the embeddings in .*e\.parquet have the lengths \["):
+        Semantic(SampleCatalog(), embeddings=str(tmp_path / "e.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +268,7 @@ def test_sasrec_learns_a_cycle_stops_early_and_is_read_back(tmp_path: Path) -> N
     logits = score_samples(Collaborative(CycleCatalog(), model=str(file)))
     assert np.array_equal(np.argsort(values[0]), np.argsort(logits[0]))
     assert values[3][1] == 0.0  # no title
-    assert logits[3][1] == min(logits[3])
+    assert logits[3][1] == pytest.approx(model(model.pad([list(EXAMPLES[3][1])])).min().item())
 
 
 def test_a_sasrec_of_another_catalogue_is_refused(tmp_path: Path) -> None:
