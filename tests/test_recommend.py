@@ -3,6 +3,7 @@
 import difflib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +29,21 @@ def test_a_line_of_a_file_ends_nowhere_within_a_title(tmp_path: Path) -> None:
     assert list(histories_of_file(tmp_path / "histories.jsonl")) == histories
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (" ", "line 2 is empty; leave it out"),
+        ("Bolt", "line 2: not JSON"),
+        ('"Bolt"', "line 2: a list of titles is needed"),
+        ('["Bolt", 7]', "line 2: a list of titles is needed"),
+    ],
+)
+def test_a_line_that_is_no_history_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "histories.jsonl").write_text(f'["Bolt"]\n{line}\n["Nut"]\n')
+    with pytest.raises(ConfigError, match=message):
+        list(histories_of_file(tmp_path / "histories.jsonl"))
+
+
 def test_close_titles_of_a_small_catalogue_are_those_of_difflib() -> None:
     titles = ["Steel Bolt, 3 inch", "Steel Bolt, 4 inch", "Steel Nut", "Copper Wire", "Nu"]
     for asked in ("Steel Bolt, 5 inch", "Stel Nut", "Nut", "N", "Lamp"):
@@ -47,6 +63,10 @@ def test_the_catalogue_is_that_of_the_run_though_its_data_have_gone(
     RunDirectory(config, built.fingerprint).close()
     shutil.rmtree(built.path)
     assert catalogue(config, tiny_tokenizer_dir).fingerprint == built.fingerprint
+    other = replace(config, name="other")
+    RunDirectory(other, "0").close()
+    with pytest.raises(ConfigError, match=f"the catalogue is {built.fingerprint}, but run .*other was started with 0"):
+        catalogue(other, tiny_tokenizer_dir)
     shutil.rmtree(data)
     assert catalogue(config, tiny_tokenizer_dir).titles.equals(built.titles)
     shutil.rmtree(built.path)

@@ -162,6 +162,7 @@ def test_a_service_that_is_too_slow_is_named(service: Service) -> None:
     ("format", "content", "message"),
     [
         ("json", b"<html>hello</html>", r"answered no JSON object with \"rewards\", but '<html>hello</html>'"),
+        ("json", b"x" * 300, "but 'x{200}'$"),
         ("json", b"[1, 2]", 'answered no JSON object with "rewards"'),
         ("json", b'{"rewards": 3}', '"rewards" must be a list of lists'),
         ("json", b'{"rewards": [[1]]}', "answered 1 lists for 4 groups"),
