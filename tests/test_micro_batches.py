@@ -45,7 +45,7 @@ def test_work_is_spread_evenly_over_the_ranks() -> None:
 
 
 def test_micro_batches_may_be_full_and_those_of_equal_index_are_of_similar_size() -> None:
-    assert plan_micro_batches([90, 10, 80, 20], 100, 2) == [[[0, 1]], [[2, 3]]]
+    assert plan_micro_batches([10, 90, 20, 80], 100, 2) == [[[0, 1]], [[2, 3]]]
     assert plan_micro_batches([50, 60, 30, 50, 70], 100, 2) == [[[0, 2], [1]], [[4], [3]]]  # 80 and 70, 60 and 50
 
 
