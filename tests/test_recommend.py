@@ -51,7 +51,9 @@ def test_close_titles_of_a_small_catalogue_are_those_of_difflib() -> None:
 
 
 def test_close_titles_of_a_large_catalogue_are_found() -> None:
-    titles = pa.array([f"Acme Bolt {i:06d}, Pack of {i % 97}" for i in range(100_000)], pa.large_string())
+    bolts = [f"Acme Bolt {i:06d}, Pack of {i % 97}" for i in range(100_000)]
+    titles = pa.array([*bolts, "Nut"], pa.large_string())
+    assert close_titles("Nut", titles) == ["Nut"]
     assert close_titles("Acme Bolt 041234, Pack of 99", titles)[0].startswith("Acme Bolt 041234")
 
 

@@ -145,6 +145,8 @@ def test_found_by_name_import_path_and_file(tmp_path: Path) -> None:
     assert resolve("near_module:f", root=tmp_path)(None) == [0.0]
     assert resolve("./near_module.py:f", root=tmp_path)(None) == [0.0]
     assert resolve(f"{tmp_path}/near_module.py:f")(None) == [0.0]
+    (tmp_path / "near_module.py").rename(tmp_path / "near:module.py")
+    assert resolve(f"{tmp_path}/near:module.py:f")(None) == [0.0]
     sys.modules.pop("near_module")
     sys.path.remove(str(tmp_path))
 
@@ -171,6 +173,7 @@ def test_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
         ("no_such_file.py:f", "there is no file .*no_such_file.py"),
         ("my_rewards.py", "add which reward of the file, as in 'my_rewards.py:my_reward'"),
         (":f", "write 'package.module:Name' or 'path/file.py:name'"),
+        ("faulty_rewards:", "write 'package.module:Name' or 'path/file.py:name'"),
     ],
 )
 def test_what_is_not_found_is_named(name: str, message: str) -> None:
@@ -178,17 +181,35 @@ def test_what_is_not_found_is_named(name: str, message: str) -> None:
         resolve(name)
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import broken", r"broken_module needs the module 'broken', which is missing\n(?s:.*)line 1, in <module>"),
+        ("raise SystemExit(0)", r"importing broken_module failed: SystemExit\(0\)\n(?s:.*)line 1, in <module>"),
+    ],
+)
+def test_a_module_that_does_not_run_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "broken_module.py").write_text(code)
+    with pytest.raises(RewardError, match=message):
+        resolve("broken_module:f", root=tmp_path)
+
+
 def test_a_file_that_does_not_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package\n")
-    with pytest.raises(
-        RewardError, match=r"running .*broken.py failed: ModuleNotFoundError.*no_such_package"
-    ) as caught:
-        resolve(f"{tmp_path}/broken.py:f")
-    assert re.search(r'Traceback .*\n  File ".*broken.py", line 1, in <module>', str(caught.value))
+    for _ in range(2):
+        with pytest.raises(
+            RewardError, match=r"running .*broken.py failed: ModuleNotFoundError.*no_such_package"
+        ) as caught:
+            resolve(f"{tmp_path}/broken.py:f")
+        assert re.search(r'Traceback .*\n  File ".*broken.py", line 1, in <module>', str(caught.value))
 
 
 def test_a_file_without_the_reward_lists_its_own(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("from rewards.group import Group\ndef near(group):\n    return [0.0]\n")
+    own = "def near(group):\n    return [0.0]\ndef _apart(group):\n    return [0.0]\n"
+    (tmp_path / "mine.py").write_text(f"from rewards.group import Group\n{own}")
     with pytest.raises(RewardError, match=r"has no 'nere'; it has near$"):
         resolve(f"{tmp_path}/mine.py:nere")
 
@@ -197,6 +218,18 @@ def test_a_file_that_ends_the_program_is_named(tmp_path: Path) -> None:
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(RewardError, match=r"running .*leaves.py failed: SystemExit"):
         resolve(f"{tmp_path}/leaves.py:f")
+    (tmp_path / "stopped.py").write_text("raise KeyboardInterrupt\n")  # by whoever waits for it
+    with pytest.raises(KeyboardInterrupt):
+        resolve(f"{tmp_path}/stopped.py:f")
+
+
+def test_a_file_finds_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "neighbour_of_mine.py").write_text("def f(group):\n    return [0.5]\n")
+    (tmp_path / "own" / "with_neighbour.py").write_text("from neighbour_of_mine import f\n")
+    assert resolve("own/with_neighbour.py:f", root=tmp_path)(None) == [0.5]
+    assert resolve("with_neighbour.py:f", root=tmp_path)(None) == [0.5]  # wherever Python looks for modules
 
 
 def test_check_shows_every_group_and_its_rewards() -> None:
