@@ -48,6 +48,7 @@ def test_steps_that_a_shorter_resumed_run_no_longer_has_do_not_count(tmp_path: P
     run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
     for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 4.0)):
         run.log("train", step, {"loss": loss})
+    run.log("sft", 1, {"loss": 9.0})
     run.close()
     assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 4.0]
 
@@ -142,3 +143,14 @@ def test_what_is_no_run_is_not_deleted(data: Path, tmp_path: Path, refused: Refu
     message = refused("train", "--data", str(data), "--name", "thesis", "--overwrite")
     assert "is not the folder of a run" in message
     assert (tmp_path / "runs" / "thesis" / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("left", [[], ["catalogue.json"], ["config.yaml", "rollouts"]])
+def test_what_a_run_has_left_that_did_not_get_far_is_replaced(left: list[str], tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    (tmp_path / "default").mkdir()
+    for name in left:
+        (tmp_path / "default" / name).touch()
+    (tmp_path / ".default.deleted" / "rollouts").mkdir(parents=True)  # of a deletion that was interrupted
+    RunDirectory(config, "0", overwrite=True).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"default"}
