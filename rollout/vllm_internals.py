@@ -19,6 +19,7 @@ RUNNER_NAMES = (
     "kv_cache_config",
     "input_ids",
     "positions",
+    "is_padding",
     "max_num_tokens",
     "model_config",
     "max_num_reqs",
@@ -111,6 +112,8 @@ class PagedModel:
         position[:num_tokens].copy_(torch.from_numpy(batch.position), non_blocking=True)
         slot = torch.full((padded,), PADDING_SLOT, dtype=torch.int64, device=self.device)
         slot[:num_tokens].copy_(torch.from_numpy(batch.slot), non_blocking=True)
+        padding = runner.is_padding[:padded]  # experts leave these tokens out; a captured graph reads this very buffer
+        padding[:num_tokens], padding[num_tokens:] = False, True
         metadata, slots = self._attention_metadata(batch, position, slot)
         with set_forward_context(
             metadata,
@@ -119,6 +122,7 @@ class PagedModel:
             cudagraph_runtime_mode=mode,
             batch_descriptor=descriptor,
             slot_mapping=slots,
+            is_padding=padding,
         ):
             hidden = runner.model(input_ids=token, positions=position)[:num_tokens]
         return hidden if mode == CUDAGraphMode.NONE else hidden.clone()  # the next replay writes over it
@@ -149,8 +153,7 @@ class PagedModel:
         metadata: dict[str, Any] = {}
         for groups in self._runner.attn_groups:
             for group in groups:
-                built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
-                metadata.update(dict.fromkeys(group.layer_names, built))
+                metadata.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
         return metadata, dict.fromkeys(metadata, slot)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

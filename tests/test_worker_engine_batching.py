@@ -46,17 +46,26 @@ def test_blocks_are_copied_wherever_they_go(worker_engine: Any, destination: lis
 def test_passes_padded_to_a_captured_size_change_nothing(worker_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where CUDA graphs of fixed sizes are replayed: tokens beyond the batch are what an earlier pass left."""
     from vllm.config import CUDAGraphMode
-    from vllm.forward_context import BatchDescriptor
+    from vllm.forward_context import BatchDescriptor, get_forward_context
 
     sizes: list[tuple[int, int]] = []
+    runner = paged_model(worker_engine)._runner
 
     def dispatch(tokens: int, **_: Any) -> tuple[CUDAGraphMode, BatchDescriptor]:
         sizes.append((tokens, min(-(-tokens // 64) * 64, 1024)))
+        runner.is_padding.fill_(True)  # as vLLM's warm-up leaves it
         return CUDAGraphMode.PIECEWISE, BatchDescriptor(sizes[-1][1])
 
-    prompts = ragged_prompts(64)
+    def forward(**inputs: Any) -> torch.Tensor:
+        tokens, padded = sizes[-1]
+        assert runner.is_padding[:padded].tolist() == [place >= tokens for place in range(padded)]
+        assert get_forward_context().is_padding.data_ptr() == runner.is_padding.data_ptr()
+        return plain(**inputs)
+
+    prompts, plain = ragged_prompts(64), runner.model.forward
     expected = generate(worker_engine, prompts, 16)
-    monkeypatch.setattr(paged_model(worker_engine)._runner.cudagraph_dispatcher, "dispatch", dispatch)
+    monkeypatch.setattr(runner.cudagraph_dispatcher, "dispatch", dispatch)
+    monkeypatch.setattr(runner.model, "forward", forward)
     for one, other in zip(generate(worker_engine, prompts, 16), expected, strict=True):
         assert one.item_class.tolist() == other.item_class.tolist()
         np.testing.assert_allclose(one.score, other.score, atol=1e-4)
