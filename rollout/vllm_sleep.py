@@ -1,6 +1,9 @@
 """What a vLLM worker lets go of while the learner works: its weights and its KV cache."""
 
+from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from rollout.host_memory import WORTH_RETURNING, discard_contents, return_freed_memory
 
@@ -13,6 +16,8 @@ class SleepWorker:
     """Of the weights that were loaded last."""
     asleep: frozenset[str] = frozenset()
     """What vLLM's sleep mode has taken away."""
+    _constants: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    """Tensors of the sleeping model that no load brings back, and what they held."""
 
     def fall_asleep(self) -> None:
         """Let go of weights and KV cache until new weights are loaded; nothing can be generated meanwhile.
@@ -23,6 +28,7 @@ class SleepWorker:
         if self.asleep:
             return
         if runner.device.type != "cpu":
+            self._constants = tuple((tensor, tensor.to("cpu", copy=True)) for tensor in _constants(runner.get_model()))
             self.sleep(level=2)  # type: ignore[attr-defined]
             self.asleep = frozenset({"weights", "kv_cache"})
         elif self.weight_bytes >= WORTH_RETURNING:
@@ -37,3 +43,23 @@ class SleepWorker:
         if what in self.asleep:
             self.wake_up(tags=[what])  # type: ignore[attr-defined]
             self.asleep -= {what}
+            if what == "weights":
+                self._restore_constants()
+
+    @torch.inference_mode()
+    def _restore_constants(self) -> None:
+        for tensor, value in self._constants:
+            tensor.copy_(value)
+        self._constants = ()
+
+
+def _constants(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What layers and their attention keep as neither parameters nor buffers, such as ALiBi's slopes.
+
+    It lies beside the weights, and vLLM saves nothing but buffers.
+    """
+    for module in model.modules():
+        for holder in (module, getattr(module, "impl", None)):
+            for name, value in getattr(holder, "__dict__", {}).items():
+                if isinstance(value, torch.Tensor) and name != "kv_cache":
+                    yield value
