@@ -94,17 +94,20 @@ def _kernel_options(query: torch.Tensor) -> dict[str, int] | None:
 
 
 def flex_kernel_options(head_size: int, element_size: int, shared_memory: int) -> dict[str, int] | None:
-    """What lets flex attention's kernels fit where torch's own choice for wide heads does not: None where it does.
+    """What flex attention's kernels need where torch's own choice is wrong for wide heads; None where it is right.
 
+    Its tiles do not fit, or its 4 warps are too few: a thread then has kilobytes that its registers cannot hold (12 in
+    the backward pass of 128 wide heads on a B200).
     shared_memory: bytes that one block of threads can have: 99 KiB on consumer cards, 163 on an A100, 227 on an H100.
     """
-    row_bytes = (1 << (head_size - 1).bit_length()) * element_size
-    if row_bytes < 512 or shared_memory > 200 * 1024:
+    row_bytes, small = (1 << (head_size - 1).bit_length()) * element_size, shared_memory < 150 * 1024
+    if row_bytes < 256:
         return None
-    if shared_memory > 150 * 1024:  # only that of float32 heads of other sizes than 64 and 128 is too large
-        return {"fwd_num_stages": 2} if element_size == 4 else None
     if element_size == 4:
-        return {"fwd_num_stages": 1}
+        tiles = {"fwd_BLOCK_M": 32, "fwd_num_stages": 1 if small else 2} if row_bytes >= 512 else {}
+        return {"fwd_num_warps": 8, "bwd_num_warps": 8, **tiles}
+    if row_bytes < 512 or not small:
+        return {"bwd_num_warps": 8}
     return {"fwd_num_stages": 1, "bwd_num_stages": 1} | {f"bwd_BLOCK_{tile}": 32 for tile in ("M1", "N1", "M2", "N2")}
 
 
