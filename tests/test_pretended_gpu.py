@@ -1,6 +1,7 @@
 """Code for a GPU, run where there is none: the CPU's results, no tensor of the host beside those of the device."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from rollout.sampling import SampleSearch
 from rollout.search import BeamSearch
 from rollout.stochastic import StochasticBeamSearch
 from rollout.trie_mask import ENDED, Sampling, TrieMask, TrieRequest
+from rollout.vllm_internals import PagedModel
+from rollout.weights import WeightBucket, elements_checksum, tensor_checksum
 from tests.test_policy import EOS, groups, language_model
 
 GROUPS, BEAMS, WIDTH = 5, 8, 30
@@ -105,6 +108,33 @@ def test_the_trie_mask_waits_for_the_device_once(space: LogprobSpace) -> None:
         assert gpu.waits == ["__int__", "tolist"]  # of the trie's largest fan-out, then of the allowed tokens
     for mine, others in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.host, others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_have_the_same_checksums_on_a_gpu_and_leave_it_in_buckets(dtype: torch.dtype) -> None:
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    place = {"row_offset": 8, "column_offset": 4}
+    expected = tensor_checksum("a", weight, **place), elements_checksum(weight)
+    bucket = WeightBucket.pack([("a", weight)])
+    with pretended_gpu():
+        there = weight.to("cuda")
+        assert (tensor_checksum("a", there, **place), elements_checksum(there)) == expected
+        np.testing.assert_array_equal(WeightBucket.pack([("a", there)]).data, bucket.data)
+
+
+@pytest.mark.parametrize("destination", [[5, 6, 7], [9, 5, 7]])
+def test_blocks_are_copied_in_the_layout_that_a_gpu_has(destination: list[int]) -> None:
+    """Blocks first, but the heads of a token beside each other: vLLM's views of such a cache are not contiguous."""
+    plain = torch.randn(12, 16, 2, 8, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    expected = plain.clone()
+    expected[destination] = plain[[7, 1, 5]]
+    with pretended_gpu() as gpu:
+        model = PagedModel.__new__(PagedModel)
+        model.device, caches = torch.device("cuda"), [PretendedTensor(plain)]
+        model._runner = SimpleNamespace(kv_caches=caches)
+        model.copy_blocks(np.array([7, 1, 5]), np.array(destination))
+        assert not gpu.waits
+    torch.testing.assert_close(plain, expected)
 
 
 def move(lm: nn.Module) -> None:
