@@ -61,6 +61,8 @@ def test_whoever_may_read_a_checkpoint_may_read_all_of_it(tmp_path):
 
 
 def test_the_newest_are_kept_by_number(tmp_path):
+    (tmp_path / "step-200").touch()
+    (tmp_path / "step-12-of-mine").mkdir()
     for step in (9, 10, 11, 100):
         write(tmp_path, f"step-{step}", keep=2)
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-100", "step-11"]

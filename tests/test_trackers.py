@@ -96,6 +96,8 @@ def test_a_tracker_that_cannot_be_made_leaves_the_old_run_as_it_is(tracked: Any)
     old.close()
     with pytest.raises(ConfigError, match=r"CannotBeMade' could not be made:\n(?s:.*)PermissionError: who are you\?"):
         RunDirectory(tracked("Lines", "CannotBeMade"), "new", overwrite=True)
+    with pytest.raises(ConfigError, match="CannotBeMade' could not be made"):
+        RunDirectory(tracked("CannotBeMade"), "old", resume=True)
     assert "old" in (old.path / "catalogue.json").read_text()
     assert [line["loss"] for line in old.metrics("train", steps=1)] == [1.0]
     assert {path.name for path in old.path.parent.iterdir()} == {"default"}
