@@ -81,6 +81,13 @@ def test_equal_beginnings_are_computed_once() -> None:
     assert blocks.table[0, 4] != blocks.table[2, 4]
 
 
+def test_equal_blocks_behind_another_beginning_are_not_shared() -> None:
+    prompt = np.arange(20, dtype=np.int32)
+    blocks = BeamBlocks([prompt, np.append(99, prompt[1:]).astype(np.int32)], 1, 50, 4)
+    assert blocks.shared.tolist() == [0, 0]
+    assert not np.isin(blocks.table[1], blocks.table[0]).any()
+
+
 def test_a_beam_that_does_not_part_is_not_copied() -> None:
     blocks = BeamBlocks([np.arange(5, dtype=np.int32)], 3, 50, 4)
     source, _ = blocks.follow(np.array([[0, 0, 0]]))

@@ -40,7 +40,7 @@ def test_samples_are_titles_with_their_logprobs() -> None:
     trie = random_trie(2, 60, 20, 8)
     logits = torch.randn(trie.num_nodes, 20, generator=torch.Generator().manual_seed(0))
     logprobs = logits.log_softmax(-1).numpy()
-    groups, _ = draw(trie, logits, range(20), 16)
+    groups, _ = draw(trie, logits, range(20), 16, temperature=0.7)
     for group in groups:
         for item_class, tokens, own in zip(group.item_class, group.tokens, group.logprobs, strict=True):
             assert tokens.tolist() == trie.title_tokens(int(item_class))
