@@ -99,4 +99,4 @@ def inclusion_weights(pool: Pool, size: int) -> torch.Tensor:
     """float64 [P, size]: p / q of the first `size` titles of a pool of size + 1."""
     kappa, policy = pool.score[:, size:], pool.policy[:, :size]
     log_inclusion = torch.log(-torch.expm1(-torch.exp(policy - kappa)))
-    return torch.exp(policy - torch.where(kappa == NEG_INF, 0.0, log_inclusion))
+    return torch.exp(policy - log_inclusion)
