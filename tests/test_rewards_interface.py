@@ -184,7 +184,10 @@ def test_what_is_not_found_is_named(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import broken", r"broken_module needs the module 'broken', which is missing\n(?s:.*)line 1, in <module>"),
+        (
+            "import no_such_package",
+            r"broken_module needs the module 'no_such_package', which is missing\n(?s:.*)line 1, in <module>",
+        ),
         ("raise SystemExit(0)", r"importing broken_module failed: SystemExit\(0\)\n(?s:.*)line 1, in <module>"),
     ],
 )
