@@ -54,10 +54,10 @@ def _module_of_file(place: str, root: Path) -> ModuleType:
 
     It is run once per process, as an import would, since it is looked up several times before a run starts.
     """
-    places = [Path(folder) / place for folder in (str(root), *sys.path)]
-    if not any(path.is_file() for path in places):
+    places = (Path(folder) / place for folder in (str(root), *sys.path))
+    file = next((path.resolve() for path in places if path.is_file()), None)
+    if file is None:
         raise OwnCodeError(f"there is no file {root / place}")
-    file = next(path for path in places if path.is_file()).resolve()
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
     loader = SourceFileLoader(str(file), str(file))  # a name that no import has, and that messages can show

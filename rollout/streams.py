@@ -46,7 +46,7 @@ class RayLost(RuntimeError):
     def __init__(self) -> None:
         super().__init__(
             "Ray's raylet on this machine has died, and with it all that it had started; the machine may have run out "
-            "of memory (its log is raylet.out in /tmp/ray/session_*/logs). RESUME=1 goes on from the last checkpoint"
+            "of memory (session_latest/logs/raylet.out among Ray's logs says). RESUME=1 goes on from the last checkpoint"
         )
 
 

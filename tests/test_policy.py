@@ -28,7 +28,6 @@ from learner.logprobs import LogprobHead
 from learner.packing import Choices, padded_batch
 from learner.policy import Policy
 from learner.products import widened
-from learner.reference import Reference
 from learner.trie_logprobs import trie_logprobs
 
 VOCABULARY, EOS = 97, 96
@@ -313,22 +312,6 @@ def test_a_projection_may_have_a_bias(chunk: int) -> None:
         torch.testing.assert_close(found, expected)
         gradients = torch.autograd.grad(found @ torch.linspace(-1, 1, 10), inputs)
         torch.testing.assert_close(gradients, expected_gradients)
-
-
-def test_an_offloaded_reference_is_not_copied_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With copies on the CPU in place of those on a GPU."""
-    policy = Policy(language_model("llama"))
-    reference = Reference(policy, torch.device("meta"), offload=True)
-    in_host_memory = [weight.data_ptr() for weight in policy.parameters()]
-
-    def to(_: torch.device | str) -> None:
-        for weight in policy.parameters():
-            weight.data = weight.data.clone()
-
-    monkeypatch.setattr(policy, "to", to)
-    with reference.ready():
-        assert all(weight.data_ptr() not in in_host_memory for weight in policy.parameters())
-    assert [weight.data_ptr() for weight in policy.parameters()] == in_host_memory
 
 
 def test_tokens_of_padded_groups_are_counted_with_their_padding() -> None:
