@@ -46,7 +46,7 @@ class RayLost(RuntimeError):
     def __init__(self) -> None:
         super().__init__(
             "Ray's raylet on this machine has died, and with it all that it had started; the machine may have run out "
-            "of memory (session_latest/logs/raylet.out among Ray's logs says). RESUME=1 goes on from the last checkpoint"
+            "of memory (Ray's session_latest/logs/raylet.out says). RESUME=1 goes on from the last checkpoint"
         )
 
 
