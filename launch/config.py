@@ -109,7 +109,7 @@ class TrainConfig:
     rollouts_every: int = 10
     # Steps between saved rollout samples (rollouts/*.parquet); those of the last step are saved, too.
     trackers: list[str] = field(default_factory=list)
-    # Classes that are given all metrics besides metrics.jsonl and TensorBoard: "path/file.py:Name" or "package:Name".
+    # Classes that are given all metrics, too: "path/file.py:Name" or "package.module:Name"; see launch/trackers.py.
 
 
 @dataclass
