@@ -27,7 +27,7 @@ from rollout.host_memory import host_environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GIB = 2**30
-NVIDIA_SMI = shutil.which("nvidia-smi")
+ON_NVIDIA = shutil.which("nvidia-smi") is not None
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class MemoryWatch:
         """Memory now, in GiB; also counts for the peak."""
         root = psutil.Process()
         self._pids = [process.pid for process in (root, *root.children(recursive=True))]
-        now = _device_bytes(self._pids) if NVIDIA_SMI else sum(map(_proportional_bytes, self._pids))
+        now = _device_bytes(self._pids) if ON_NVIDIA else sum(map(_proportional_bytes, self._pids))
         self._shared = now - sum(map(_private_bytes, self._pids))
         self.peak_gib = max(self.peak_gib, now / GIB)
         return now / GIB
@@ -189,13 +189,13 @@ class MemoryWatch:
         rest = next_walk = 0.0
         while not self._stop.wait(rest):
             start = time.thread_time()
-            walks = bool(NVIDIA_SMI) or time.monotonic() >= next_walk
+            walks = ON_NVIDIA or time.monotonic() >= next_walk
             if walks:
                 self.measure()
             else:
                 self._glance()
-            rest = max(0.02, 50 * (time.thread_time() - start))
-            if walks and not NVIDIA_SMI:
+            rest = max(0.2 if ON_NVIDIA else 0.02, 50 * (time.thread_time() - start))
+            if walks and not ON_NVIDIA:
                 next_walk, rest = time.monotonic() + rest, 0.02
 
 
@@ -223,7 +223,7 @@ class Side:
     def __init__(self, factory: str, *arguments: Any, as_worker: bool = False) -> None:
         command = [sys.executable, "-m", "benchmarks.harness", factory, json.dumps(arguments)]
         self.factory = factory
-        environment = {**os.environ, **host_environment()} if as_worker and not NVIDIA_SMI else None
+        environment = {**os.environ, **host_environment()} if as_worker and not ON_NVIDIA else None
         self._process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -313,10 +313,12 @@ def _private_bytes(pid: int) -> int:
 
 def _device_bytes(pids: Sequence[int]) -> int:
     """GPU memory that the driver attributes to the processes."""
-    command = [str(NVIDIA_SMI), "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    used = [[int(field) for field in line.split(",")] for line in lines if line.strip()]
-    return sum(mebibytes * 2**20 for pid, mebibytes in used if pid in pids)
+    import pynvml
+
+    pynvml.nvmlInit()
+    devices = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+    users = [user for device in devices for user in pynvml.nvmlDeviceGetComputeRunningProcesses(device)]
+    return sum(user.usedGpuMemory or 0 for user in users if user.pid in pids)
 
 
 def _cpuinfo(key: str) -> str:

@@ -12,7 +12,7 @@ import json
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,48 +24,93 @@ from benchmarks.harness import GIB, Call, MemoryWatch, Row, Side, row_of_pairs, 
 from benchmarks.limits import Arithmetic
 from benchmarks.peak import matrix_peak
 from benchmarks.published_way import Completions, PublishedTrainer, StepReport, advantages
-from benchmarks.shapes import SHAPES, ShapeAbsentError, build, measurable
+from benchmarks.shapes import ON_GPU, SHAPES, ShapeAbsentError, build, measurable
 from catalog.trie import Trie
 
-CASES = {
-    "135m-fp32": (None, "float32"),
-    "135m-bf16": (None, "bfloat16"),
-    "industrial-fp32": ("industrial-135m-fp32", "float32"),
-    "industrial-bf16": ("industrial-135m-bf16", "bfloat16"),
+
+@dataclass(frozen=True)
+class Case:
+    """What is learned from."""
+
+    dtype: str
+    workload: str | None = None
+    """Of benchmarks.shapes, whose rollouts are learned from; None: synthetic groups and random weights."""
+    model: str = "135m"
+    """Of MODELS, where the groups are synthetic."""
+    groups: int = 1
+    """Synthetic ones."""
+    at_once: int = 1
+    """Groups of one forward pass of the padded side."""
+    micro_batch_tokens: int = 1024
+    """Of one forward pass of the packed side; by default a group at a time, as the padded side."""
+    repeats: int = 1
+
+
+MANY_GROUPS: dict[str, Any] = {"at_once": 16, "micro_batch_tokens": 16384, "repeats": 3} if ON_GPU else {}
+OF_A_GPU = {
+    "135m-fp32-64": Case("float32", groups=64, **MANY_GROUPS),
+    "135m-bf16-64": Case("bfloat16", groups=64, **MANY_GROUPS),
+    "0.5b-bf16-64": Case("bfloat16", model="0.5b", groups=64, **{**MANY_GROUPS, "at_once": 8}),
 }
-"""shape: (workload of benchmarks.shapes that is rolled out, or None for the synthetic group; precision)"""
-REPEATS = {"135m-fp32": 3, "135m-bf16": 3, "industrial-fp32": 1, "industrial-bf16": 1}
+CASES = {
+    "135m-fp32": Case("float32", repeats=3),
+    "135m-bf16": Case("bfloat16", repeats=3),
+    "industrial-fp32": Case("float32", "industrial-135m-fp32", **MANY_GROUPS),
+    "industrial-bf16": Case("bfloat16", "industrial-135m-bf16", **MANY_GROUPS),
+    **(OF_A_GPU if ON_GPU else {}),
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "135m": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        },
+    ),
+    "0.5b": (
+        "qwen2",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+        },
+    ),
+}
+"""The shapes of SmolLM2-135M and Qwen2-0.5B."""
 WARMUPS = 2
 """Steps of ours, beside the first pair, until its memory has grown to what it needs; theirs is steady after one."""
+GROUP_SIZE = 16
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 Groups = list[dict[str, Any]]
 """{"prompt": [P], "candidates": [16][T]} of each group."""
 
 
-def synthetic_groups(vocabulary: int) -> Groups:
-    """One group: a prompt of 250 tokens and 16 candidates of 20, four of them each with the same first 8."""
+def synthetic_groups(vocabulary: int, groups: int = 1) -> Groups:
+    """Each: a prompt of 250 tokens and 16 candidates of 20, four of them each with the same first 8."""
     random = np.random.default_rng(0)
-    starts = random.integers(1, vocabulary, (4, 8))
-    candidates = [[*starts[i % 4].tolist(), *random.integers(1, vocabulary, 11).tolist(), 0] for i in range(16)]
-    return [{"prompt": random.integers(1, vocabulary, 250).tolist(), "candidates": candidates}]
+    made = []
+    for _ in range(groups):
+        starts = random.integers(1, vocabulary, (4, 8))
+        candidates = [[*starts[i % 4].tolist(), *random.integers(1, vocabulary, 11).tolist(), 0] for i in range(16)]
+        made.append({"prompt": random.integers(1, vocabulary, 250).tolist(), "candidates": candidates})
+    return made
 
 
-def synthetic_model(path: Path) -> None:
-    """Random weights in the shape of SmolLM2-135M."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def synthetic_model(name: str, path: Path) -> None:
+    """Random weights in one of the shapes of MODELS."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    model_type, shape = MODELS[name]
+    config = AutoConfig.for_model(model_type, **shape, tie_word_embeddings=True, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
 
 
 class Rollout:
@@ -89,7 +134,7 @@ class Rollout:
 class Packed:
     """The project's learner."""
 
-    def __init__(self, model_path: str, groups_file: str, dtype: str) -> None:
+    def __init__(self, model_path: str, groups_file: str, dtype: str, micro_batch_tokens: int) -> None:
         from transformers import AutoModelForCausalLM
 
         from learner.config import LearnerConfig, OptimizerConfig
@@ -107,8 +152,7 @@ class Packed:
             port = probe.getsockname()[1]
         device = join_process_group(0, 1, "127.0.0.1", port, 600.0)
         constant = OptimizerConfig(schedule="constant", warmup_ratio=0.0)
-        # a group at a time, as the padded side
-        config = LearnerConfig(dtype=dtype, optimizer=constant, micro_batch_tokens=1024)  # type: ignore[arg-type]
+        config = LearnerConfig(dtype=dtype, optimizer=constant, micro_batch_tokens=micro_batch_tokens)  # type: ignore[arg-type]
         policy, frozen = (
             Policy(AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[dtype])) for _ in range(2)
         )
@@ -143,31 +187,39 @@ class Packed:
 class Padded:
     """The published way's learner."""
 
-    def __init__(self, model_path: str, groups_file: str, dtype: str) -> None:
+    def __init__(self, model_path: str, groups_file: str, dtype: str, at_once: int) -> None:
         torch.set_num_threads(threads())
         self._base_gib = MemoryWatch().measure()
         groups: Groups = json.loads(Path(groups_file).read_text())
         titles = list({tuple(row): None for group in groups for row in group["candidates"]})
         trie = Trie.from_titles(titles, eos_token=titles[0][-1], tokenizer_fingerprint="")
         self._trainer = PublishedTrainer(model_path, trie, dtype=dtype, gradient_checkpointing=False)
-        self._batches = [_completions(group, trie.eos_token) for group in groups]
+        device = self._trainer.policy.device
+        batches = [groups[first : first + at_once] for first in range(0, len(groups), at_once)]
+        self._batches = [_completions(batch, trie.eos_token, device) for batch in batches]
 
     def step(self) -> dict[str, Any]:
         report = StepReport()
         for completions in self._batches:
-            advantage = advantages(torch.eye(1, len(completions.ids)))
+            advantage = advantages(torch.eye(1, GROUP_SIZE).repeat(len(completions.ids) // GROUP_SIZE, 1))
             report.loss += self._trainer.accumulate(completions, advantage, 1 / len(self._batches), report)
         with report.stage("optimizer"):
             report.gradient_norm = self._trainer.update()
         return vars(report) | {"base_gib": self._base_gib}
 
 
-def _completions(group: dict[str, Any], pad: int) -> Completions:
-    """A group as `generate` returns it: one row per candidate, padded on the right."""
-    width = max(map(len, group["candidates"]))
-    rows = [[*group["prompt"], *row, *[pad] * (width - len(row))] for row in group["candidates"]]
-    mask = [[1] * (len(group["prompt"]) + len(row)) + [0] * (width - len(row)) for row in group["candidates"]]
-    return Completions(torch.tensor(rows), torch.tensor(mask), len(group["prompt"]))
+def _completions(groups: Groups, pad: int, device: torch.device) -> Completions:
+    """Groups as `generate` returns them: a row per candidate, prompts padded on the left, candidates on the right."""
+    longest = max(len(group["prompt"]) for group in groups)
+    width = max(len(row) for group in groups for row in group["candidates"])
+    rows, mask = [], []
+    for group in groups:
+        before = longest - len(group["prompt"])
+        for row in group["candidates"]:
+            after = width - len(row)
+            rows.append([pad] * before + group["prompt"] + row + [pad] * after)
+            mask.append([0] * before + [1] * (len(group["prompt"]) + len(row)) + [0] * after)
+    return Completions(torch.tensor(rows, device=device), torch.tensor(mask, device=device), longest)
 
 
 def measure(shape: str) -> tuple[Row, dict[str, Any]]:
@@ -175,33 +227,33 @@ def measure(shape: str) -> tuple[Row, dict[str, Any]]:
 
     Raises ShapeAbsentError where the model or the data is not here, AssertionError where gradients differ.
     """
-    workload_name, dtype = CASES[shape]
+    case = CASES[shape]
     with TemporaryDirectory() as folder:
-        if workload_name is None:
+        if case.workload is None:
             model_path = Path(folder) / "model"
-            synthetic_model(model_path)
-            groups = synthetic_groups(49152)
+            synthetic_model(case.model, model_path)
+            groups = synthetic_groups(MODELS[case.model][1]["vocab_size"], case.groups)
         else:
-            model_path = build(SHAPES[workload_name]).model_path
+            model_path = build(SHAPES[case.workload]).model_path
             with Side("benchmarks.learner:Rollout", as_worker=True) as rollout:
-                groups = rollout.call("groups", workload_name).result
+                groups = rollout.call("groups", case.workload).result
         groups_file = Path(folder) / "groups.json"
         groups_file.write_text(json.dumps(groups))
-        arguments = (str(model_path), str(groups_file), dtype)
+        arguments = (str(model_path), str(groups_file), case.dtype)
         with (
-            Side("benchmarks.learner:Packed", *arguments, as_worker=True) as ours,
-            Side("benchmarks.learner:Padded", *arguments) as theirs,
+            Side("benchmarks.learner:Packed", *arguments, case.micro_batch_tokens, as_worker=True) as ours,
+            Side("benchmarks.learner:Padded", *arguments, case.at_once) as theirs,
         ):
             calls = [(ours.call("step"), theirs.call("step"))]
             for _ in range(WARMUPS):
                 ours.call("step")
-            for _ in range(REPEATS[shape]):
+            for _ in range(case.repeats):
                 calls.append((ours.call("step"), theirs.call("step")))
                 print(f"{shape}: packed {calls[-1][0].seconds:.3g} s, padded {calls[-1][1].seconds:.3g} s", flush=True)
-        kept_gib = _kept_gib(model_path, dtype)
-    check_equal(*calls[0], GRADIENT_TOLERANCE[dtype])
+        kept_gib = _kept_gib(model_path, case.dtype)
+    check_equal(*calls[0], GRADIENT_TOLERANCE[case.dtype])
     pairs = [(mine.seconds, published.seconds) for mine, published in calls[1:]]
-    return _described(row_of_pairs("padded", shape, pairs), dtype, calls, kept_gib)
+    return _described(row_of_pairs("padded", shape, pairs), case.dtype, calls, kept_gib)
 
 
 def check_equal(ours: Call, theirs: Call, tolerance: float) -> None:

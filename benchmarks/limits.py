@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 from benchmarks.harness import REPOSITORY, in_fresh_process, machine_name, timed, write_section
 from benchmarks.in_process import InProcess, counted_forwards
 from benchmarks.peak import matrix_peak, memory_bandwidth
-from benchmarks.shapes import SHAPES, ShapeAbsentError, build
+from benchmarks.shapes import ON_GPU, SHAPES, ShapeAbsentError, build
 from rollout.groups import Candidates
 
 RESULTS = REPOSITORY / "benchmarks/results"
@@ -50,7 +51,8 @@ def measure(shape_name: str) -> list[dict[str, Any]]:
     step = InProcess(workload.config, workload.model_path, workload.catalog)
     arithmetic, peak = Arithmetic(workload.model_path), matrix_peak(workload.shape.dtype)
     groups = step.rollout(prompts)
-    step.learn(prompts[:1], groups[:1])
+    warm = len(prompts) if ON_GPU else 1  # there kernels are compiled for a whole step
+    step.learn(prompts[:warm], groups[:warm])
 
     rollout_s = [timed(lambda: step.rollout(prompts)) for _ in range(REPEATS)]
     with counted_forwards() as work:
@@ -106,9 +108,13 @@ def save_profiles(shape: str, step: InProcess, prompts: list[list[int]], groups:
     RESULTS.mkdir(exist_ok=True)
     calls = {"rollout": lambda: step.rollout(prompts), "learn": lambda: step.learn(prompts[:1], groups[:1])}
     for stage, call in calls.items():
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            call()
-        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+        activities, device = [ProfilerActivity.CPU], "cpu"
+        if torch.cuda.is_available():
+            activities, device = [*activities, ProfilerActivity.CUDA], "device"
+        with profile(activities=activities) as profiler:
+            timed(call)
+        sort_by = f"self_{device}_time_total"
+        table = profiler.key_averages().table(sort_by=sort_by, row_limit=25, max_name_column_width=60)
         (RESULTS / f"profile-{machine_name()}-{shape}-{stage}.txt").write_text(table + "\n")
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from benchmarks.harness import REPOSITORY
 from catalog.atomic import atomic_folder
 from catalog.build import build_catalog
@@ -24,6 +26,9 @@ class ShapeAbsentError(Exception):
     """The model or the data of a shape is not on this machine; the message says how to provide it."""
 
 
+SMOLLM2 = "smollm2-135m"
+
+
 @dataclass(frozen=True)
 class Shape:
     """One workload, identical for both sides."""
@@ -35,12 +40,24 @@ class Shape:
     prompt as the real one has, and its small model after an epoch of SFT."""
     dtype: str = "float32"
     overrides: tuple[str, ...] = ()
+    model: str = SMOLLM2
+    """Of a real one: the folder of models/; MODEL= names another for SmolLM2."""
 
 
 ON_GPU = os.environ.get("SCALE") == "gpu"
 GROUPS = 64 if ON_GPU else 4
-ON_TWO_GPUS = ("cluster.device=gpu", "cluster.gpus=2", "rollout.kv_cache_gib=20") if ON_GPU else ()
-"""SCALE=gpu: one GPU rolls out, another learns, and a step has more groups."""
+
+
+def _on_gpus() -> tuple[str, ...]:
+    """SCALE=gpu: one GPU rolls out and another learns, or the only one does both in turn; batches fill them."""
+    if not ON_GPU:
+        return ()
+    alone = torch.cuda.device_count() < 2
+    in_turn = ("cluster.colocate=true", "rollout.sleep=true", "learner.sleep=true")
+    sizes = ("rollout.kv_cache_gib=16", "rollout.max_batched_tokens=16384")
+    batches = ("learner.micro_batch_tokens=16384", "learner.logit_mib=2048", "cluster.object_store_gib=8")
+    return (f"cluster.gpus={1 if alone else 2}", "cluster.device=gpu", *(in_turn if alone else ()), *sizes, *batches)
+
 
 BFLOAT16_HERE = ON_GPU or has_bfloat16()
 
@@ -65,7 +82,9 @@ SHAPES = {
         Shape("tiny-64", groups=64, real=False, overrides=("data.generated.users=400",)),
         Shape("industrial-135m-fp32", groups=GROUPS, real=True, overrides=SMALL),
         Shape("industrial-135m-bf16", groups=GROUPS, real=True, dtype="bfloat16", overrides=SMALL),
+        Shape("industrial-0.5b-bf16", groups=GROUPS, real=True, dtype="bfloat16", model="qwen2-0.5b"),
     )
+    if ON_GPU or shape.model == SMOLLM2
 }
 
 
@@ -98,7 +117,9 @@ def build(shape: Shape, *overrides: str) -> Workload:
     config = compose(
         cluster="local",
         data=_folder("DATA", REPOSITORY.parent / "shared/data/industrial") if shape.real else "embedded",
-        model=_folder("MODEL", REPOSITORY / "models/smollm2-135m") if shape.real else "small",
+        model=_folder("MODEL" if shape.model == SMOLLM2 else "", REPOSITORY / "models" / shape.model)
+        if shape.real
+        else "small",
         overrides=[
             f"rollout.dtype={shape.dtype}",
             f"learner.dtype={shape.dtype}",
@@ -106,7 +127,7 @@ def build(shape: Shape, *overrides: str) -> Workload:
             f"train.prompts_per_step={shape.groups}",
             "learner.optimizer.schedule=constant",
             "learner.optimizer.warmup_ratio=0",
-            *ON_TWO_GPUS,
+            *_on_gpus(),
             *shape.overrides,
             *overrides,
         ],
@@ -135,5 +156,5 @@ def _folder(variable: str, default: Path) -> str:
     """The folder that an environment variable names, or the default if it exists."""
     path = Path(os.environ.get(variable) or default)
     if not path.is_dir():
-        raise ShapeAbsentError(f"{path} does not exist; give a folder with {variable}=")
+        raise ShapeAbsentError(f"{path} does not exist" + (f"; give a folder with {variable}=" if variable else ""))
     return str(path)

@@ -153,7 +153,7 @@ class Process:
     def _reference(self, learner: Any) -> dict[str, np.ndarray] | None:
         if learner._reference is None:
             return None
-        return {name: weight.float().numpy().copy() for name, weight in learner._reference._weights.items()}
+        return {name: weight.float().cpu().numpy().copy() for name, weight in learner._reference._weights.items()}
 
 
 def _checksum(buckets: Sequence[Any]) -> int | None:
