@@ -29,7 +29,7 @@ class Window:
 
 
 FLEX_VARIANTS = 64
-# Compilations of flex attention, for windows, gradients and lengths; beyond them torch would compute all scores.
+# Compilations of flex attention, for windows, gradients and lengths; beyond them torch refuses to run it.
 
 
 def tree_attention(
@@ -115,7 +115,8 @@ def flex_kernel_options(head_size: int, element_size: int, shared_memory: int) -
 def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
     """Hugging Face's own call copies keys for every query head where the number of heads is no power of two."""
     torch._dynamo.config.recompile_limit = max(FLEX_VARIANTS, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex_attention)
+    torch._dynamo.config.specialize_float = True  # a second softcap would become a variable, which kernels cannot have
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 class _RunAttention(torch.autograd.Function):

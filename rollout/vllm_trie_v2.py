@@ -44,9 +44,14 @@ class TrieLogitsProcessorV2(LogitsProcessor):
         self._walked = np.zeros(req_states.max_num_reqs, np.int64)
         self._nodes = torch.zeros(req_states.max_num_reqs, dtype=torch.int64, device=device)
         self._staged: dict[int, int] = {}
+        self._warming_up = True
+        """Until the first caller's request: vLLM's own, which warm its kernels up, know of no trie."""
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        request = TrieRequest.of(sampling_params.extra_args)
+        if self._warming_up and not sampling_params.extra_args:
+            request = TrieRequest("warm-up", None)
+        else:
+            self._warming_up, request = False, TrieRequest.of(sampling_params.extra_args)
         self._requests[req_idx] = request
         self._constrained[req_idx], self._free[req_idx] = request.node is not None, request.node is None
         self._walked[req_idx] = 0  # also after a preemption, which brings the tokens generated before it

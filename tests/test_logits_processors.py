@@ -223,6 +223,18 @@ def test_a_row_that_left_the_trie_is_an_error_in_the_second_runner(vllm_config: 
         processor.apply(torch.zeros(1, VOCABULARY), context([2], [2]))
 
 
+def test_only_vllms_own_warm_up_comes_without_a_node(vllm_config: Any) -> None:
+    processor, states = second_runner(vllm_config, slots=2, width=8)
+    states.prompt_len.np[:] = 1
+    processor.add_request(0, SimpleNamespace(extra_args=None))
+    processor.apply_staged_writes()
+    logits = torch.randn(1, VOCABULARY)
+    torch.testing.assert_close(processor.apply(logits.clone(), context([0], [1])), logits.log_softmax(-1))
+    processor.add_request(1, SimpleNamespace(extra_args=TrieRequest("a", 0).extra_args()))
+    with pytest.raises(ValueError, match="must hold trie_node"):
+        processor.add_request(0, SimpleNamespace(extra_args=None))
+
+
 def test_after_the_end_only_the_end_is_left(vllm_config: Any) -> None:
     """A runner that schedules ahead asks once more for a row whose title has ended."""
     processor, states = second_runner(vllm_config, slots=1, width=32)
