@@ -23,24 +23,29 @@ class Chains:
     """int64 [P, G]: at most K."""
     ends: torch.Tensor
     """bool [P, G]: whether its title ends there, before another beam of the group comes to a choice."""
+    any_ends: bool
+    """Whether any does."""
 
     @classmethod
     def of(cls, trie: DeviceTrie, node: torch.Tensor, wanted: torch.Tensor) -> "Chains":
-        """Arguments as `reach`; waits for the device, to know K."""
+        """Arguments as `reach`; waits for the device, to know K and whether a title ends."""
         length, ends = reach(trie, node, wanted)
-        return cls.walked(trie, node, length, ends, int(length.max()))
+        longest, any_ends = torch.stack([length.max(), ends.any().to(length.dtype)]).tolist()
+        return cls.walked(trie, node, length, ends, longest, bool(any_ends))
 
     @classmethod
     def walked(
-        cls, trie: DeviceTrie, node: torch.Tensor, length: torch.Tensor, ends: torch.Tensor, longest: int
+        cls,
+        trie: DeviceTrie,
+        node: torch.Tensor,
+        length: torch.Tensor,
+        ends: torch.Tensor,
+        longest: int,
+        any_ends: bool,
     ) -> "Chains":
         """From what `reach` says; longest: of all lengths."""
-        nodes = [node.clamp_min(0)]
-        edges = [trie.first_edge[nodes[0]]]
-        for step in range(longest):
-            nodes.append(torch.where(step < length, trie.edge_target[edges[-1]].long(), nodes[-1]))
-            edges.append(trie.first_edge[nodes[-1]])
-        return cls(torch.stack(nodes, -1), torch.stack(edges, -1), length, ends)
+        nodes = trie.down_chains(node.clamp_min(0), length, longest)
+        return cls(nodes, trie.first_edge[nodes], length, ends, any_ends)
 
     def last(self, values: torch.Tensor) -> torch.Tensor:
         """[P, G] of values [P, G, K + 1], at the last node of each chain."""

@@ -11,7 +11,6 @@ from rollout.device_trie import DeviceTrie
 from rollout.logsumexp import logsumexp
 
 NEG_INF = float("-inf")
-_GATHER_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def _expanded(
 
     Nodes are taken in buckets of similar fan-out, so memory follows the number of edges and not the widest node.
     """
-    for rows in _fanout_buckets(fanout):
+    for rows in _fanout_buckets(fanout, *(_ON_CPU if node.device.type == "cpu" else _ON_CUDA)):
         row = torch.from_numpy(rows).to(node.device, non_blocking=True)
         first = trie.first_edge[node[row]][:, None]
         edge = first + torch.arange(int(fanout[rows].max()), device=node.device)
@@ -151,10 +150,14 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor, Children]], rows: int) -> Ch
     return whole
 
 
-def _fanout_buckets(fanout: np.ndarray) -> list[np.ndarray]:
-    """Rows in buckets whose fan-outs differ by less than a factor of two and whose padded size is bounded."""
+_ON_CPU, _ON_CUDA = (1, 1 << 21), (3, 1 << 24)
+"""(doublings, elements) of _fanout_buckets: padding costs a GPU nothing, and every bucket some 20 launches."""
+
+
+def _fanout_buckets(fanout: np.ndarray, doublings: int, elements: int) -> list[np.ndarray]:
+    """Rows in buckets whose fan-outs differ by less than 2^doublings and whose padded size is at most `elements`."""
     order = np.argsort(fanout, kind="stable")
-    size = np.frexp(fanout[order] - 0.5)[1]
+    size = -(-np.frexp(fanout[order] - 0.5)[1] // doublings)
     buckets = [np.sort(bucket) for bucket in np.split(order, np.flatnonzero(np.diff(size)) + 1)]
-    rows = [max(1, _GATHER_ELEMENTS // int(fanout[bucket].max())) for bucket in buckets]
+    rows = [max(1, elements // int(fanout[bucket].max())) for bucket in buckets]
     return [bucket[i : i + n] for bucket, n in zip(buckets, rows, strict=True) for i in range(0, len(bucket), n)]

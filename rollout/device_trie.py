@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,6 +63,37 @@ class DeviceTrie:
     def _chain_fanout(self) -> torch.Tensor:
         """int64 [N]: number of children where the chain from each node ends."""
         return torch.from_numpy(self._chains[2]).to(self.device)
+
+    def down_chains(self, node: torch.Tensor, length: torch.Tensor, longest: int) -> torch.Tensor:
+        """int64 [..., longest + 1]: each node, then the `length` nodes that it forces; the last one again behind them.
+
+        node, length: int64 [...]; length is at most `chain` of the node, and at most `longest`.
+        """
+        if not longest:
+            return node[..., None]
+        ahead = torch.arange(longest + 1, device=node.device)
+        return self._in_chains[self._place[node][..., None] + torch.minimum(ahead, length[..., None])]
+
+    @cached_property
+    def _in_chains(self) -> torch.Tensor:
+        """int64 [N]: all nodes, chain after chain from its first node to the one that branches or ends."""
+        return torch.from_numpy(np.argsort(self._places)).to(self.device)
+
+    @cached_property
+    def _place(self) -> torch.Tensor:
+        """int64 [N]: where each node lies in `_in_chains`."""
+        return torch.from_numpy(self._places).to(self.device)
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        first, target, length = self.source.first_edge, self.source.edge_target, self._chains[0]
+        forced = np.zeros(len(length), bool)  # nodes that are their parent's only child
+        forced[target[first[np.flatnonzero(length)]]] = True
+        place = np.cumsum(np.where(forced, 0, length + 1)) - (length + 1)
+        for start, stop in pairwise(self.source.level_start.tolist()):
+            single = start + np.flatnonzero(length[start:stop])
+            place[target[first[single]]] = place[single] + 1
+        return place
 
     @cached_property
     def _chains(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -40,23 +40,27 @@ class Past:
         self._logprob = torch.zeros(shape, device=trie.device)
         self._group = torch.arange(groups, device=trie.device)
 
-    def record(self, depth: torch.Tensor, groups: torch.Tensor, steps: Steps) -> None:
-        """depth: int64 [P]. groups: bool [P], those that took the steps [P, G]."""
+    def record(self, depth: torch.Tensor, steps: Steps) -> None:
+        """Every group took the steps [P, G] at its depth, int64 [P], which is behind all that it has finished."""
         for past, new in ((self._parent, steps.parent), (self._edge, steps.edge), (self._logprob, steps.logprob)):
-            past[self._group, depth] = torch.where(groups[:, None], new, past[self._group, depth])
+            past[self._group, depth] = new
 
     def record_chains(self, depth: torch.Tensor, chains: Chains, logprob: torch.Tensor) -> None:
-        """Every beam followed its chain: logprob float32 [P, G, K]. depth: int64 [P], before."""
-        taken = chains.steps.transpose(1, 2)
-        if not taken.shape[1]:
+        """Every beam followed its chain: logprob float32 [P, G, K]. depth: int64 [P], before.
+
+        What is recorded behind a chain's end is read by nobody: beams that go on have chains of equal length, and what
+        they do next takes its place.
+        """
+        _, beams, longest = logprob.shape
+        if not longest:
             return
-        ahead = torch.arange(taken.shape[1], device=taken.device)
+        ahead = torch.arange(longest, device=depth.device)
         # What is not taken may lie behind the longest title; no step but end-of-sequence, kept elsewhere, is its last.
         at = (self._group[:, None], (depth[:, None] + ahead).clamp_max(self._trie.num_depths - 1))
-        stays = torch.arange(taken.shape[2], device=taken.device).expand_as(taken)
+        stays = torch.arange(beams, device=depth.device).expand(len(depth), longest, beams)
         edge = chains.edge[..., :-1].transpose(1, 2)
         for past, new in ((self._parent, stays), (self._edge, edge), (self._logprob, logprob.transpose(1, 2))):
-            past[at] = torch.where(taken, new, past[at])
+            past[at] = new
 
     def trace(self, beam: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probabilities [P, K, D] of the first `depth` steps to each `beam`, both [P, K]."""

@@ -74,7 +74,7 @@ class SampleSearch:
         edge, logprob = (values[row, self._sample] for values in (children.edge, children.logprob))
         step = torch.full((self.groups,), self._step, dtype=torch.int64, device=device)
         sample, score = self._sample.expand(shape), logprob.double()
-        self._past.record(step, running.any(1), Steps(score, sample, edge, logprob, score))
+        self._past.record(step, Steps(score, sample, edge, logprob, score))
         self._step += 1
         target = self.trie.edge_target[edge].long()
         self._item_class = torch.where(running & (target < 0), -1 - target, self._item_class)

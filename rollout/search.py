@@ -56,8 +56,10 @@ class BeamSearch:
         length, ends = reach(self.trie, self._node, (self._depth > 0) & self._goes_ahead)
         count = torch.where(running & ~self._free(), length + 1, 0)
         fanout = self.trie.fanout_after(self._node.clamp_min(0), length)
-        host_count, fanout, parent, host_length = torch.stack([count, fanout, self._origin, length]).cpu().numpy()
-        self._chains = Chains.walked(self.trie, self._node, length, ends, int(host_length.max()))
+        on_host = torch.stack([count, fanout, self._origin, length, ends.long()]).cpu().numpy()
+        host_count, fanout, parent, host_length, host_ends = on_host
+        longest, any_ends = int(host_length.max()), bool(host_ends.any())
+        self._chains = Chains.walked(self.trie, self._node, length, ends, longest, any_ends)
         self._origin = torch.where(running, torch.arange(self.beams, device=running.device), -1)
         slot = np.flatnonzero(host_count)
         counts = host_count.ravel()[slot]
@@ -115,7 +117,7 @@ class BeamSearch:
         for logprob in forced.unbind(2):  # in this order, as if token by token
             self._score, self._policy = self._score + logprob, self._policy + logprob
         self._node = torch.where(running, chains.last(chains.node), -1)
-        if not self._asks_often or bool(chains.ends.any()):
+        if chains.any_ends:
             beam = torch.arange(self.beams, device=running.device).expand_as(running)
             edge = chains.last(chains.edge)
             steps = Steps(self._score + end, beam, edge, end, self._policy + end)
@@ -126,8 +128,7 @@ class BeamSearch:
                 ended.gather(depth.argsort(dim=1, stable=True))
             )  # shorter titles came first
             self._node = torch.where(chains.ends, -1, self._node)
-        going = torch.where(self._node >= 0, chains.length, 0)
-        self._depth = self._depth + going.amax(1)
+        self._depth = self._depth + chains.length.amax(1)  # beams that go on have walked as far as any
 
     def _step(self, children: Children) -> None:
         """One token for every group, its beams competing; children [P, G, W] of every beam's node."""
@@ -175,7 +176,7 @@ class BeamSearch:
     def _follow(self, alive: torch.Tensor, steps: Steps, target: torch.Tensor) -> None:
         """Beams are replaced by `steps` [P, G] where these are alive; groups that have ended stay at their depth."""
         going = (self._node >= 0).any(1)
-        self._past.record(self._depth, going, steps)
+        self._past.record(self._depth, steps)
         self._depth = self._depth + going
         self._origin = torch.where(alive, self._origin.gather(1, steps.parent), -1)
         self._node = torch.where(alive, target, -1)
