@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.config import LearnerConfig, OptimizerConfig
+from learner.master_weights import step_master_weights
 from learner.zero_config import adamw_arguments, clips_itself, zero_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +98,9 @@ class ZeroEngine:
         if self.stage == 0:
             # One rank has nothing to average; DeepSpeed would still copy every gradient into a flat buffer and back.
             self._engine.enable_backward_allreduce = self._engine.world_size > 1
-            self._sums_in_float32 = parameters if config.dtype == "bfloat16" else []
+            if config.dtype == "bfloat16":
+                self._sums_in_float32 = parameters
+                self._engine.optimizer.step = partial(step_master_weights, self._engine.optimizer)
         self.restart_optimizer(optimizer)  # some stages have counted a step of zeros by now
 
     @property

@@ -79,14 +79,12 @@ def create_llm(
     worker_extension: str | None = None,
     logits_processors: Sequence[str | type] = (),
     first_runner: bool = False,
-    whole_graphs: bool = True,
     **overrides: Any,
 ) -> "LLM":
     """A synchronous vLLM engine on this process's devices, without a tokenizer: prompts and titles are token ids.
 
     worker_extension: "module.Class" whose methods `llm.collective_rpc` may call on every worker. first_runner: use
-    Model Runner V1 also where V2 is the default. whole_graphs: False on a GPU captures CUDA graphs only of what lies
-    between attention layers. overrides: further engine arguments; `config.vllm` wins over them.
+    Model Runner V1 also where V2 is the default. overrides: further engine arguments; `config.vllm` wins over them.
     Sampling defaults of the model's generation_config are ignored.
     Raises EngineError for a model without an end-of-sequence token, too little KV cache memory, or an argument in
     `config.vllm` that the project decides itself.
@@ -113,7 +111,7 @@ def create_llm(
         "worker_extension_cls": worker_extension or "",
         # else vLLM would ask Ray for devices beside those that this process was given
         **({"distributed_executor_backend": "mp"} if config.tensor_parallel > 1 else {}),
-        **(_gpu_arguments(config, whole_graphs) if on_gpu else _cpu_arguments()),
+        **(_gpu_arguments(config) if on_gpu else _cpu_arguments()),
         **overrides,
         **config.vllm,
     }
@@ -164,9 +162,8 @@ def _cpu_arguments() -> dict[str, Any]:
     return {"block_size": CPU_BLOCK_SIZE, "ir_op_priority": OP_PRIORITY}
 
 
-def _gpu_arguments(config: RolloutConfig, whole_graphs: bool) -> dict[str, Any]:
+def _gpu_arguments(config: RolloutConfig) -> dict[str, Any]:
     return {
-        **({} if whole_graphs else {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}),
         "enable_sleep_mode": config.sleep,
         "gpu_memory_utilization": 0.05,  # only has to be free: kv_cache_memory_bytes decides what is taken
     }

@@ -1,6 +1,7 @@
 """What is refused before, or while, a vLLM engine is made."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,13 @@ def test_whatever_an_engine_is_given_by_us_is_known_as_ours(
 def test_an_argument_that_vllm_does_not_have_is_named(tiny_model_dir: Path) -> None:
     with pytest.raises(EngineError, match=r"vllm\.enforce_eagr: vLLM has no such.*did you mean enforce_eager"):
         create_llm(tiny_model_dir, RolloutConfig(kv_cache_gib=0.05, vllm={"enforce_eagr": True}))
+
+
+def test_what_a_gpu_engine_is_given_is_known_to_vllm() -> None:
+    from vllm import EngineArgs
+
+    from rollout.worker_engine import gpu_arguments
+
+    arguments = gpu_arguments(1000)
+    assert arguments["cudagraph_capture_sizes"][-1] == 768
+    assert arguments.keys() <= {field.name for field in fields(EngineArgs)}
