@@ -166,8 +166,8 @@ def padded_batch(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence
 
 
 def packed_tokens(prompt: Sequence[int], candidates: Sequence[Sequence[int]]) -> int:
-    """Tokens that a group costs when it is packed alone."""
-    return int(_prefix_tree(_sequences([prompt], [candidates])[0]).inner.sum())
+    """Tokens that a group costs when it is packed alone: its prompt, and what its candidates share but once."""
+    return len(prompt) + int(_prefix_tree([np.asarray(candidate, np.int64) for candidate in candidates]).inner.sum())
 
 
 def _sequences(

@@ -1,12 +1,12 @@
 """One step of reinforcement learning: advantages, micro-batches, reference, objective, optimizer."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from learner.advantages import informative
 from learner.config import LearnerConfig
@@ -137,9 +137,7 @@ class PolicyUpdate:
         packed = self._policy.pack(
             [experience.prompts[row] for row in rows], [experience.candidates[row] for row in rows]
         )
-        logprobs = pad_sequence(
-            [torch.tensor(logprob) for row in rows for logprob in experience.logprobs[row]], batch_first=True
-        )
+        logprobs = _padded([logprob for row in rows for logprob in experience.logprobs[row]])
         device = self._engine.device
         return MicroBatch(
             packed,
@@ -204,6 +202,14 @@ class PolicyUpdate:
         summed = dict(zip(sums, self._engine.total(torch.stack(list(sums.values())).tolist()), strict=True))
         candidates = max(summed.pop("candidates"), 1.0)
         return {name: value if name in TOTALS else value / candidates for name, value in summed.items()}
+
+
+def _padded(rows: Sequence[np.ndarray]) -> Tensor:
+    """float32 [C, T], 0 behind the end of a row."""
+    lengths = np.array([len(row) for row in rows])
+    padded = np.zeros((len(rows), lengths.max()), np.float32)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return torch.from_numpy(padded)
 
 
 def _sums(micro: MicroBatch, logp: Tensor) -> dict[str, Tensor]:
