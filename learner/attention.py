@@ -28,7 +28,7 @@ class Window:
     """Positions that a query sees, its own included."""
 
 
-FLEX_VARIANTS = 64
+FLEX_VARIANTS = 256
 # Compilations of flex attention, for windows, gradients and lengths; beyond them torch refuses to run it.
 
 

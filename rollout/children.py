@@ -157,7 +157,7 @@ _ON_CPU, _ON_CUDA = (1, 1 << 21), (3, 1 << 24)
 def _fanout_buckets(fanout: np.ndarray, doublings: int, elements: int) -> list[np.ndarray]:
     """Rows in buckets whose fan-outs differ by less than 2^doublings and whose padded size is at most `elements`."""
     order = np.argsort(fanout, kind="stable")
-    size = -(-np.frexp(fanout[order] - 0.5)[1] // doublings)
+    size = np.frexp(fanout[order] - 0.5)[1] // doublings
     buckets = [np.sort(bucket) for bucket in np.split(order, np.flatnonzero(np.diff(size)) + 1)]
     rows = [max(1, elements // int(fanout[bucket].max())) for bucket in buckets]
     return [bucket[i : i + n] for bucket, n in zip(buckets, rows, strict=True) for i in range(0, len(bucket), n)]
