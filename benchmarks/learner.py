@@ -46,7 +46,7 @@ class Case:
     repeats: int = 1
 
 
-MANY_GROUPS: dict[str, Any] = {"at_once": 16, "micro_batch_tokens": 16384, "repeats": 3} if ON_GPU else {}
+MANY_GROUPS: dict[str, Any] = {"at_once": 16, "micro_batch_tokens": 65536, "repeats": 3} if ON_GPU else {}
 OF_A_GPU = {
     "135m-fp32-64": Case("float32", groups=64, **MANY_GROUPS),
     "135m-bf16-64": Case("bfloat16", groups=64, **MANY_GROUPS),

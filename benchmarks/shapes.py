@@ -55,7 +55,7 @@ def _on_gpus() -> tuple[str, ...]:
     alone = torch.cuda.device_count() < 2
     in_turn = ("cluster.colocate=true", "rollout.sleep=true", "learner.sleep=true")
     sizes = ("rollout.kv_cache_gib=16", "rollout.max_batched_tokens=16384")
-    batches = ("learner.micro_batch_tokens=16384", "learner.logit_mib=2048", "cluster.object_store_gib=8")
+    batches = ("learner.micro_batch_tokens=65536", "learner.logit_mib=2048", "cluster.object_store_gib=8")
     return (f"cluster.gpus={1 if alone else 2}", "cluster.device=gpu", *(in_turn if alone else ()), *sizes, *batches)
 
 
