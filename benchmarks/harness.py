@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rollout.host_memory import host_environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GIB = 2**30
-ON_NVIDIA = shutil.which("nvidia-smi") is not None
+ON_NVIDIA = shutil.which("nvidia-smi") is not None and find_spec("pynvml") is not None  # which the GPU environment has
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ import sys
 from typing import Any
 
 from benchmarks.harness import Side, write_section
+from benchmarks.shapes import ON_GPU
 
 SHAPE = "tiny-64"
-WORKERS = (1, 2)
+WORKERS = (1,) if ON_GPU else (1, 2)
+"""On a GPU one: a machine with more than two is not supposed."""
 BATCHES = (1, 4, 16, 64)
 REPEATS = 2
 

@@ -36,7 +36,7 @@ def step_master_weights(optimizer: Any) -> bool:
 
 def _in_float32(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """Their gradients; zeros where there is none."""
-    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    gradients = [torch.zeros_like(w, dtype=torch.float32) if w.grad is None else w.grad for w in weights]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return gradients
     wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]

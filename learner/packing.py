@@ -165,26 +165,39 @@ def padded_batch(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence
     )
 
 
-def packed_tokens(prompt: Sequence[int], candidates: Sequence[Sequence[int]]) -> int:
-    """Tokens that a group costs when it is packed alone: its prompt, and what its candidates share but once."""
-    return len(prompt) + int(_prefix_tree([np.asarray(candidate, np.int64) for candidate in candidates]).inner.sum())
+def packed_tokens(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+    """Tokens that each group costs when it is packed alone: its prompt, and what its candidates share but once.
+
+    Arguments and errors are those of `pack_groups`.
+    """
+    _check(prompts, candidates)
+    trees = [_prefix_tree([np.asarray(candidate, np.int64) for candidate in ranked]) for ranked in candidates]
+    return [len(prompt) + int(tree.inner.sum()) for prompt, tree in zip(prompts, trees, strict=True)]
+
+
+def _check(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]) -> None:
+    for group, (prompt, ranked) in enumerate(zip(prompts, candidates, strict=True)):
+        if not len(prompt):
+            raise ValueError(f"group {group} has an empty prompt: nothing predicts its candidates' first tokens")
+        if not len(ranked):
+            raise ValueError(f"group {group} has no candidates to pack")
+        for rank, candidate in enumerate(ranked):
+            if not len(candidate):
+                raise ValueError(f"group {group}: candidate {rank} has no tokens")
 
 
 def _sequences(
     prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """prompt + candidate of every candidate, and the index of its first target, int64 [C]."""
+    if not len(prompts):
+        raise ValueError("there are no groups to pack")
+    _check(prompts, candidates)
     sequences, first_target = [], []
-    for group, (prompt, ranked) in enumerate(zip(prompts, candidates, strict=True)):
-        if not len(prompt):
-            raise ValueError(f"group {group} has an empty prompt: nothing predicts its candidates' first tokens")
-        for rank, candidate in enumerate(ranked):
-            if not len(candidate):
-                raise ValueError(f"group {group}: candidate {rank} has no tokens")
+    for prompt, ranked in zip(prompts, candidates, strict=True):
+        for candidate in ranked:
             sequences.append(np.concatenate([np.asarray(prompt, np.int64), np.asarray(candidate, np.int64)]))
             first_target.append(len(prompt))
-    if not sequences:
-        raise ValueError("there are no candidates to pack")
     return sequences, np.asarray(first_target)
 
 

@@ -78,7 +78,7 @@ class Policy(nn.Module):
     ) -> list[int]:
         """Tokens that each group adds to a batch: packed alone, or padded to the longest sequence of all of them."""
         if self.packing == "tree":
-            return [packed_tokens(*group) for group in zip(prompts, candidates, strict=True)]
+            return packed_tokens(prompts, candidates)
         width = max(
             (len(prompt) + max(map(len, rows)) for prompt, rows in zip(prompts, candidates, strict=True)), default=0
         )

@@ -77,7 +77,9 @@ class DeviceTrie:
     @cached_property
     def _in_chains(self) -> torch.Tensor:
         """int64 [N]: all nodes, chain after chain from its first node to the one that branches or ends."""
-        return torch.from_numpy(np.argsort(self._places)).to(self.device)
+        nodes = np.empty_like(self._places)
+        nodes[self._places] = np.arange(len(nodes))
+        return torch.from_numpy(nodes).to(self.device)
 
     @cached_property
     def _place(self) -> torch.Tensor:

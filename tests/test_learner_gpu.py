@@ -1,4 +1,4 @@
-"""The learner on a GPU: flex attention, nccl, DeepSpeed's CUDA paths. Every step equals the same step on the CPU."""
+"""The learner on a GPU: flex attention and DeepSpeed's CUDA paths. Every step equals the same step on the CPU."""
 
 from collections.abc import Iterator
 from dataclasses import replace

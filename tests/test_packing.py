@@ -1,6 +1,6 @@
 """Packed batches read back by brute force: every candidate token must see exactly its own prefix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -81,7 +81,7 @@ def test_pairs_are_distinct_and_ordered(groups: Groups) -> None:
 @given(groups_of_tokens)
 def test_the_count_of_a_group_is_what_it_costs_alone(groups: Groups) -> None:
     for prompt, candidates in groups:
-        assert packed_tokens(prompt, candidates) == pack_groups([prompt], [candidates]).fed_tokens
+        assert packed_tokens([prompt], [candidates]) == [pack_groups([prompt], [candidates]).fed_tokens]
 
 
 @given(groups_of_tokens, st.integers(1, 9))
@@ -202,14 +202,20 @@ def test_a_subtree_that_ends_with_a_block_is_not_computed_for_the_next() -> None
     assert blocks.full_kv_num_blocks.flatten().tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("pack", [pack_groups, padded_batch])
-def test_empty_input_is_refused_by_name(pack: type[PackedBatch]) -> None:
+@pytest.mark.parametrize("pack", [pack_groups, padded_batch, packed_tokens])
+def test_empty_input_is_refused_by_name(pack: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match="group 1 has an empty prompt"):
         pack([[1], []], [[[2]], [[3]]])
     with pytest.raises(ValueError, match="group 0: candidate 1 has no tokens"):
         pack([[1]], [[[2], []]])
-    with pytest.raises(ValueError, match="no candidates"):
-        pack([], [])
+    with pytest.raises(ValueError, match="group 1 has no candidates"):
+        pack([[1], [1]], [[[2]], []])
+
+
+def test_nothing_is_not_packed() -> None:
+    for pack in (pack_groups, padded_batch):
+        with pytest.raises(ValueError, match="no groups"):
+            pack([], [])
 
 
 def random_tree(seed: int, nodes: int) -> list[int]:

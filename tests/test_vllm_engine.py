@@ -70,6 +70,7 @@ def test_what_a_gpu_engine_is_given_is_known_to_vllm() -> None:
 
     from rollout.worker_engine import gpu_arguments
 
-    arguments = gpu_arguments(1000)
+    arguments = gpu_arguments(RolloutConfig(max_batched_tokens=1000))
     assert arguments["cudagraph_capture_sizes"][-1] == 768
     assert arguments.keys() <= {field.name for field in fields(EngineArgs)}
+    assert "cudagraph_capture_sizes" not in gpu_arguments(RolloutConfig(vllm={"max_cudagraph_capture_size": 512}))
