@@ -8,7 +8,7 @@ from benchmarks.shapes import ON_GPU
 
 SHAPE = "tiny-64"
 WORKERS = (1,) if ON_GPU else (1, 2)
-"""On a GPU one: a machine with more than two is not supposed."""
+"""Two workers would need three GPUs, beside the learner's."""
 BATCHES = (1, 4, 16, 64)
 REPEATS = 2
 

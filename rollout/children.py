@@ -11,6 +11,8 @@ from rollout.device_trie import DeviceTrie
 from rollout.logsumexp import logsumexp
 
 NEG_INF = float("-inf")
+_ON_CPU, _ON_CUDA = (1, 1 << 21), (3, 1 << 24)
+"""(doublings, elements) of _fanout_buckets: on a GPU every bucket costs launches, so that there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,6 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor, Children]], rows: int) -> Ch
         whole.logprob[row, columns], whole.edge[row, columns] = found.logprob, found.edge
         whole.key[row, columns] = found.key
     return whole
-
-
-_ON_CPU, _ON_CUDA = (1, 1 << 21), (3, 1 << 24)
-"""(doublings, elements) of _fanout_buckets: padding costs a GPU nothing, and every bucket some 20 launches."""
 
 
 def _fanout_buckets(fanout: np.ndarray, doublings: int, elements: int) -> list[np.ndarray]:
