@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from learner.products import best_products, compiles_every_length
 from learner.tree_mask import MaskedRun, TreeMask
 
 IMPLEMENTATION = "tree"
@@ -58,7 +59,7 @@ def tree_attention(
         raise NotImplementedError("tree attention has no dropout: train with learner.packing=padded")
     if query.is_cuda:
         return flex_tree_attention(query, key, value, tree.block_mask(window), scaling, softcap), None
-    runs = tree.runs(window, query.shape[1] // key.shape[1])
+    runs = tree.runs(window, query.shape[1] // key.shape[1], rounded=compiles_every_length(torch.float32))
     return _RunAttention.apply(query, key, value, runs, scaling or query.shape[-1] ** -0.5, softcap), None
 
 
@@ -137,10 +138,11 @@ class _RunAttention(torch.autograd.Function):
         ctx.runs, ctx.scaling, ctx.softcap = runs, scaling, softcap
         queries, context = _by_key_head(query, key.shape[1]) * scaling, torch.cat([key[0], value[0]]).float()
         output = query.new_empty(query.shape[2], key.shape[1], queries.shape[2], query.shape[3])
-        for run in runs:
-            keys, values = run.seen(context).chunk(2)
-            weights, _ = _weights(queries[:, run.queries].flatten(1, 2), keys, run.mask, softcap)
-            output[run.queries] = torch.bmm(weights, values).unflatten(1, (-1, queries.shape[2])).transpose(0, 1)
+        with best_products(queries):
+            for run in runs:
+                keys, values = run.seen(context).chunk(2)
+                weights, _ = _weights(queries[:, run.queries].flatten(1, 2), keys, run.mask, softcap)
+                output[run.queries] = torch.bmm(weights, values).unflatten(1, (-1, queries.shape[2])).transpose(0, 1)
         return output.flatten(1, 2)[None]
 
     @staticmethod
@@ -149,20 +151,21 @@ class _RunAttention(torch.autograd.Function):
         queries, context = _by_key_head(query, key.shape[1]) * ctx.scaling, torch.cat([key[0], value[0]]).float()
         incoming = _by_key_head(gradients[0].transpose(1, 2), key.shape[1])
         to_query, to_context = torch.empty_like(queries), torch.zeros_like(context)
-        for run in ctx.runs:
-            seen = run.seen(context)
-            of_seen = torch.empty_like(seen)
-            (keys, values), (of_keys, of_values) = seen.chunk(2), of_seen.chunk(2)
-            own, of_output = queries[:, run.queries].flatten(1, 2), incoming[:, run.queries].flatten(1, 2)
-            weights, slope = _weights(own, keys, run.mask, ctx.softcap)
-            torch.bmm(weights.transpose(1, 2), of_output, out=of_values)
-            of_scores = torch.bmm(of_output, values.transpose(1, 2))
-            of_scores = torch.ops.aten._softmax_backward_data(of_scores, weights, -1, weights.dtype)
-            if slope is not None:
-                of_scores.mul_(slope)
-            torch.bmm(of_scores.transpose(1, 2), own, out=of_keys)
-            run.add_seen(to_context, of_seen)
-            to_query[:, run.queries] = torch.bmm(of_scores, keys).unflatten(1, (-1, queries.shape[2]))
+        with best_products(queries):
+            for run in ctx.runs:
+                seen = run.seen(context)
+                of_seen = torch.empty_like(seen)
+                (keys, values), (of_keys, of_values) = seen.chunk(2), of_seen.chunk(2)
+                own, of_output = queries[:, run.queries].flatten(1, 2), incoming[:, run.queries].flatten(1, 2)
+                weights, slope = _weights(own, keys, run.mask, ctx.softcap)
+                torch.bmm(weights.transpose(1, 2), of_output, out=of_values)
+                of_scores = torch.bmm(of_output, values.transpose(1, 2))
+                of_scores = torch.ops.aten._softmax_backward_data(of_scores, weights, -1, weights.dtype)
+                if slope is not None:
+                    of_scores.mul_(slope)
+                torch.bmm(of_scores.transpose(1, 2), own, out=of_keys)
+                run.add_seen(to_context, of_seen)
+                to_query[:, run.queries] = torch.bmm(of_scores, keys).unflatten(1, (-1, queries.shape[2]))
         to_query = to_query.mul_(ctx.scaling).transpose(1, 2).flatten(0, 1)
         return *(rows[None].to(query.dtype) for rows in (to_query, *to_context.chunk(2))), None, None, None
 
@@ -176,10 +179,11 @@ def _weights(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention weights [H, Q, K] of scaled queries [H, Q, D] and keys [H, K, D], and the softcap's derivative."""
+    scores, slope = torch.bmm(query, key.transpose(1, 2)), None
     if softcap is None:
-        scores, slope = torch.baddbmm(mask.expand(len(key), -1, -1), query, key.transpose(1, 2)), None
+        scores.add_(mask)
     else:
-        bent = torch.bmm(query, key.transpose(1, 2)).div_(softcap).tanh_()
+        bent = scores.div_(softcap).tanh_()
         scores, slope = torch.addcmul(mask, bent, bent.new_tensor(softcap)), 1.0 - bent**2
     return torch.softmax(scores, -1, out=scores), slope
 

@@ -5,10 +5,12 @@ product of bfloat16 matrices is exact in float32 up to the order of its sums, so
 missing instructions about five times slower than it multiplies the same matrices in float32.
 
 float32 with AVX-512 on a processor that Intel has not made: torch multiplies with MKL, which does not use AVX-512
-there and is up to twice as slow as oneDNN, which torch has, too. oneDNN compiles code for every number of rows and
-keeps some of it for good, so it only sees rounded numbers of rows.
+there and is up to two and a half times as slow as oneDNN, which torch has, too. oneDNN compiles code for every shape
+and keeps some of it for good, so it only sees rounded numbers of rows.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,37 @@ def prefers_onednn() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     others = cpuinfo.is_file() and "GenuineIntel" not in cpuinfo.read_text()
     wide = torch.cpu.get_capabilities().get("avx512_f", False)
-    return others and wide and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return others and wide and torch.backends.mkl.is_available() and _onednn_keeps_float32()
+
+
+@contextmanager
+def onednn_products() -> Iterator[None]:
+    """Within, torch multiplies float32 matrices with oneDNN.
+
+    torch knows this as the permission to round them to bfloat16, of which oneDNN makes use with AMX alone.
+    """
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def _onednn_keeps_float32() -> bool:
+    """Whether oneDNN leaves the permission to round unused, by what it is built for and by trying."""
+    if not torch.backends.mkldnn.is_available() or torch.cpu.get_capabilities().get("amx_bf16", False):
+        return False
+    left, right = torch.linspace(1.0, 2.0, 64 * 64).view(64, 64), torch.linspace(3.0, 1.0, 64 * 64).view(64, 64)
+    with onednn_products():
+        product = left @ right
+    exact = left.double() @ right.double()
+    return bool(((product - exact).abs() < 1e-5 * exact).all())
+
+
+def best_products(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Within, matrices like `tensor` are multiplied as this machine does it best."""
+    return onednn_products() if _by_onednn(tensor) else nullcontext()
 
 
 def must_widen(tensor: torch.Tensor) -> bool:
@@ -45,27 +77,17 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """[..., in] x [out, in] -> [..., out], without a gradient; both in the precision of the product."""
-    if _by_onednn(input):
-        rows = input.flatten(0, -2)
-        product = torch.ops.mkldnn._linear_pointwise(padded_rows(rows), weight, bias, "none", [], None)
-        return product[: len(rows)].unflatten(0, input.shape[:-1])
-    return nn.functional.linear(input, weight, bias)
+    rows = input.flatten(0, -2)
+    with best_products(input):
+        product = nn.functional.linear(padded_rows(rows), weight, bias)
+    return product[: len(rows)].unflatten(0, input.shape[:-1])
 
 
 def weight_gradient(gradient: torch.Tensor, input: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
     """[rows, out] x [rows, in] -> [out, in], added to `total` in place where there is one; without a gradient."""
-    if _by_onednn(input):
-        product = _transposed_product(padded_rows(gradient), padded_rows(input))
-        return product if total is None else total.add_(product)
-    return gradient.T @ input if total is None else torch.addmm(total, gradient.T, input, out=total)
-
-
-def _transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left.T @ right, of [rows, a] and [rows, b]. oneDNN's first operand is copied where it is transposed."""
-    (rows, a), b = left.shape, right.shape[1]
-    if a * rows > b * (rows + a):  # then it is less to copy the other one and the result
-        return torch.ops.mkldnn._linear_pointwise(right.T, left.T, None, "none", [], None).T
-    return torch.ops.mkldnn._linear_pointwise(left.T, right.T, None, "none", [], None)
+    gradient, input = padded_rows(gradient).T, padded_rows(input)
+    with best_products(input):
+        return gradient @ input if total is None else torch.addmm(total, gradient, input, out=total)
 
 
 def compiles_every_length(dtype: torch.dtype) -> bool:

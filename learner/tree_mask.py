@@ -1,46 +1,28 @@
 """Who sees whom in a packed row, in the forms that attention kernels want."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
-MAX_RUN = 96
-# Most queries of a run: longer runs compute more that is masked, shorter ones take more calls.
+RUN = 96
+# Queries of a run: longer runs compute more that is masked, shorter ones take more calls.
+KEYS_STEP = 32
+# Keys of a run are a multiple of it where the machine compiles code for every shape.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 
 
 @dataclass(frozen=True)
-class Run:
-    """Queries start:stop of a packed row. They see the key ranges of their ancestors and, by the tree, each other."""
-
-    start: int
-    stop: int
-    ancestors: tuple[tuple[int, int], ...]
-
-    @cached_property
-    def keys(self) -> list[tuple[int, int]]:
-        """The ranges of keys that its queries see, in order, neighbours as one."""
-        ranges: list[tuple[int, int]] = []
-        for start, stop in (*self.ancestors, (self.start, self.stop)):
-            joins = bool(ranges) and ranges[-1][1] == start
-            ranges[-1:] = [(ranges[-1][0], stop)] if joins else [*ranges[-1:], (start, stop)]
-        return ranges
-
-
-@dataclass(frozen=True)
 class MaskedRun:
-    """A run of Q queries and the K keys that some of them see, as attention takes them."""
+    """A run of Q queries and K keys that hold all that they see, as attention takes them."""
 
     queries: slice
     """Of the packed row."""
     keys: list[slice]
-    """Of the packed row, in order; K keys in all."""
+    """Of the packed row; K keys in all."""
     mask: torch.Tensor
     """float32 [1, Q * sharing, K]: 0 where a query sees a key, else -inf; a query's heads are neighbours."""
 
@@ -66,12 +48,15 @@ class TreeMask:
     """int64 [N]"""
     _cache: dict[Any, Any] = field(init=False, default_factory=dict)
 
-    def runs(self, window: int | None, sharing: int) -> list[MaskedRun]:
-        """All queries of the row, in order, on the CPU. sharing: query heads for each key head."""
-        arguments = window, sharing
+    def runs(self, window: int | None, sharing: int, rounded: bool = False) -> list[MaskedRun]:
+        """All queries of the row, in order, on the CPU.
+
+        sharing: query heads for each key head. rounded: numbers of keys are multiples of KEYS_STEP.
+        """
+        arguments = window, sharing, rounded
         if arguments not in self._cache:
-            runs = split_runs(self.subtree_end.tolist())
-            self._cache[arguments] = [self._masked(run, window, sharing) for run in runs]
+            starts = range(0, len(self.subtree_end), RUN)
+            self._cache[arguments] = [self._run(start, window, sharing, rounded) for start in starts]
         return self._cache[arguments]
 
     def block_mask(self, window: int | None) -> BlockMask:
@@ -108,45 +93,23 @@ class TreeMask:
         visible = (key <= query) & (query < self.subtree_end[key])
         return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
 
-    def _masked(self, run: Run, window: int | None, sharing: int) -> MaskedRun:
-        query = torch.arange(run.start, run.stop)[:, None]
-        key = torch.cat([torch.arange(*keys) for keys in run.keys])
-        hidden = ~self._visible(query, key, window)
+    def _run(self, start: int, window: int | None, sharing: int, rounded: bool) -> MaskedRun:
+        """Of the tokens before a run, which is cut out of the row anywhere, it sees the ancestors of its first one."""
+        stop = min(start + RUN, len(self.subtree_end))
+        key = torch.cat([(self.subtree_end[:start] > start).nonzero().flatten(), torch.arange(start, stop)])
+        visible = self._visible(torch.arange(start, stop)[:, None], key, window)
+        used = visible.any(0)
+        keys, hidden = _ranges(key[used]), ~visible[:, used]
+        if rounded and (missing := min(-hidden.shape[1] % KEYS_STEP, len(self.subtree_end))):
+            keys, hidden = [*keys, slice(0, missing)], nn.functional.pad(hidden, (0, missing), value=True)
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat_interleave(sharing, 0)
-        return MaskedRun(slice(run.start, run.stop), [slice(*keys) for keys in run.keys], mask[None])
+        return MaskedRun(slice(start, stop), keys, mask[None])
 
 
-def split_runs(subtree_end: list[int]) -> list[Run]:
-    """Cut a packed row into runs of at most MAX_RUN queries, in order: the small subtrees of a parent together."""
-    return list(_split(subtree_end, 0, len(subtree_end), ()))
-
-
-def _split(subtree_end: list[int], start: int, stop: int, ancestors: tuple[tuple[int, int], ...]) -> Iterator[Run]:
-    """Cut the sibling subtrees that fill start:stop, all of them below `ancestors`."""
-    root = pending = start
-    while root < stop:
-        end = subtree_end[root]
-        if pending < root and end - pending > MAX_RUN:
-            yield Run(pending, root, ancestors)
-            pending = root
-        if end - root > MAX_RUN:
-            branch = root + 1
-            while branch < end and subtree_end[branch] == end:
-                branch += 1
-            yield from _split_chain(root, branch, ancestors)
-            yield from _split(subtree_end, branch, end, (*ancestors, (root, branch)))
-            pending = end
-        root = end
-    if pending < stop:
-        yield Run(pending, stop, ancestors)
-
-
-def _split_chain(start: int, stop: int, ancestors: tuple[tuple[int, int], ...]) -> Iterator[Run]:
-    """Cut an unbranched chain into equal parts."""
-    parts = -(-(stop - start) // MAX_RUN)
-    bounds = [start + (stop - start) * part // parts for part in range(parts + 1)]
-    for first, last in pairwise(bounds):
-        yield Run(first, last, (*ancestors, (start, first)) if first > start else ancestors)
+def _ranges(indices: torch.Tensor) -> list[slice]:
+    """The runs of neighbours in ascending indices [K]."""
+    ends = (indices.diff() != 1).nonzero().flatten() + 1
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in indices.tensor_split(ends)]
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
