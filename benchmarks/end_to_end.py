@@ -1,8 +1,8 @@
 """Whole training steps, the project against the published way: rollout, reward, reference, learn, sync.
 
 Both sides start from the same weights, take the same prompts and make real optimizer steps in turn. Each is a process
-of its own, so that its time and its peak memory come from the same run. In float32 the candidates of the first step
-must be identical and its gradient norm equal, or there is no figure.
+of its own, whose peak memory is that of one more step. In float32 the candidates of the first step must be identical
+and its gradient norm equal, or there is no figure.
 """
 
 import sys
@@ -18,7 +18,7 @@ from launch.actors import Actors
 from launch.placement import plan
 from launch.train import Clock
 
-REPEATS = {"tiny-64": 2}
+REPEATS = {"tiny-64": 3}
 """Steps that count; else 1, and 3 on a GPU."""
 UNCOUNTED = 2 if ON_GPU else 1
 """Steps before them: the first is short and checked; on a GPU, kernels of whole steps are compiled in another."""
@@ -123,21 +123,28 @@ def measure(shape: str) -> tuple[list[Row], dict[str, Any]]:
     workload = build(SHAPES[shape])
     steps = [workload.step_examples(step) for step in range(UNCOUNTED + REPEATS.get(shape, 3 if ON_GPU else 1))]
     steps[0] = sorted(steps[0], key=lambda row: len(workload.prompts([row])[0]))[: WARMUP_GROUPS.get(shape, 1)]
+    watched = workload.step_examples(len(steps))
     calls = []
     with Side("benchmarks.end_to_end:Ours", shape) as ours, Side("benchmarks.end_to_end:Theirs", shape) as theirs:
         for ids in steps:
-            calls.append((ours.call("step", ids), theirs.call("step", ids)))
+            calls.append((ours.call("step", ids, watched=False), theirs.call("step", ids, watched=False)))
             print(f"{shape}: ours {calls[-1][0].seconds:.3g} s, theirs {calls[-1][1].seconds:.3g} s", flush=True)
             if len(calls) == 1:
                 check_equal(workload, *calls[0])
+        memory = ours.call("step", watched), theirs.call("step", watched)
     with Side("benchmarks.end_to_end:Ours", shape, "learner.kl_on=informative") as informative:
-        sparing = [informative.call("step", ids) for ids in steps]
+        sparing = [informative.call("step", ids, watched=False) for ids in steps]
+        sparing_memory = informative.call("step", watched)
     pairs, sparing = calls[UNCOUNTED:], sparing[UNCOUNTED:]
     sparing_pairs = [(mine, published) for mine, (_, published) in zip(sparing, pairs, strict=True)]
     hit_share = sum(mine.result["hit_share"] for mine in sparing) / len(sparing)
     rows = [
-        _row("end-to-end", shape, pairs, ""),
-        _row("end-to-end-informative", shape, sparing_pairs, f"{hit_share:.0%} of groups with a hit; "),
+        with_memory(_row("end-to-end", shape, pairs, ""), *memory),
+        with_memory(
+            _row("end-to-end-informative", shape, sparing_pairs, f"{hit_share:.0%} of groups with a hit; "),
+            sparing_memory,
+            memory[1],
+        ),
     ]
     details = {
         "shape": shape,
@@ -155,8 +162,7 @@ def measure(shape: str) -> tuple[list[Row], dict[str, Any]]:
 def _row(case: str, shape: str, pairs: Sequence[tuple[Call, Call]], note: str) -> Row:
     mine, published = (side.result["seconds"] for side in pairs[-1])
     stages = ", ".join(f"{stage} {mine[stage]:.2g}/{published[stage]:.2g} s" for stage in published)
-    row = row_of_pairs(case, shape, [(ours.seconds, theirs.seconds) for ours, theirs in pairs], note=note + stages)
-    return with_memory(row, *pairs[-1])
+    return row_of_pairs(case, shape, [(ours.seconds, theirs.seconds) for ours, theirs in pairs], note=note + stages)
 
 
 def check_equal(workload: Workload, ours: Call, theirs: Call) -> None:

@@ -113,7 +113,9 @@ def sweep(names: Sequence[str]) -> dict[str, list[Point]]:
     for trie, entries in groupby(works, key=lambda entry: _trie(entry[2])):
         with Side("benchmarks.growth:Stepper", *trie, as_worker=True) as stepper:
             for name, size, work in entries:
-                fields = stepper.call("measure", work.prompt_tokens, work.group_size, work.groups).result
+                fields = stepper.call(
+                    "measure", work.prompt_tokens, work.group_size, work.groups, watched=False
+                ).result
                 points[name].append(Point(size, **fields))
     return points
 
