@@ -44,6 +44,10 @@ BY_CATALOGUE = "catalogues"
 """Named like a shape: the tiny model on every size of CATALOGUES."""
 
 
+STEADY_S = 0.5
+"""Each side of a pair rolls out for at least so long: after the other one's turn the caches are cold."""
+
+
 def settings(workload: RolloutWorkload) -> RolloutConfig:
     on_gpu = {"max_batched_tokens": 16384} if ON_GPU else {}
     return RolloutConfig(kv_cache_gib=workload.kv_cache_gib, dtype=workload.dtype, **on_gpu)
@@ -135,7 +139,8 @@ def against(case: str, opponent: str, shape: str, folder: Path, ours: Side, repe
         theirs.call("warm_up")
         calls = [(ours.call("run"), theirs.call("run"))]
         for _ in range(repeats if repeats > 1 else 0):
-            calls.append((ours.call("run", watched=False), theirs.call("run", watched=False)))
+            pair = [side.call("run", watched=False, at_least_s=STEADY_S) for side in (ours, theirs)]
+            calls.append((pair[0], pair[1]))
     same = same_candidates(*(call.result for call in calls[0]))
     rounds = SHAPES[shape](folder).dtype == "bfloat16"  # differently on both sides
     assert same == 1.0 or rounds, f"{shape}: {1 - same:.2%} of candidates differ from {case}"

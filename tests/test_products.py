@@ -1,7 +1,6 @@
 """Matrix products that torch would do more slowly: equal results, bounded memory."""
 
 import os
-import platform
 import subprocess
 import sys
 
@@ -48,6 +47,10 @@ def test_a_cpu_with_bfloat16_instructions_is_left_to_use_them(monkeypatch: pytes
         assert products.widened(weight.float()).dtype == torch.float32
 
 
+needs_onednn = pytest.mark.skipif(not products.prefers_onednn(), reason="float32 is not multiplied by oneDNN here")
+
+
+@needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 def test_onednn_products_equal_those_of_torch(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = torch.nn.Linear(48, 40, bias=bias)
@@ -59,6 +62,21 @@ def test_onednn_products_equal_those_of_torch(bias: bool, monkeypatch: pytest.Mo
         results.append(output_and_gradients(linear, inputs, weights))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_float32_stays_float32_where_onednn_multiplies_it() -> None:
+    """On this machine, whatever it is: rounded to bfloat16, the products would differ by 1e-3."""
+    left, right = torch.randn(96, 64), torch.randn(64, 80)
+    with products.best_products(left):
+        found = left @ right
+    torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-5)
+    assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+
+
+def test_a_processor_whose_onednn_rounds_is_not_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {**torch.cpu.get_capabilities(), "amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert not products.prefers_onednn.__wrapped__()
 
 
 @given(st.integers(1, 100_000))
@@ -77,7 +95,6 @@ import sys
 import psutil, torch
 from learner import products
 
-products.prefers_onednn = lambda: True
 if sys.argv[1] == "as they are":
     products.rounded_rows = lambda rows: rows
 weights = [torch.randn(size, 128) for size in (128, 384, 512)]
@@ -91,7 +108,7 @@ print(held[1] - held[0])
 """
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN compiles no code per shape elsewhere")
+@needs_onednn
 def test_memory_does_not_grow_with_the_shapes_that_were_multiplied() -> None:
     """Packed rows have another length in every step, and oneDNN never forgets some of what it compiles for each."""
     grown = {}
