@@ -19,10 +19,10 @@ def measure(shape: str = SHAPE) -> list[dict[str, Any]]:
     for workers in WORKERS:
         with Side("benchmarks.end_to_end:Ours", shape, f"rollout.workers={workers}") as ours:
             for batch in BATCHES:
-                seconds = [ours.call("roll_out", batch * workers, watched=False).seconds for _ in range(REPEATS + 1)][
-                    1:
-                ]
-                entries.append({"workers": workers, "batch": batch, "groups_per_s": batch * workers / min(seconds)})
+                groups = batch * workers
+                _, *calls = [ours.call("roll_out", groups, watched=False) for _ in range(REPEATS + 1)]
+                best = min(call.seconds for call in calls)
+                entries.append({"workers": workers, "batch": batch, "groups_per_s": groups / best})
     return entries
 
 

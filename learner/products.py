@@ -6,7 +6,7 @@ missing instructions about five times slower than it multiplies the same matrice
 
 float32 with AVX-512 on a processor that Intel has not made: torch multiplies with MKL, which does not use AVX-512
 there and is up to two and a half times as slow as oneDNN, which torch has, too. oneDNN compiles code for every shape
-and keeps some of it for good, so it only sees rounded numbers of rows.
+and keeps some of it for good, so it only sees rounded numbers of rows and, in attention, of keys.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,8 @@ def prefers_onednn() -> bool:
 def onednn_products() -> Iterator[None]:
     """Within, torch multiplies float32 matrices with oneDNN.
 
-    torch knows this as the permission to round them to bfloat16, of which oneDNN makes use with AMX alone.
+    torch knows this as the permission to round them to bfloat16, of which oneDNN makes use with AMX alone. It is a
+    setting of the process: for one thread at a time.
     """
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
@@ -76,7 +77,7 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., in] x [out, in] -> [..., out], without a gradient; both in the precision of the product."""
+    """[..., rows, in] x [out, in] -> [..., rows, out], without a gradient; both in the precision of the product."""
     rows = input.flatten(0, -2)
     with best_products(input):
         product = nn.functional.linear(padded_rows(rows), weight, bias)
@@ -92,7 +93,7 @@ def weight_gradient(gradient: torch.Tensor, input: torch.Tensor, total: torch.Te
 
 def compiles_every_length(dtype: torch.dtype) -> bool:
     """Whether products on this CPU are oneDNN's, which compiles code for every number of rows."""
-    return has_bfloat16() if dtype == torch.bfloat16 else prefers_onednn()
+    return prefers_onednn() or (dtype == torch.bfloat16 and has_bfloat16())
 
 
 def _by_onednn(tensor: torch.Tensor) -> bool:

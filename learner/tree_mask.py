@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 RUN = 96
 # Queries of a run: longer runs compute more that is masked, shorter ones take more calls.
 KEYS_STEP = 32
-# Keys of a run are a multiple of it where the machine compiles code for every shape.
+# Keys of a run are a multiple of it where the machine compiles code for every shape and the row is long enough.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 
@@ -51,7 +51,7 @@ class TreeMask:
     def runs(self, window: int | None, sharing: int, rounded: bool = False) -> list[MaskedRun]:
         """All queries of the row, in order, on the CPU.
 
-        sharing: query heads for each key head. rounded: numbers of keys are multiples of KEYS_STEP.
+        sharing: query heads for each key head. rounded: keys are as KEYS_STEP says.
         """
         arguments = window, sharing, rounded
         if arguments not in self._cache:

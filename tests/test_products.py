@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -50,9 +51,11 @@ def test_a_cpu_with_bfloat16_instructions_is_left_to_use_them(monkeypatch: pytes
 needs_onednn = pytest.mark.skipif(not products.prefers_onednn(), reason="float32 is not multiplied by oneDNN here")
 
 
-@needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 def test_onednn_products_equal_those_of_torch(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere at least their padding is compared."""
+    if not products.prefers_onednn():
+        monkeypatch.setattr(products, "onednn_products", nullcontext)
     linear = torch.nn.Linear(48, 40, bias=bias)
     inputs, weights = torch.randn(2, 30, 48), torch.randn(2, 30, 40)
     results = []

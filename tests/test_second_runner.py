@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
+import torch
 from conftest import REPOSITORY
 
 EXACT = [
@@ -19,6 +21,8 @@ EXACT = [
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it by itself: test_requests_engine.py")
 @pytest.mark.timeout(900)
 def test_the_requests_engine_is_exact_on_model_runner_v2() -> None:
     tests = REPOSITORY / "tests"
@@ -34,4 +38,4 @@ def test_the_requests_engine_is_exact_on_model_runner_v2() -> None:
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tests}"}
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert f"{len(EXACT)} passed" in run.stdout
+    assert f"\n{len(EXACT)} passed" in run.stdout
