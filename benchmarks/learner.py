@@ -56,7 +56,7 @@ CASES = {
     "135m-fp32": Case("float32", repeats=3),
     "135m-bf16": Case("bfloat16", repeats=3),
     "industrial-fp32": Case("float32", "industrial-135m-fp32", **MANY_GROUPS),
-    "industrial-bf16": Case("bfloat16", "industrial-135m-bf16", **MANY_GROUPS),
+    "industrial-bf16": Case("bfloat16", "industrial-135m-bf16", **({"repeats": 3} | MANY_GROUPS)),
     **(OF_A_GPU if ON_GPU else {}),
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

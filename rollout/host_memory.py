@@ -23,8 +23,8 @@ def host_environment() -> dict[str, str]:
     The allocator is jemalloc, which Ray brings along. Every layer allocates and frees megabytes, and no two steps have
     the same shapes: the C library's aligned allocation cannot even reuse a block of equal size, gives large ones back
     to the system in every thread but the first, and the first touch of a page costs more than computing its contents.
-    jemalloc here keeps what is freed, large blocks too and for all threads, and splits a free block for any request: by
-    its default, for those of a 64th of it at least, a process of ever new shapes would grow without end.
+    jemalloc here keeps what is freed, large blocks too and for all threads, and splits a free block for any request.
+    By its default it splits none for less than a 64th of it: a process of ever new shapes would grow without end.
 
     oneDNN keeps the code of few products: by default it is 1,024, one for every shape, and hundreds of megabytes after
     some dozen steps.
