@@ -4,11 +4,14 @@ The worker engine drives the model of a vLLM worker by itself. What it needs of 
 else; `PagedModel` checks at construction that each name is still there and says which one moved.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from rollout.vllm_last_layer import LastLayer
 
 RUNNER_NAMES = (
     "model",
@@ -51,14 +54,16 @@ class TokenBatch:
     """int32 [N]: tokens of each row after this pass, those in the cache included."""
     table: np.ndarray
     """int32 [N, columns]: the blocks of each row."""
+    wanted: np.ndarray
+    """int64 [K], ascending: the tokens whose hidden states are asked for."""
 
 
 class PagedModel:
     """The model of a vLLM worker with its paged KV cache.
 
     >>> model = PagedModel(worker.model_runner)
-    >>> hidden = model.forward(batch)                 # [T, H]
-    >>> logits = model.logits(hidden[rows])           # [R, V]
+    >>> hidden = model.forward(batch)                 # [K, H]
+    >>> logits = model.logits(hidden)                 # [K, V]
     """
 
     def __init__(self, runner: Any) -> None:
@@ -76,6 +81,7 @@ class PagedModel:
         spec = self._only_spec()
         self.num_blocks = int(runner.kv_caches[0].shape[0])
         self.block_size = spec.block_size * runner.kv_cache_config.num_blocks // self.num_blocks
+        self._last_layer = LastLayer.of(runner.model) if self.device.type == "cpu" else None
 
     def _only_spec(self) -> Any:
         """The KV-cache specification of the one group of full-attention layers."""
@@ -96,7 +102,7 @@ class PagedModel:
         return groups[0].kv_cache_spec
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
-        """Hidden states [T, H] of the batch's tokens; their keys and values are then in the cache.
+        """Hidden states [K, H] of the tokens that the batch wants; keys and values of all are then in the cache.
 
         Where the runner has captured CUDA graphs of the parts between attention layers, they are replayed: tokens and
         positions go through the runner's own buffers, padded to a captured size.
@@ -114,47 +120,64 @@ class PagedModel:
         slot[:num_tokens].copy_(torch.from_numpy(batch.slot), non_blocking=True)
         padding = runner.is_padding[:padded]  # experts leave these tokens out; a captured graph reads this very buffer
         padding[:num_tokens], padding[num_tokens:] = False, True
-        metadata, slots = self._attention_metadata(batch, position, slot)
-        with set_forward_context(
-            metadata,
-            runner.vllm_config,
-            num_tokens=padded,
-            cudagraph_runtime_mode=mode,
-            batch_descriptor=descriptor,
-            slot_mapping=slots,
-            is_padding=padding,
+        rows = batch.count, batch.length, batch.table
+        metadata = self._attention_metadata(*rows, position[:num_tokens], slot)
+        slots, wanted = dict.fromkeys(metadata, slot), batch.wanted
+        last_layer: AbstractContextManager[None] = nullcontext()
+        ends = np.cumsum(batch.count, dtype=np.int64) - 1
+        if self._last_layer is not None and len(ends) < num_tokens and np.isin(wanted, ends).all():
+            end, wanted = self._to_device(ends), np.searchsorted(ends, wanted)
+            last = self._attention_metadata(np.ones_like(batch.count), *rows[1:], position[end], slot[end])
+            metadata[self._last_layer.name] = last[self._last_layer.name]
+            last_layer = self._last_layer.only(end)
+        with (
+            last_layer,
+            set_forward_context(
+                metadata,
+                runner.vllm_config,
+                num_tokens=padded,
+                cudagraph_runtime_mode=mode,
+                batch_descriptor=descriptor,
+                slot_mapping=slots,
+                is_padding=padding,
+            ),
         ):
             hidden = runner.model(input_ids=token, positions=position)[:num_tokens]
+        if len(wanted) < len(hidden):
+            return hidden[self._to_device(wanted)]
         return hidden if mode == CUDAGraphMode.NONE else hidden.clone()  # the next replay writes over it
 
     def _attention_metadata(
-        self, batch: TokenBatch, position: torch.Tensor, slot: torch.Tensor
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Per layer: what the attention backend wants to know about the batch, and where keys and values go."""
+        self, count: np.ndarray, length: np.ndarray, table: np.ndarray, position: torch.Tensor, slot: torch.Tensor
+    ) -> dict[str, Any]:
+        """Per layer: what the attention backend wants to know about a batch; arguments as in TokenBatch.
+
+        position, slot: [T], on the device.
+        """
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        start = torch.zeros(len(batch.count) + 1, dtype=torch.int32)
-        torch.cumsum(torch.from_numpy(batch.count), 0, out=start[1:])
-        length = torch.from_numpy(batch.length)
+        start = torch.zeros(len(count) + 1, dtype=torch.int32)
+        torch.cumsum(torch.from_numpy(count), 0, out=start[1:])
+        lengths = torch.from_numpy(length)
         common = CommonAttentionMetadata(
             query_start_loc=self._to_device(start),
             query_start_loc_cpu=start,
-            seq_lens=self._to_device(length),
-            num_reqs=len(batch.count),
-            num_actual_tokens=len(batch.position),
-            max_query_len=int(batch.count.max()),
-            max_seq_len=int(batch.length.max()),
-            block_table_tensor=self._to_device(batch.table),
+            seq_lens=self._to_device(lengths),
+            num_reqs=len(count),
+            num_actual_tokens=len(position),
+            max_query_len=int(count.max()),
+            max_seq_len=int(length.max()),
+            block_table_tensor=self._to_device(table),
             slot_mapping=slot,
             causal=True,
-            seq_lens_cpu_upper_bound=length,
-            positions=position[: len(batch.position)],
+            seq_lens_cpu_upper_bound=lengths,
+            positions=position,
         )
         metadata: dict[str, Any] = {}
         for groups in self._runner.attn_groups:
             for group in groups:
                 metadata.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
-        return metadata, dict.fromkeys(metadata, slot)
+        return metadata
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, V] in the model's precision; with tensor parallelism, whole on every rank."""

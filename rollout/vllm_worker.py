@@ -142,11 +142,9 @@ class SearchWorker(WeightsWorker):
                 count=count.astype(np.int32),
                 length=end.astype(np.int32),
                 table=blocks.table[slot[row]],
+                wanted=wanted[(wanted >= first) & (wanted < last)] - first,
             )
-            output = model.forward(batch)
-            here = wanted[(wanted >= first) & (wanted < last)] - first
-            all_wanted = len(here) == len(output)
-            hidden.append(output if all_wanted else output[torch.from_numpy(here).to(model.device)])
+            hidden.append(model.forward(batch))
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _score(self, search: TrieSearch, frontier: Frontier, hidden: torch.Tensor) -> Children:

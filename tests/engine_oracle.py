@@ -1,10 +1,19 @@
 """What engine tests compare with: prompts, the model's own log-probabilities, Hugging Face's beam search."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from catalog.trie import Trie
 from rollout.groups import Candidates
@@ -119,3 +128,23 @@ def hugging_face_beams(model: Any, trie: Trie, prompt: list[int], beams: int) ->
 
 def named_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+def save_random_model(config: Callable[..., PreTrainedConfig], tokenizer_dir: Path, path: Path) -> None:
+    """A model with the tests' tokenizer and random weights. config: makes one from the tokenizer's special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    ends = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config(**ends)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@torch.no_grad()
+def assert_same_scores(engine: Any, model: PreTrainedModel) -> None:
+    """Of the candidates of some prompts, the sums of the log-probabilities that Hugging Face computes."""
+    prompts = [np.random.default_rng(length).integers(1, VOCABULARY, length).tolist() for length in (3, 17, 40)]
+    for prompt, group in zip(prompts, generate(engine, prompts, 8), strict=True):
+        for tokens, score in zip(group.tokens, group.score, strict=True):
+            logp = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected = logp.gather(1, torch.from_numpy(tokens).long()[:, None]).sum()
+            assert abs(score - float(expected)) < 1e-3

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from search_oracle import random_titles
+from engine_oracle import assert_same_scores, save_random_model
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BloomConfig,
     GPT2Config,
     MixtralConfig,
@@ -19,7 +16,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from catalog.trie import Trie
 from learner.export import named_as_saved
 from rollout.config import RolloutConfig
 from rollout.engines import create_engine
@@ -41,26 +37,17 @@ CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_new_weights_are_verified_and_compute_as_hugging_face(
-    architecture: str, tiny_tokenizer_dir: Path, tmp_path: Path
+    architecture: str, tiny_tokenizer_dir: Path, trie_path: Path, tmp_path: Path
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
-    ends = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS[architecture](**ends)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_random_model(CONFIGS[architecture], tiny_tokenizer_dir, tmp_path)
     learner = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    used = [token for token in range(1, 250) if token != tokenizer.eos_token_id]
-    titles = [
-        [*(used[token] for token in title[:-1]), tokenizer.eos_token_id] for title in random_titles(1, 60, 40, 12)
-    ]
-    Trie.from_titles(titles, eos_token=tokenizer.eos_token_id, tokenizer_fingerprint="none").save(tmp_path / "trie")
-    engine = create_engine(tmp_path, tmp_path / "trie", RolloutConfig(kv_cache_gib=0.05, max_batched_tokens=1024))
+    engine = create_engine(tmp_path, trie_path, RolloutConfig(kv_cache_gib=0.05, max_batched_tokens=1024))
     try:
         for seed in (0, 1):
             change(learner, seed)
             sent = named_as_saved(learner, [(name, weight.detach()) for name, weight in learner.named_parameters()])
             assert engine.load_weights([WeightBucket.pack(sent)]) == checksum(sent)
-            assert_same_scores(engine, learner, used)
+            assert_same_scores(engine, learner)
         damaged = WeightBucket.pack(sent)
         damaged.data[1234] ^= 4
         assert engine.load_weights([damaged]) != checksum(sent)
@@ -74,13 +61,3 @@ def change(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-
-
-@torch.no_grad()
-def assert_same_scores(engine: Any, model: PreTrainedModel, used: list[int]) -> None:
-    prompts = [np.random.default_rng(length).choice(used, length).tolist() for length in (3, 17, 40)]
-    for prompt, group in zip(prompts, engine.generate(prompts, [0] * 3, [0] * 3, group_size=8), strict=True):
-        for tokens, score in zip(group.tokens, group.score, strict=True):
-            logp = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            expected = logp.gather(1, torch.from_numpy(tokens).long()[:, None]).sum()
-            assert score == pytest.approx(float(expected), abs=1e-3)
