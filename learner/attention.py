@@ -121,7 +121,10 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 
 
 class _RunAttention(torch.autograd.Function):
-    """Attention run by run, in float32; the backward pass computes the weights of a run again."""
+    """Attention run by run, in float32; the backward pass computes the weights of a run again.
+
+    The output is 0 for queries of no run.
+    """
 
     @staticmethod
     def forward(
@@ -137,7 +140,7 @@ class _RunAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.runs, ctx.scaling, ctx.softcap = runs, scaling, softcap
         queries, context = _by_key_head(query, key.shape[1]) * scaling, torch.cat([key[0], value[0]]).float()
-        output = query.new_empty(query.shape[2], key.shape[1], queries.shape[2], query.shape[3])
+        output = query.new_zeros(query.shape[2], key.shape[1], queries.shape[2], query.shape[3])
         with best_products(queries):
             for run in runs:
                 keys, values = run.seen(context).chunk(2)
@@ -150,7 +153,7 @@ class _RunAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         queries, context = _by_key_head(query, key.shape[1]) * ctx.scaling, torch.cat([key[0], value[0]]).float()
         incoming = _by_key_head(gradients[0].transpose(1, 2), key.shape[1])
-        to_query, to_context = torch.empty_like(queries), torch.zeros_like(context)
+        to_query, to_context = torch.zeros_like(queries), torch.zeros_like(context)
         with best_products(queries):
             for run in ctx.runs:
                 seen = run.seen(context)

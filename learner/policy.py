@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from catalog.trie import Trie
 from learner.attention import IMPLEMENTATION, packing_refusal
+from learner.last_layer import use_last_layer
 from learner.lean_layers import use_lean_layers
 from learner.logprobs import LogprobHead, check_head
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         check_head(lm, self.head)
         if packing == "tree":
             lm.set_attn_implementation(IMPLEMENTATION)
+            use_last_layer(lm)
 
     def pack(self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]) -> PackedBatch:
         """The batch of some groups on the policy's device; arguments and errors as `pack_groups`."""
@@ -95,7 +97,9 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         """[K, D]: the last hidden states of the fed tokens that have a target."""
-        tree = {} if batch.subtree_end is None else {"tree": TreeMask(batch.subtree_end, batch.positions[0])}
+        tree = {}
+        if batch.subtree_end is not None:
+            tree["tree"] = TreeMask(batch.subtree_end, batch.positions[0], batch.rows)
         output = self.lm.base_model(
             input_ids=batch.tokens,
             position_ids=batch.positions,
@@ -103,7 +107,8 @@ class Policy(nn.Module):
             use_cache=False,
             **tree,
         )
-        return output.last_hidden_state.flatten(0, 1)[batch.rows]
+        hidden = output.last_hidden_state.flatten(0, 1)
+        return hidden if len(hidden) == len(batch.rows) else hidden[batch.rows]  # the former from a LastLayer
 
 
 def _padded_attention(lm: PreTrainedModel) -> str:

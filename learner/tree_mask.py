@@ -1,6 +1,6 @@
 """Who sees whom in a packed row, in the forms that attention kernels want."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class MaskedRun:
     """Of the packed row; K keys in all."""
     mask: torch.Tensor
     """float32 [1, Q * sharing, K]: 0 where a query sees a key, else -inf; a query's heads are neighbours."""
+    has_target: bool
+    """Whether one of the queries is among TreeMask.rows."""
 
     def seen(self, rows: torch.Tensor) -> torch.Tensor:
         """[H, K, D], what the run sees of rows [H, N, D]."""
@@ -46,10 +48,18 @@ class TreeMask:
     """int64 [N], of PackedBatch"""
     positions: torch.Tensor
     """int64 [N]"""
-    _cache: dict[Any, Any] = field(init=False, default_factory=dict)
+    rows: torch.Tensor | None = None
+    """int64 [K], of PackedBatch: the tokens whose hidden states are wanted; None for all."""
+    only_rows: bool = False
+    """Whether attention may leave out queries that are not among `rows`."""
+    _cache: dict[Any, Any] = field(default_factory=dict)
+
+    def of_rows(self) -> "TreeMask":
+        """The same, with `only_rows`."""
+        return replace(self, only_rows=True)  # which shares the cache
 
     def runs(self, window: int | None, sharing: int, rounded: bool = False) -> list[MaskedRun]:
-        """All queries of the row, in order, on the CPU.
+        """The queries of the row, in order, on the CPU; with `only_rows`, no runs without any of these.
 
         sharing: query heads for each key head. rounded: keys are as KEYS_STEP says.
         """
@@ -57,7 +67,8 @@ class TreeMask:
         if arguments not in self._cache:
             starts = range(0, len(self.subtree_end), RUN)
             self._cache[arguments] = [self._run(start, window, sharing, rounded) for start in starts]
-        return self._cache[arguments]
+        runs = self._cache[arguments]
+        return [run for run in runs if run.has_target] if self.only_rows else runs
 
     def block_mask(self, window: int | None) -> BlockMask:
         """flex attention's blocks: those that nobody sees are never computed. N must be a multiple of BLOCK."""
@@ -103,7 +114,8 @@ class TreeMask:
         if rounded and (missing := min(-hidden.shape[1] % KEYS_STEP, len(self.subtree_end))):
             keys, hidden = [*keys, slice(0, missing)], nn.functional.pad(hidden, (0, missing), value=True)
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat_interleave(sharing, 0)
-        return MaskedRun(slice(start, stop), keys, mask[None])
+        has_target = self.rows is None or bool(((self.rows >= start) & (self.rows < stop)).any())
+        return MaskedRun(slice(start, stop), keys, mask[None], has_target)
 
 
 def _ranges(indices: torch.Tensor) -> list[slice]:
