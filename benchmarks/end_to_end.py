@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.harness import Call, Row, Side, row_of_pairs, threads, with_memory, write_rows
+from benchmarks.harness import Row, row_of_pairs, threads, write_rows
 from benchmarks.shapes import ON_GPU, SHAPES, ShapeAbsentError, Workload, build, measurable
+from benchmarks.sides import Call, Side, with_memory
 from launch.actors import Actors
 from launch.placement import plan
 from launch.train import Clock

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import REPOSITORY, Side, timed, write_section
+from benchmarks.arithmetic import Arithmetic, packed_work
+from benchmarks.harness import REPOSITORY, timed, write_section
 from benchmarks.in_process import InProcess, counted_forwards
-from benchmarks.limits import Arithmetic, packed_work
 from benchmarks.shapes import SHAPES, build
+from benchmarks.sides import Side
 from catalog.trie import Trie
 
 FIGURES = REPOSITORY / "docs/figures"
@@ -78,8 +79,8 @@ class Stepper:
         prompts = self.rng.integers(0, self.vocabulary, (groups, prompt_tokens)).astype(np.int32).tolist()
         with counted_forwards() as counted:
             candidates = self.step.rollout(prompts, group_size)
-        rollout = self.arithmetic.forward(counted.tokens, counted.attended, counted.logit_rows)
-        forward = self.arithmetic.forward(*packed_work(self.step, prompts, candidates))
+        rollout = self.arithmetic.forward(counted)
+        forward = self.arithmetic.forward(packed_work(self.step.packed(prompts, candidates)))
         self.step.learn(prompts, candidates)
         rollout_s = _fastest(lambda: self.step.rollout(prompts, group_size))
         learn_s = _fastest(lambda: self.step.learn(prompts, candidates))

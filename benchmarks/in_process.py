@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks.arithmetic import Work
 from benchmarks.harness import threads, timed
 from catalog.catalog import Catalog
 from launch.config import Config
 from learner.engine import join_process_group
 from learner.learner import Learner
+from learner.packing import PackedBatch
 from rollout.engines import create_engine
 from rollout.groups import Candidates, group_table
 from rollout.vllm_internals import PagedModel, TokenBatch
@@ -51,21 +53,25 @@ class InProcess:
         column = pa.array(rewards, pa.list_(pa.float32()))
         return self.learner.step([table.append_column("reward", column)])
 
+    def packed(self, prompts: Sequence[Sequence[int]], groups: Sequence[Candidates]) -> list[PackedBatch]:
+        """The learner's batch of each group."""
+        pack = self.learner.policy.pack
+        return [
+            pack([prompt], [[tokens.tolist() for tokens in group.tokens]])
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+
     def sync(self) -> float:
         """Seconds from the learner's weights to the engine's."""
         return timed(lambda: self.engine.load_weights(list(self.learner.export_weights())))
 
 
 @dataclass
-class ForwardWork:
-    """What the rollout engine fed to its model."""
+class ForwardWork(Work):
+    """What the rollout engine fed to its model, and how long that took."""
 
     passes: int = 0
-    tokens: int = 0
     forward_s: float = 0.0
-    attended: int = 0
-    """Sum over the fed tokens of the tokens that each sees."""
-    logit_rows: int = 0
     logits_s: float = 0.0
 
 
@@ -81,6 +87,7 @@ def counted_forwards() -> Iterator[ForwardWork]:
         work.passes += 1
         work.tokens += len(batch.position)
         work.attended += int(batch.position.sum()) + len(batch.position)
+        work.attended_by_rows += int(batch.position[batch.wanted].sum()) + len(batch.wanted)
         return result[0]
 
     def counting_logits(self: PagedModel, hidden: torch.Tensor) -> torch.Tensor:

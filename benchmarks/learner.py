@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import GIB, Call, MemoryWatch, Row, Side, row_of_pairs, threads, write_rows
-from benchmarks.limits import Arithmetic
+from benchmarks.arithmetic import Arithmetic, packed_work
+from benchmarks.harness import Row, row_of_pairs, threads, write_rows
 from benchmarks.peak import matrix_peak
 from benchmarks.published_way import Completions, PublishedTrainer, StepReport, advantages
 from benchmarks.shapes import ON_GPU, SHAPES, ShapeAbsentError, build, measurable
+from benchmarks.sides import GIB, Call, MemoryWatch, Side
 from catalog.trie import Trie
 
 
@@ -170,11 +171,7 @@ class Packed:
             policy.pack([prompt], [ranked])
             for prompt, ranked in zip(self._experience.prompts, self._experience.candidates, strict=True)
         ]
-        forward = Arithmetic(Path(model_path)).forward(
-            sum(batch.fed_tokens for batch in packed),
-            sum(int(batch.positions.sum()) + batch.fed_tokens for batch in packed),
-            sum(len(batch.rows) for batch in packed),
-        )
+        forward = Arithmetic(Path(model_path)).forward(packed_work(packed))
         self._flop = 4 * forward  # reference forward, policy forward, and twice as much backward
         if device.type == "cpu":
             return_freed_memory()

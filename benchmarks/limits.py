@@ -7,41 +7,21 @@ beside the results.
 
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig
 
-from benchmarks.harness import REPOSITORY, in_fresh_process, machine_name, timed, write_section
+from benchmarks.arithmetic import Arithmetic, packed_work
+from benchmarks.harness import REPOSITORY, machine_name, timed, write_section
 from benchmarks.in_process import InProcess, counted_forwards
 from benchmarks.peak import matrix_peak, memory_bandwidth
 from benchmarks.shapes import ON_GPU, SHAPES, ShapeAbsentError, build
+from benchmarks.sides import in_fresh_process
 from rollout.groups import Candidates
 
 RESULTS = REPOSITORY / "benchmarks/results"
 REPEATS = 2
-
-
-class Arithmetic:
-    """Floating-point operations of a decoder: 2 per weight of its matrices and token, 4 per value of attention."""
-
-    def __init__(self, model_path: Path) -> None:
-        config = AutoConfig.from_pretrained(model_path)
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention = config.hidden_size * head * 2 * (config.num_attention_heads + config.num_key_value_heads)
-        self.layers = config.num_hidden_layers
-        self.weights = self.layers * (attention + 3 * config.hidden_size * config.intermediate_size)
-        self.attended_values = self.layers * config.num_attention_heads * head
-        self.vocabulary_weights = config.hidden_size * config.vocab_size
-
-    def forward(self, tokens: int, attended: int, logit_rows: int) -> float:
-        """attended: sum over the tokens of how many tokens each sees."""
-        return (
-            2.0 * (self.weights * tokens + self.vocabulary_weights * logit_rows)
-            + 4.0 * self.attended_values * attended
-        )
 
 
 def measure(shape_name: str) -> list[dict[str, Any]]:
@@ -61,9 +41,8 @@ def measure(shape_name: str) -> list[dict[str, Any]]:
     sync_s = [step.sync() for _ in range(REPEATS)]
     save_profiles(shape_name, step, prompts, groups)
 
-    rollout = arithmetic.forward(work.tokens, work.attended, work.logit_rows)
-    tokens, attended, rows = packed_work(step, prompts, groups)
-    forward = arithmetic.forward(tokens, attended, rows)
+    rollout = arithmetic.forward(work)
+    forward = arithmetic.forward(packed_work(step.packed(prompts, groups)))
     stages = [
         ("rollout", statistics.median(rollout_s), rollout),
         ("rollout, forward passes alone", work.forward_s + work.logits_s, rollout),
@@ -90,17 +69,6 @@ def measure(shape_name: str) -> list[dict[str, Any]]:
         {"shape": shape_name, "stage": "sync", "seconds": seconds, "gigabytes": moved / 1e9, "share_of_bound": share}
     )
     return entries
-
-
-def packed_work(step: InProcess, prompts: list[list[int]], groups: list[Candidates]) -> tuple[int, int, int]:
-    """(tokens fed, sum of the tokens that each sees, rows projected onto the vocabulary) of the learner's packing."""
-    candidates = [[tokens.tolist() for tokens in group.tokens] for group in groups]
-    packed = [step.learner.policy.pack([prompt], [group]) for prompt, group in zip(prompts, candidates, strict=True)]
-    return (
-        sum(batch.fed_tokens for batch in packed),
-        sum(int(batch.positions.sum()) + batch.fed_tokens for batch in packed),
-        sum(len(batch.rows) for batch in packed),
-    )
 
 
 def save_profiles(shape: str, step: InProcess, prompts: list[list[int]], groups: list[Candidates]) -> None:

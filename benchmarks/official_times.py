@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import REPOSITORY, Side, write_section
+from benchmarks.harness import REPOSITORY, write_section
 from benchmarks.shapes import SHAPES, ShapeAbsentError, build
+from benchmarks.sides import Side
 
 SHAPE_OF_DTYPE = {"torch.float32": "industrial-135m-fp32", "torch.bfloat16": "industrial-135m-bf16"}
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from benchmarks.growth import random_trie
-from benchmarks.harness import Row, Side, markdown, row_of_pairs, threads, timed, with_memory, write_section
+from benchmarks.harness import Row, markdown, row_of_pairs, threads, timed, write_section
 from benchmarks.in_process import counted_forwards
 from benchmarks.one_token_requests import OneTokenRequests
 from benchmarks.published_way import PublishedTrainer
 from benchmarks.rollout_workloads import EOS, RolloutWorkload, half_a_billion, industrial, many, middle, tiny
 from benchmarks.shapes import ON_GPU, ShapeAbsentError
+from benchmarks.sides import Side, with_memory
 from catalog.trie import Trie
 from rollout.config import ForcedChains, RolloutConfig
 from rollout.groups import Candidates

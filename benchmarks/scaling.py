@@ -3,8 +3,9 @@
 import sys
 from typing import Any
 
-from benchmarks.harness import Side, write_section
+from benchmarks.harness import write_section
 from benchmarks.shapes import ON_GPU
+from benchmarks.sides import Side
 
 SHAPE = "tiny-64"
 WORKERS = (1,) if ON_GPU else (1, 2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.harness import in_fresh_process
+from benchmarks.sides import in_fresh_process
 
 RATIOS = {"rollout": 6.8, "learn": 9.5, "passes": 2.0}
 """What the published way takes for one of ours, for 4 groups of 16, when this was written: tokens that the rollout
