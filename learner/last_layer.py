@@ -1,5 +1,7 @@
-"""The last decoder layer, computed for the tokens that have a target alone: of the others, which are most of a prompt,
-it only has to give keys and values, since no layer comes behind it.
+"""The last decoder layer without what nobody asks for: no layer comes behind it, so tokens without a target, such as
+most of a prompt, only have to give keys and values.
+
+They get no MLP, and on the CPU no attention where they fill a run of it; the projections of attention stay whole.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from learner.lean_layers import LeanGatedMlp
+from learner.products import padded_index
 from learner.tree_mask import TreeMask
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -22,20 +25,28 @@ def use_last_layer(lm: PreTrainedModel) -> None:
     The model's attention is "tree"; parameters and their names stay.
     """
     layers = getattr(lm.base_model, "layers", None)
-    last = layers[-1] if layers else None
-    if last is None or {name for name, _ in last.named_children()} != PARTS or not LeanGatedMlp.fits(last.mlp):
+    if not isinstance(layers, nn.ModuleList) or isinstance(layers[-1], LastLayer) or not _has_the_parts(layers[-1]):
         return
-    plain = type(last)
+    last, plain = layers[-1], type(layers[-1])
     expected = _probe(last)
     last.__class__ = _limited_class(plain)  # type: ignore[arg-type]
     if expected is None or expected != _probe(last):
         last.__class__ = plain
 
 
-def _probe(layer: nn.Module) -> tuple[list[float], dict[str, Any]] | None:
+def _has_the_parts(layer: nn.Module) -> bool:
+    own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    return (
+        not own
+        and {name for name, _ in layer.named_children()} == PARTS
+        and LeanGatedMlp.fits(layer.get_submodule("mlp"))
+    )
+
+
+def _probe(layer: nn.Module) -> tuple[list[float], dict[str, str]] | None:
     """What a layer with stand-ins for its parts makes of some hidden states, and what attention is given besides.
 
-    None for a layer that wants other arguments than Llama's.
+    None for a layer that cannot be asked like Llama's.
     """
     attention = _StandIn(lambda states: (states.sin(), None))
     others = {"input_layernorm": lambda x: 2 * x + 1, "post_attention_layernorm": torch.exp, "mlp": torch.cos}
@@ -43,17 +54,19 @@ def _probe(layer: nn.Module) -> tuple[list[float], dict[str, Any]] | None:
     rows = torch.tensor([1, 2])
     tree = TreeMask(torch.full((4,), 4), torch.arange(4), rows)
     names = ("attention_mask", "position_ids", "past_key_values", "position_embeddings")
+    states = torch.linspace(-1.0, 1.0, 12).view(1, 4, 3)
     own = dict(layer.named_children())
+    layer._modules.update(stand_ins)
     try:
-        layer._modules.update(stand_ins)
-        states = torch.linspace(-1.0, 1.0, 12).view(1, 4, 3)
         output = type(layer).forward(layer, states, **{name: name for name in names}, use_cache=False, tree=tree)
-    except (TypeError, ValueError):
+        found = output if output.shape[1] == len(rows) else output[:, rows]
+    except Exception:  # whatever a layer of another kind may raise: it is left as it is
         return None
     finally:
         layer._modules.update(own)
-    found = output if output.shape[1] == len(rows) else output[:, rows]
-    return found.flatten().tolist(), {name: value for name, value in attention.arguments.items() if name != "tree"}
+    return found.flatten().tolist(), {
+        name: repr(value) for name, value in attention.arguments.items() if name != "tree"
+    }
 
 
 class _StandIn(nn.Module):
@@ -87,5 +100,6 @@ class LastLayer(nn.Module):
             return super().forward(hidden_states, *arguments, **others)
         states = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=states, **{**others, "tree": tree.of_rows()})
-        hidden_states = (hidden_states + attended).index_select(1, tree.rows)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = (hidden_states + attended).index_select(1, padded_index(tree.rows, hidden_states.dtype))
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states[:, : len(tree.rows)]

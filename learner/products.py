@@ -106,6 +106,12 @@ def padded_rows(rows: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
+def padded_index(index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Indices [rows] of what products in `dtype` will see, with zeros up to the number that they are to see."""
+    compiled = index.device.type == "cpu" and compiles_every_length(dtype)
+    return nn.functional.pad(index, (0, rounded_rows(len(index)) - len(index))) if compiled else index
+
+
 def rounded_rows(rows: int) -> int:
     """The next multiple of 16, above 512 rows the next number of five significant binary digits.
 

@@ -182,7 +182,7 @@ def _set_environment(on_gpu: bool, first_runner: bool) -> None:
         defaults["TRITON_F32_DEFAULT"] = "ieee"  # float32 attention would multiply in TF32
     else:
         defaults["TORCHDYNAMO_DISABLE"] = "1"
-        defaults["VLLM_CPU_ATTN_SPLIT_KV"] = "0"  # rows abound: to share one among threads costs a tenth of a rollout
+        defaults["VLLM_CPU_ATTN_SPLIT_KV"] = "0"  # to share rows among threads costs a tenth of a rollout
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if first_runner:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout.vllm_last_layer import LastLayer
+from rollout.vllm_last_layer import LastLayerHooks
 
 RUNNER_NAMES = (
     "model",
@@ -81,7 +81,8 @@ class PagedModel:
         spec = self._only_spec()
         self.num_blocks = int(runner.kv_caches[0].shape[0])
         self.block_size = spec.block_size * runner.kv_cache_config.num_blocks // self.num_blocks
-        self._last_layer = LastLayer.of(runner.model) if self.device.type == "cpu" else None
+        on_cpu = self.device.type == "cpu"
+        self._last_layer = LastLayerHooks.of(runner.model, runner.vllm_config) if on_cpu else None
 
     def _only_spec(self) -> Any:
         """The KV-cache specification of the one group of full-attention layers."""
@@ -120,18 +121,16 @@ class PagedModel:
         slot[:num_tokens].copy_(torch.from_numpy(batch.slot), non_blocking=True)
         padding = runner.is_padding[:padded]  # experts leave these tokens out; a captured graph reads this very buffer
         padding[:num_tokens], padding[num_tokens:] = False, True
-        rows = batch.count, batch.length, batch.table
-        metadata = self._attention_metadata(*rows, position[:num_tokens], slot)
-        slots, wanted = dict.fromkeys(metadata, slot), batch.wanted
-        last_layer: AbstractContextManager[None] = nullcontext()
-        ends = np.cumsum(batch.count, dtype=np.int64) - 1
-        if self._last_layer is not None and len(ends) < num_tokens and np.isin(wanted, ends).all():
-            end, wanted = self._to_device(ends), np.searchsorted(ends, wanted)
-            last = self._attention_metadata(np.ones_like(batch.count), *rows[1:], position[end], slot[end])
-            metadata[self._last_layer.name] = last[self._last_layer.name]
-            last_layer = self._last_layer.only(end)
+        metadata = self._attention_metadata(batch.count, batch, position[:num_tokens], slot)
+        slots, wanted, computed = dict.fromkeys(metadata, slot), batch.wanted, padded
+        limits: AbstractContextManager[None] = nullcontext()
+        if self._last_layer is not None and (ends := _ends_that_suffice(batch)) is not None:
+            end, wanted, computed = self._to_device(ends), np.searchsorted(ends, wanted), len(ends)
+            last = self._attention_metadata(np.ones_like(batch.count), batch, position[end], slot[end])
+            metadata[self._last_layer.layer_name] = last[self._last_layer.layer_name]
+            limits = self._last_layer.only(end)
         with (
-            last_layer,
+            limits,
             set_forward_context(
                 metadata,
                 runner.vllm_config,
@@ -142,35 +141,40 @@ class PagedModel:
                 is_padding=padding,
             ),
         ):
-            hidden = runner.model(input_ids=token, positions=position)[:num_tokens]
+            hidden = runner.model(input_ids=token, positions=position)
+        if len(hidden) != computed:
+            raise UnsupportedModelError(
+                f"vLLM's model returned {len(hidden)} hidden states, not {computed}: use rollout.engine=requests"
+            )
+        hidden = hidden[:num_tokens]
         if len(wanted) < len(hidden):
             return hidden[self._to_device(wanted)]
         return hidden if mode == CUDAGraphMode.NONE else hidden.clone()  # the next replay writes over it
 
     def _attention_metadata(
-        self, count: np.ndarray, length: np.ndarray, table: np.ndarray, position: torch.Tensor, slot: torch.Tensor
+        self, count: np.ndarray, batch: TokenBatch, position: torch.Tensor, slot: torch.Tensor
     ) -> dict[str, Any]:
-        """Per layer: what the attention backend wants to know about a batch; arguments as in TokenBatch.
+        """Per layer: what the attention backend wants to know about a batch of whose rows the last tokens are queries.
 
-        position, slot: [T], on the device.
+        count: int32 [N], queries of each row. position, slot: [sum of count], on the device.
         """
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         start = torch.zeros(len(count) + 1, dtype=torch.int32)
         torch.cumsum(torch.from_numpy(count), 0, out=start[1:])
-        lengths = torch.from_numpy(length)
+        length = torch.from_numpy(batch.length)
         common = CommonAttentionMetadata(
             query_start_loc=self._to_device(start),
             query_start_loc_cpu=start,
-            seq_lens=self._to_device(lengths),
+            seq_lens=self._to_device(length),
             num_reqs=len(count),
             num_actual_tokens=len(position),
             max_query_len=int(count.max()),
-            max_seq_len=int(length.max()),
-            block_table_tensor=self._to_device(table),
+            max_seq_len=int(batch.length.max()),
+            block_table_tensor=self._to_device(batch.table),
             slot_mapping=slot,
             causal=True,
-            seq_lens_cpu_upper_bound=lengths,
+            seq_lens_cpu_upper_bound=length,
             positions=position,
         )
         metadata: dict[str, Any] = {}
@@ -212,3 +216,9 @@ class PagedModel:
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
         tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
         return tensor.to(self.device, non_blocking=True)
+
+
+def _ends_that_suffice(batch: TokenBatch) -> np.ndarray | None:
+    """int64 [N]: the last token of every row, if there are others and none of those is wanted."""
+    ends = np.cumsum(batch.count, dtype=np.int64) - 1
+    return ends if len(ends) < len(batch.position) and np.isin(batch.wanted, ends).all() else None

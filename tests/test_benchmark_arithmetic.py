@@ -34,5 +34,7 @@ def test_a_packed_pass_needs_no_more_than_the_policy_computes(model_path: Path) 
     batch = policy.pack(*groups())
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         policy(batch)
-    needed = Arithmetic(model_path).forward(packed_work([batch]))  # without what attention masks
-    assert 0.6 * counted.get_total_flops() < needed < counted.get_total_flops()
+    needed = Arithmetic(model_path).forward(
+        packed_work([batch])
+    )  # a whole last layer would make it 0.89, attention's masked part is missing
+    assert 0.6 * counted.get_total_flops() < needed < 0.8 * counted.get_total_flops()

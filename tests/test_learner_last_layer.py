@@ -12,6 +12,7 @@ from learner.attention import tree_attention
 from learner.last_layer import LastLayer, use_last_layer
 from learner.packing import PackedBatch
 from learner.policy import Policy
+from learner.products import rounded_rows
 from learner.tree_mask import TreeMask
 from tests.test_policy import CONFIGS, SHAPE, groups, language_model
 
@@ -20,6 +21,12 @@ LIMITED = ["qwen2", "qwen2-tied-sliding", "qwen3", "llama", "mistral-sliding", "
 
 def last_of(policy: Policy) -> Any:
     return policy.lm.base_model.layers[-1]
+
+
+def long_groups() -> tuple[list[list[int]], list[list[Any]]]:
+    """With runs of attention that no token with a target is in."""
+    prompts, candidates = groups()
+    return [[7] * 300 + prompt.tolist() for prompt in prompts], candidates
 
 
 def gradients(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -38,7 +45,7 @@ def test_results_and_gradients_stay(name: str, checkpointing: bool) -> None:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
     policy = Policy(lm)
-    last, batch = last_of(policy), policy.pack(*groups())
+    last, batch = last_of(policy), policy.pack(*long_groups())
     assert isinstance(last, LastLayer)
     logp, found = gradients(policy, batch)
     last.__class__ = type(last).__mro__[2]
@@ -87,7 +94,11 @@ def other_mask(layer: Any, hidden_states: torch.Tensor, attention_mask: Any = No
     return attended + layer.mlp(layer.post_attention_layernorm(attended))
 
 
-@pytest.mark.parametrize("forward", [doubled, wants_more, other_mask])
+def bends_sizes(layer: Any, hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
+    return hidden_states.view(-1, 64)
+
+
+@pytest.mark.parametrize("forward", [doubled, wants_more, other_mask, bends_sizes])
 def test_a_layer_that_computes_something_else_stays(forward: Callable[..., torch.Tensor]) -> None:
     lm = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
     last = lm.model.layers[-1]
@@ -110,8 +121,7 @@ def test_a_scaled_residual_stays() -> None:
 
 def test_attention_leaves_out_runs_without_a_target() -> None:
     policy = Policy(language_model("llama"))
-    prompts, candidates = groups()
-    batch = policy.pack([[7] * 300 + prompt.tolist() for prompt in prompts], candidates)
+    batch = policy.pack(*long_groups())
     tree = TreeMask(batch.subtree_end, batch.positions[0], batch.rows)
     some, every = tree.of_rows().runs(None, 1), tree.runs(None, 1)
     assert 0 < len(some) < len(every)
@@ -122,3 +132,42 @@ def test_attention_leaves_out_runs_without_a_target() -> None:
     assert torch.equal(limited[:, batch.rows], whole[:, batch.rows])
     left_out = [run.queries for run in every if not run.has_target]
     assert all(not limited[:, queries].any() for queries in left_out)
+
+
+def test_a_policys_last_attention_leaves_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, limited = Policy(language_model("llama")), []
+    of_runs = TreeMask.runs
+    monkeypatch.setattr(
+        TreeMask, "runs", lambda tree, *some, **more: noted(limited, tree, of_runs(tree, *some, **more))
+    )
+    policy(policy.pack(*long_groups()))
+    assert len(limited) == 3
+    assert limited[2] < limited[1] == limited[0]
+
+
+def noted(lengths: list[int], tree: TreeMask, runs: list[Any]) -> list[Any]:
+    lengths.append(len(runs))
+    return runs
+
+
+def test_two_policies_can_share_a_model() -> None:
+    lm = language_model("llama")
+    assert last_of(Policy(lm)) is last_of(Policy(lm))
+
+
+def test_a_layer_with_weights_of_its_own_stays() -> None:
+    """Such as a gain that is 1 until it is trained."""
+    lm = language_model("llama")
+    lm.model.layers[-1].gain = nn.Parameter(torch.ones(()))
+    assert not isinstance(last_of(Policy(lm)), LastLayer)
+
+
+def test_compiled_products_see_rounded_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(language_model("llama"))
+    batch, seen = policy.pack(*groups()), []
+    expected = policy(batch)
+    monkeypatch.setattr("learner.products.compiles_every_length", lambda dtype: True)
+    last_of(policy).mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    torch.testing.assert_close(policy(batch), expected)
+    assert seen == [rounded_rows(len(batch.rows))]
+    assert seen[0] > len(batch.rows)

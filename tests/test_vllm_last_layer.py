@@ -1,6 +1,7 @@
 """A vLLM model's last layer computes a prompt's last token alone, and the results are the model's own."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from rollout.config import RolloutConfig
 from rollout.engines import create_engine
+from rollout.vllm_internals import UnsupportedModelError
+from rollout.vllm_last_layer import LastLayerHooks
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -68,9 +71,32 @@ def test_it_changes_no_result(worker_engine: Any, monkeypatch: pytest.MonkeyPatc
     """Also where a pass ends inside a prompt, and where prompts begin alike."""
     model, prompts = worker_of(worker_engine).paged_model, ragged_prompts(24)
     monkeypatch.setattr(model, "max_batched_tokens", tokens_per_pass)
+    assert model._last_layer is not None
     limited = generate(worker_engine, prompts, 16)
     monkeypatch.setattr(model, "_last_layer", None)
     for one, other in zip(limited, generate(worker_engine, prompts, 16), strict=True):
         assert one.item_class.tolist() == other.item_class.tolist()
         for ours, theirs in zip(one.logprobs, other.logprobs, strict=True):
             assert abs(ours - theirs).max() < 1e-5
+
+
+def test_a_model_that_computes_other_rows_is_refused(worker_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = worker_of(worker_engine).paged_model
+    monkeypatch.setattr(model._last_layer, "only", lambda tokens: nullcontext())
+    with pytest.raises(UnsupportedModelError, match=r"returned 30 hidden states, not 1: use rollout.engine=requests"):
+        generate(worker_engine, [[7] * 30], 4)
+
+
+@pytest.mark.parametrize("change", ["compiled", "elsewhere"])
+def test_a_model_that_knows_no_hooks_or_is_not_vllms_stays(
+    worker_engine: Any, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    from vllm.config import CompilationMode
+
+    runner = worker_of(worker_engine).model_runner
+    assert LastLayerHooks.of(runner.model, runner.vllm_config) is not None
+    if change == "compiled":
+        monkeypatch.setattr(runner.vllm_config.compilation_config, "mode", CompilationMode.VLLM_COMPILE)
+    else:
+        monkeypatch.setattr(type(runner.model.model.layers[-1]), "__module__", "transformers.models.qwen2")
+    assert LastLayerHooks.of(runner.model, runner.vllm_config) is None
