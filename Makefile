@@ -25,7 +25,10 @@ UNKNOWN := $(filter-out $(KNOWN),$(foreach name,$(.VARIABLES),$(if $(filter comm
 ifneq ($(UNKNOWN),)
 $(error unknown: $(UNKNOWN). Variables are $(KNOWN); keys of the configuration go into ARGS="section.key=value")
 endif
-NO := 0 no false
+NO := 0 no No NO n false False FALSE off Off OFF
+YES := 1 yes Yes YES y true True TRUE on On ON
+$(foreach flag,DRY_RUN RESUME OVERWRITE,$(if $(filter-out $(YES) $(NO),$($(flag))),\
+  $(error $(flag)=$($(flag)): write 1 for yes, 0 for no)))
 
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(DEVICE)
@@ -73,8 +76,8 @@ launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="
 	@$(ENV) $(RUN) -m launch.cli train $(if $(CLUSTER),--cluster "$(CLUSTER)") \
 	  $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(ALGORITHM),--algorithm "$(ALGORITHM)") $(if $(NAME),--name "$(NAME)") $(if $(STEPS),--steps "$(STEPS)") \
-	  $(if $(filter-out $(NO),$(DRY_RUN)),--dry-run) $(if $(filter-out $(NO),$(RESUME)),--resume) \
-	  $(if $(filter-out $(NO),$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
+	  $(if $(filter $(YES),$(DRY_RUN)),--dry-run) $(if $(filter $(YES),$(RESUME)),--resume) \
+	  $(if $(filter $(YES),$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
 
 test: $(READY)  ## run the tests
 	@$(ENV) $(RUN) -m pytest -q
@@ -109,5 +112,5 @@ bench-rollout bench-learner bench-step bench-rewards: bench-%: $(READY)  ## one 
 	@$(ENV) OUT="$(OUT)" MODEL="$(if $(filter-out small,$(MODEL)),$(MODEL))" DATA="$(if $(filter-out embedded,$(DATA)),$(DATA))" \
 	  $(RUN) -m benchmarks.$(subst step,end_to_end,$*)
 
-clean:  ## remove runs and built catalogues (not the environment)
-	rm -rf runs .cache
+clean:  ## remove built catalogues and what tools have cached (not the environment, not runs)
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,15 @@ def test_a_mistyped_make_variable_is_refused(words: list[str]) -> None:
     assert f"unknown: {words[0].partition('=')[0]}. Variables are CLUSTER DATA MODEL" in made.stderr
 
 
-@pytest.mark.parametrize(("value", "resumes"), [("1", True), ("yes", True), ("0", False), ("no", False), ("", False)])
+@pytest.mark.parametrize("flag", ["DRY_RUN", "RESUME", "OVERWRITE"])
+def test_what_is_neither_yes_nor_no_is_refused(flag: str) -> None:
+    command = ["make", "-n", "launch", f"{flag}=perhaps"]
+    made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert f"{flag}=perhaps: write 1 for yes, 0 for no" in made.stderr
+
+
+@pytest.mark.parametrize(("value", "resumes"), [("1", True), ("yes", True), ("0", False), ("False", False)])
 def test_make_passes_what_it_is_given(value: str, resumes: bool) -> None:
     command = ["make", "-n", "launch", "NAME=mine", f"RESUME={value}", "ARGS=a.b=c"]
     made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
