@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from catalog.atomic import atomic_file
 from launch.config import FIXED_IN_A_RUN, Config, ConfigError, check
@@ -14,6 +14,10 @@ from launch.config import FIXED_IN_A_RUN, Config, ConfigError, check
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULTS = {"cluster": "local", "data": "embedded", "model": "small", "algorithm": "rere"}
 """The YAML of each group that is taken where none is named."""
+DEVICES = ("name", "address", "device", "gpus", "gpus_per_node", "colocate")
+"""Keys of `cluster` that say where a run computes."""
+IN_CHECKPOINTS = {"learner": ("zero_stage", "dtype"), "rollout": ("dtype",)}
+"""Keys that the checkpoints of a run are written for."""
 NO_LIST = "AnyNode is not a ListConfig, TupleConfig, list, or tuple."
 """OmegaConf's words for a single value where a list is expected."""
 
@@ -28,19 +32,17 @@ def compose(
 ) -> Config:
     """Defaults, then the YAML of each group, then `section.key=value` overrides; the later wins.
 
-    data and model are the name of a YAML or a folder. started: the config.yaml of a run to continue, which takes the
-    place of the defaults; with another cluster, all but what belongs to machines. Raises ConfigError naming the file,
-    key and value.
+    Each is the name of a YAML or the path of one, data and model also a folder. started: the config.yaml of a run to
+    continue, which takes the place of the defaults; with another cluster, see `_moved`. Raises ConfigError naming the
+    file, key and value.
     """
     choices = {"cluster": cluster, "data": data, "model": model, "algorithm": algorithm}
     tree = OmegaConf.structured(Config)
     if started is None:
         choices = {group: choice or DEFAULTS[group] for group, choice in choices.items()}
-    elif cluster is None:
-        tree = _merge(tree, _saved(started), str(started))
     else:
-        tree = _merge(tree, *_group("cluster", cluster))
-        tree = _merge(tree, _without_machines(_saved(started)), str(started))
+        tree = _merge(tree, _saved(started), str(started))
+        tree = tree if cluster is None else _moved(tree, cluster)
         choices["cluster"] = None
     for group, choice in choices.items():
         if choice is not None:
@@ -61,18 +63,12 @@ def compose(
                 f"override {override!r}: write a list of terms, such as rewards='[{{name: rule}},{{name: ranking}}]'"
             )
         tree = _merge(tree, addition, f"override {override!r}")
-    config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
-    check(config)
-    return config
+    return _resolved(tree)
 
 
 def load(path: Path) -> Config:
     """The resolved configuration of a run. Raises ConfigError naming the file, and the key that it has lost."""
-    config: Config = OmegaConf.to_object(  # type: ignore[assignment]
-        _merge(OmegaConf.structured(Config), _saved(path), str(path))
-    )
-    check(config)
-    return config
+    return _resolved(_merge(OmegaConf.structured(Config), _saved(path), str(path)))
 
 
 def save(config: Config, path: Path) -> None:
@@ -100,28 +96,58 @@ def _saved(path: Path) -> DictConfig:
     return saved
 
 
-def _without_machines(started: DictConfig) -> DictConfig:
-    """Of a saved configuration, what does not depend on where it ran: `train` and FIXED_IN_A_RUN."""
-    kept: dict[str, Any] = {"train": started.get("train", {})}
-    for section, keys in FIXED_IN_A_RUN.items():
-        own = started.get(section, {}) if section else started
-        into = kept.setdefault(section, {}) if section else kept
-        into.update({key: own[key] for key in keys if key in own})
-    return OmegaConf.create(kept)
+def _moved(started: DictConfig, cluster: str) -> DictConfig:
+    """The configuration of a run that goes on with another profile: what its old one had set gives way to the new one.
+
+    What the run has beyond its old profile stays: FIXED_IN_A_RUN, what its checkpoints are written for, and what its
+    data, its model, its algorithm or its overrides had set, but for the devices themselves.
+    """
+    addition, origin = _group("cluster", cluster)
+    profile = _merge(OmegaConf.structured(Config), addition, origin)
+    if profile.cluster.name == started.cluster.name:
+        return started
+    old = OmegaConf.structured(Config)
+    if _packaged("cluster", started.cluster.name).is_file():
+        old = _merge(old, *_group("cluster", started.cluster.name))
+    whole: dict[str, Any] = OmegaConf.to_container(started)  # type: ignore[assignment]
+    kept = _beyond(whole, OmegaConf.to_container(old))  # type: ignore[arg-type]
+    for key in DEVICES:
+        kept.get("cluster", {}).pop(key, None)
+    for fixed in (FIXED_IN_A_RUN, IN_CHECKPOINTS):
+        for section, keys in fixed.items():
+            own, into = (whole[section], kept.setdefault(section, {})) if section else (whole, kept)
+            into.update({key: own[key] for key in keys})
+    return _merge(profile, OmegaConf.create(kept), origin)
+
+
+def _beyond(mapping: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Of a nested mapping, what another one does not say in the same way."""
+    parts = {
+        key: _beyond(value, old[key]) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
+        for key, value in mapping.items()
+        if key not in old or value != old[key]
+    }
+    return {key: part for key, part in parts.items() if part != {}}
+
+
+def _packaged(group: str, name: str) -> Path:
+    """Where the YAML of that name would lie."""
+    return CONFIGS / group / f"{name}.yaml"
 
 
 def _group(group: str, choice: str) -> tuple[DictConfig, str]:
     """The YAML of a group and its name for messages; a folder stands for itself in the groups data and model."""
-    path = CONFIGS / group / f"{choice}.yaml"
-    if path.is_file():
+    if Path(choice).name == choice and (path := _packaged(group, choice)).is_file():
         return _yaml(path), str(path.relative_to(CONFIGS.parent))
-    names = ", ".join(sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")))
+    if choice.endswith((".yaml", ".yml")) and Path(choice).is_file():
+        return _yaml(Path(choice)), choice
+    names = f"one of configs/{group}: {', '.join(sorted(file.stem for file in (CONFIGS / group).glob('*.yaml')))}"
     if group in ("data", "model"):
         if Path(choice).is_dir():
             return OmegaConf.create({group: {"path": choice}}), f"{group.upper()}={choice}"
         hub = '; a model of the Hugging Face hub is ARGS="model.path=organisation/name"' if group == "model" else ""
-        raise ConfigError(f"{group.upper()}={choice}: neither a folder nor one of configs/{group}: {names}{hub}")
-    raise ConfigError(f"{group.upper()}={choice}: not one of configs/{group}: {names}")
+        raise ConfigError(f"{group.upper()}={choice}: neither a folder nor a YAML file nor {names}{hub}")
+    raise ConfigError(f"{group.upper()}={choice}: neither a YAML file nor {names}")
 
 
 def _yaml(path: Path) -> DictConfig:
@@ -147,6 +173,19 @@ def _merge(tree: DictConfig, addition: DictConfig, origin: str) -> DictConfig:
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0].replace(NO_LIST, "expected a list, such as [...]")
         raise ConfigError(f"{origin}: {reason}{_place(error)}") from error
+
+
+def _resolved(tree: DictConfig) -> Config:
+    """The configuration that a tree stands for, checked."""
+    try:
+        config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    except InterpolationResolutionError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{error.full_key}: {reason}; ${{...}} stands for another key, or ${{oc.env:NAME}}"
+        ) from error
+    check(config)
+    return config
 
 
 def _place(error: Exception) -> str:

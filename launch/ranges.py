@@ -68,10 +68,15 @@ NOT_NEGATIVE = (
 )
 FINITE = (
     "cluster.object_store_gib",
+    "cluster.start_timeout_s",
     "rollout.temperature",
     "rollout.oversample",
     "rollout.kv_cache_gib",
+    "rollout.timeout_s",
+    "learner.beta",
     "learner.logit_mib",
+    "learner.timeout_s",
+    "learner.lora.alpha",
     "train.epochs",
 )
 SHARES = (

@@ -1,7 +1,7 @@
 """The configuration refuses what cannot work and names it."""
 
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -54,6 +54,8 @@ def test_every_committed_group_composes(group: str) -> None:
         ("train.epochs=-3", "train.epochs=-3.0: must be greater than 0"),
         ("train.epochs=.inf", "train.epochs=inf: must be finite"),
         ("learner.optimizer.learning_rate=.inf", "learner.optimizer.learning_rate=inf: must be finite"),
+        ("rollout.timeout_s=.inf", "rollout.timeout_s=inf: must be finite"),
+        ("learner.beta=.inf", "learner.beta=inf: must be finite"),
         ("rollout.timeout_s=0", "rollout.timeout_s=0.0: must be greater than 0"),
         ("train.seed=-1", "train.seed=-1: must not be negative"),
         ("rollout.max_completion_tokens=0", "rollout.max_completion_tokens=0: must be greater than 0"),
@@ -126,7 +128,7 @@ def test_an_unknown_key_lists_the_valid_ones() -> None:
 def test_an_unknown_group_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"CLUSTER=9xB200.*8xA100.*local"):
         compose(cluster="9xB200")
-    with pytest.raises(ConfigError, match=r"DATA=missing/folder: neither a folder nor one of"):
+    with pytest.raises(ConfigError, match=r"DATA=missing/folder: neither a folder nor a YAML file nor one of"):
         compose(data="missing/folder")
 
 
@@ -215,6 +217,52 @@ def test_a_run_goes_on_with_what_another_cluster_needs(tmp_path: Path) -> None:
     check_resumable(here, first)
     assert (here.train.steps, here.rollout.group_size, here.learner.objective) == (7, 8, first.learner.objective)
     assert (here.cluster, here.rollout.workers, here.learner.ranks) == (compose().cluster, 1, 1)
+
+
+def test_a_run_goes_on_with_its_own_profile_as_it_was(tmp_path: Path) -> None:
+    started = tmp_path / "config.yaml"
+    own = ["rollout.vllm.max_model_len=4096", "learner.micro_batch_tokens=32768", "rollout.engine=requests"]
+    first = compose(cluster="8xA100", model="qwen2.5-7b", overrides=own)
+    save(first, started)
+    assert compose(cluster="8xA100", started=started) == first
+
+
+def test_what_a_run_has_beyond_its_old_profile_stays_with_another(tmp_path: Path) -> None:
+    started = tmp_path / "config.yaml"
+    own = ["rollout.vllm.max_model_len=4096", "rollout.timeout_s=77", "cluster.address=10.0.0.1:6379"]
+    first = compose(cluster="8xA100", model="qwen2.5-7b", overrides=own)
+    save(first, started)
+    here = compose(cluster="1xGPU", started=started)
+    assert here.cluster == replace(compose(cluster="1xGPU").cluster, object_store_gib=64)
+    assert (here.rollout.vllm, here.rollout.timeout_s) == ({"max_model_len": 4096}, 77)
+    assert (here.rollout.kv_cache_gib, here.learner.micro_batch_tokens) == (6, 8192)
+    assert (here.train.staleness, here.train.prompts_per_step) == (0, 64)
+    assert (here.learner.zero_stage, here.learner.reference_offload) == (3, True)
+    on_cpu = compose(cluster="local", started=started)
+    assert (on_cpu.learner.dtype, on_cpu.rollout.dtype) == ("bfloat16", "bfloat16")  # of the checkpoints
+
+
+def test_a_profile_of_ones_own_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("cluster: {name: mine}\nrollout: {workers: 3}\n")
+    assert compose(cluster=str(profile)).rollout.workers == 3
+    monkeypatch.chdir(tmp_path)
+    assert compose(cluster="mine.yaml").cluster.name == "mine"
+    with pytest.raises(ConfigError, match=r"CLUSTER=.*mine: neither a YAML file nor one of configs/cluster: 1xGPU"):
+        compose(cluster=str(tmp_path / "mine"))
+
+
+def test_a_folder_beside_a_yaml_of_its_name_is_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "titles").mkdir()
+    (tmp_path / "titles.yaml").write_text("data: {path: elsewhere}\n")
+    assert compose(data=str(tmp_path / "titles")).data.path == str(tmp_path / "titles")
+
+
+def test_a_placeholder_that_stands_for_nothing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"data\.template\.item: .*'title' not found"):
+        compose(overrides=["data.template.item='${title}'"])
+    with pytest.raises(ConfigError, match=r"runs: .*NO_SUCH_VARIABLE"):
+        compose(overrides=["runs=${oc.env:NO_SUCH_VARIABLE}/x"])
 
 
 def test_a_damaged_configuration_is_not_filled_up_with_defaults(tmp_path: Path) -> None:
