@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from catalog.trie import TrieError
 from launch.compose import load
 from launch.config import ConfigError
 from launch.progress import Progress
+from launch.started_with import StartedWith
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,17 +27,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, such as runs/*")
     runs = finished(parser.parse_args(arguments).runs)
     columns, rows = comparison(runs)
-    Progress().table(f"runs by NDCG@{runs[0].k}; gain over {runs[0].name}", columns, rows)
+    Progress().table(f"NDCG@{runs[0].k}; gain over {runs[0].name}", columns, rows)
     return 0
 
 
 def finished(paths: Sequence[Path]) -> list["FinishedRun"]:
-    """The finished ones of several runs; the others are named on the error stream. Raises ConfigError without any."""
-    unfinished = [path for path in paths if (path / "config.yaml").is_file() and not (path / "summary.json").exists()]
-    runs = [FinishedRun(path) for path in paths if path not in unfinished or len(unfinished) == len(paths)]
-    if unfinished:
-        print(f"not finished, so left out: {', '.join(path.name for path in unfinished)}", file=sys.stderr)
-    return runs
+    """The finished ones of several runs; the others, and what is no run, are named on the error stream.
+
+    Raises ConfigError without any, and for a path that does not exist.
+    """
+    left_out = [path for path in paths if path.exists() and not (path / "summary.json").exists()]
+    if len(left_out) == len(paths):
+        left_out = []
+    if left_out:
+        print(f"no finished runs, so left out: {', '.join(path.name for path in left_out)}", file=sys.stderr)
+    return [FinishedRun(path) for path in paths if path not in left_out]
 
 
 class FinishedRun:
@@ -44,9 +50,9 @@ class FinishedRun:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise ConfigError(f"there is no run {path}")
-        self.name, self._path = path.name, path
+        self.name, self._path = path.resolve().name, path
         self.summary, self._after = self._read("summary.json"), self._read("eval-rl.json")
-        self.config = load(path / "config.yaml")
+        self.config = replace(load(path / "config.yaml"), name=path.resolve().name, runs=str(path.resolve().parent))
         self.k = max(self.config.train.eval_ks)
 
     def _read(self, file: str) -> dict[str, Any]:
@@ -63,8 +69,11 @@ class FinishedRun:
     def examples(self) -> list[tuple[Any, Any]] | None:
         """(user, target item) of each evaluated example; None where the run's catalogue is no longer in the cache."""
         try:
-            catalog = Catalog.load(Path(self.config.data.cache) / self.summary["catalogue"])
-        except (CatalogError, TrieError):
+            folder = StartedWith.of(self.config).catalogue(self.config.data)
+            catalog = Catalog.load(folder) if folder else None
+        except (ConfigError, CatalogError, TrieError):
+            return None
+        if catalog is None:
             return None
         test, ids = catalog.examples("test"), self._after["example_ids"]
         targets = catalog.item_ids.take(pa.array(test.target_item[ids])).to_pylist()

@@ -26,6 +26,7 @@ from launch.compose import load
 from launch.config import Config, ConfigError
 from launch.progress import Progress
 from launch.run_directory import RunDirectory
+from launch.started_with import StartedWith
 from learner import checkpoint
 from rollout.engines import create_engine
 from rollout.groups import Candidates
@@ -84,14 +85,14 @@ def recommend(
 
 
 def catalogue(config: Config, tokenizer_path: Path) -> Catalog:
-    """The one that the run was started with: in the cache, or else built again of the run's data.
+    """The one that the run was started with: in the run's cache, or else built again of the run's data.
 
     Raises ConfigError where neither gives it, and CatalogError.
     """
-    path = Path(config.data.cache) / RunDirectory.catalogue_of(config)
-    if path.is_dir():
-        return Catalog.load(path)
-    catalog = build_catalog(config.data, str(tokenizer_path))
+    started = StartedWith.of(config)
+    if (folder := started.catalogue(config.data)) is not None:
+        return Catalog.load(folder)
+    catalog = build_catalog(started.places(config.data), str(tokenizer_path))
     RunDirectory.check_catalogue(config, catalog.fingerprint)
     return catalog
 

@@ -11,27 +11,28 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from catalog.atomic import atomic_file, writing
+from launch import started_with
 from launch.compose import load, save
 from launch.config import Config, ConfigError
 from launch.continuation import check_resumable
+from launch.started_with import StartedWith
 from launch.trackers import Trackers
 from learner import checkpoint
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
-CATALOGUE = "catalogue.json"
-"""Names the catalogue that a run was started with, by the fingerprint of all that it was built from."""
 METRICS = "metrics.jsonl"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
 
 
 def lock_file(config: Config) -> Path:
-    """Of a run; it is there while the run is going on."""
+    """Of a run: locked by the process that it is going on in, and named after the last one."""
     return Path(config.runs) / f".{config.name}.lock"
 
 
@@ -99,13 +100,15 @@ class RunDirectory:
         for folder in (self.path, self.rollouts, self.checkpoints):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-        self.write_json(CATALOGUE, {"fingerprint": fingerprint})
+        self.write_json(started_with.FILE, asdict(StartedWith.now(config, fingerprint)))
         save(config, self.path / "config.yaml")
         _cut_torn_line(self.path / METRICS)
         self._tensorboard = self._writer()
         self._trackers = Trackers(config.train.trackers, self.path, asdict(config), say)
 
-    def _writer(self, purge_step: int | None = None) -> SummaryWriter:
+    def _writer(self, purge_step: int | None = None) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
 
     @staticmethod
@@ -118,12 +121,16 @@ class RunDirectory:
             raise ConfigError(f"run {path} does not exist; there is nothing to resume")
         if resume:
             _check_resumable(config, path)
-            if (last := checkpoint.latest(path / "checkpoints")) is not None:
+            learner, sft = config.learner, path / "checkpoints" / "sft"
+            last = checkpoint.latest(path / "checkpoints") or (sft if sft.is_dir() else None)
+            if last is not None:
                 checkpoint.check(last, contents=False)  # whoever loads it looks at every byte
+                ours = {"zero_stage": learner.zero_stage, "dtype": learner.dtype, "lora_rank": learner.lora.rank}
+                checkpoint.check_readers(last, ours)
         if overwrite and path.exists() and not _is_run(path):
             raise ConfigError(
-                f"{path} is not the folder of a run (it has neither config.yaml nor {CATALOGUE}), so OVERWRITE=1 does "
-                "not delete it; use NAME= or another folder of runs"
+                f"{path} is not the folder of a run (it has neither config.yaml nor {started_with.FILE}), so "
+                "OVERWRITE=1 does not delete it; use NAME= or another folder of runs"
             )
         if path.exists() and not resume and not overwrite:
             raise ConfigError(
@@ -133,25 +140,13 @@ class RunDirectory:
     @staticmethod
     def check_catalogue(config: Config, fingerprint: str) -> None:
         """Raise ConfigError when the run that is to be continued was started with another catalogue."""
-        started = RunDirectory.catalogue_of(config)
+        started = StartedWith.of(config).fingerprint
         if started != fingerprint:
             raise ConfigError(
                 f"the catalogue is {fingerprint}, but run {Path(config.runs) / config.name} was started with "
                 f"{started}: the files of the data or the model's tokenizer have changed; bring back the old ones, or "
                 "start another run with NAME="
             )
-
-    @staticmethod
-    def catalogue_of(config: Config) -> str:
-        """Fingerprint of the catalogue that an existing run was started with. Raises ConfigError."""
-        file = Path(config.runs) / config.name / CATALOGUE
-        try:
-            return str(json.loads(file.read_text())["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{file} is missing or damaged, so nobody can tell whether the run was started with the same data; "
-                "start another with NAME=, or OVERWRITE=1 replaces it"
-            ) from error
 
     @staticmethod
     def check_steps(config: Config, steps: int) -> None:
@@ -227,7 +222,7 @@ def _is_run(path: Path) -> bool:
     """Whether a folder is what a run has left, or empty, or a link, which would go alone."""
     return path.is_symlink() or (
         path.is_dir()
-        and (any((path / file).is_file() for file in ("config.yaml", CATALOGUE)) or not any(path.iterdir()))
+        and (any((path / file).is_file() for file in ("config.yaml", started_with.FILE)) or not any(path.iterdir()))
     )
 
 

@@ -13,13 +13,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+WRITTEN_FOR = {"zero_stage": "learner.zero_stage", "dtype": "learner.dtype", "lora_rank": "learner.lora.rank"}
+"""What of a checkpoint's state its reader must have alike, and the key of the configuration that says it."""
 REFERENCE = "reference/model.safetensors"
 """In a folder of its own: vLLM takes every safetensors file of a model's folder for a part of its weights."""
 PREFIX = "step-"
@@ -79,6 +81,20 @@ def discard(path: Path) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """What commit was given; of a checkpoint in which find_fault finds nothing."""
     return json.loads((path / STATE).read_text())
+
+
+def check_readers(path: Path, ours: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a learner of another ZeRO stage, precision or adapter rank wrote a checkpoint.
+
+    ours: zero_stage, dtype and lora_rank of the learner that is to read it.
+    """
+    state = read_state(path)
+    for name, key in WRITTEN_FOR.items():
+        if state[name] != ours[name]:
+            raise CheckpointError(
+                f"{key} is {ours[name]}, but {path} was written with {state[name]}: give {key}={state[name]}, or "
+                f"start another run from its weights with MODEL={path}"
+            )
 
 
 def check(path: Path, *, contents: bool = True) -> None:

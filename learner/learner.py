@@ -133,13 +133,8 @@ class Learner:
         Raises CheckpointError for a damaged checkpoint, or one of another ZeRO stage or precision.
         """
         self.engine.on_rank_0(lambda: checkpoint.check(path))
-        state = checkpoint.read_state(path)
-        ours = self.engine.signature
-        for name in ("zero_stage", "dtype", "lora_rank"):
-            if state[name] != ours[name]:
-                raise checkpoint.CheckpointError(
-                    f"checkpoint {path} was written with learner {name}={state[name]}, this run has {ours[name]}"
-                )
+        state, ours = checkpoint.read_state(path), self.engine.signature
+        checkpoint.check_readers(path, ours)
         if state["ranks"] == ours["ranks"] or ours["zero_stage"] == 0:
             self.engine.load(path / "zero")
         else:

@@ -57,6 +57,38 @@ def test_close_titles_of_a_large_catalogue_are_found() -> None:
     assert close_titles("Acme Bolt 041234, Pack of 99", titles)[0].startswith("Acme Bolt 041234")
 
 
+def test_a_run_can_be_asked_from_another_folder(
+    data: Path, tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose(data="data")
+    built = build_catalog(config.data, str(tiny_tokenizer_dir))
+    RunDirectory(config, built.fingerprint).close()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = replace(config, runs=str(tmp_path / "runs"))
+    assert catalogue(config, tiny_tokenizer_dir).titles.equals(built.titles)
+    shutil.rmtree(tmp_path / ".cache" / "catalog" / built.fingerprint)
+    assert catalogue(config, tiny_tokenizer_dir).fingerprint == built.fingerprint  # built again of the run's data
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_run_that_was_moved_is_asked_where_it_is_now(
+    data: Path, tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    shutil.move(data, before / "data")
+    monkeypatch.chdir(before)
+    config = compose(data="data")
+    built = build_catalog(config.data, str(tiny_tokenizer_dir))
+    RunDirectory(config, built.fingerprint).close()
+    before.rename(after)
+    monkeypatch.chdir(after)
+    assert catalogue(config, tiny_tokenizer_dir).titles.equals(built.titles)
+
+
 def test_the_catalogue_is_that_of_the_run_though_its_data_have_gone(
     data: Path, tiny_tokenizer_dir: Path, tmp_path: Path
 ) -> None:

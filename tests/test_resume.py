@@ -46,9 +46,9 @@ def test_what_changes_in_a_continued_run_need_only_fit_its_own_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    RunDirectory(compose(overrides=["train.eval_beams=50"]), "0").close()
-    assert main(["train", "--resume", "--dry-run", "train.eval_ks=[1,50]"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["train"]["eval_ks"] == [1, 50]
+    RunDirectory(compose(overrides=["rollout.dtype=bfloat16", "learner.dtype=bfloat16"]), "0").close()
+    assert main(["train", "--resume", "--dry-run", "learner.dtype=bfloat16"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["rollout"]["dtype"] == "bfloat16"
 
 
 def test_to_resume_and_to_replace_is_refused(data: Path, tmp_path: Path, refused: Refused) -> None:
@@ -94,6 +94,20 @@ def test_a_torn_checkpoint_is_refused_before_anything_starts(data: Path, tmp_pat
     (path / "model.safetensors").write_bytes(b"weig")
     message = refused("train", "--name", "mine", "--resume")
     assert "step-4: model.safetensors has 4 bytes instead of 7" in message
+
+
+@pytest.mark.parametrize("name", ["step-4", "sft"])
+def test_a_checkpoint_of_another_kind_is_refused_before_anything_starts(
+    name: str, data: Path, tmp_path: Path, refused: Refused
+) -> None:
+    RunDirectory(compose(data=str(data), overrides=["name=mine", "learner.zero_stage=1"]), "none").close()
+    path = tmp_path / "runs/mine/checkpoints" / name
+    checkpoint.begin(path)
+    checkpoint.commit(path, {"zero_stage": 1, "dtype": "float32", "lora_rank": 0})
+    message = refused("train", "--name", "mine", "--resume", "learner.zero_stage=2")
+    assert f"learner.zero_stage is 2, but runs/mine/checkpoints/{name} was written with 1" in message
+    saved = yaml.safe_load((tmp_path / "runs/mine/config.yaml").read_text())
+    assert saved["learner"]["zero_stage"] == 1
 
 
 def test_whatever_ends_a_run_says_how_it_goes_on(

@@ -161,12 +161,16 @@ def test_it_can_be_compared(
     (other / "eval-rl.json").write_text(json.dumps(after))
     _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
     assert dict(zip(columns, rows[1], strict=True))["95% interval"] == "other examples"
-    monkeypatch.chdir(finished_run.parent)  # a cache with a relative path is looked for there
+    monkeypatch.chdir("/")
+    _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
+    assert dict(zip(columns, rows[1], strict=True))["95% interval"] == "other examples"
+    (other / "catalogue.json").write_text('{"fingerprint": "gone"}')
     _, rows = comparison([FinishedRun(finished_run), FinishedRun(other)])
     assert dict(zip(columns, rows[1], strict=True))["95% interval"] == "catalogue not found"
     (other / "summary.json").unlink()
-    assert [run.name for run in finished([other, finished_run])] == [finished_run.name]
-    assert "left out: other" in capsys.readouterr().err
+    (stray := finished_run.with_name("notes.txt")).touch()
+    assert [run.name for run in finished([other, finished_run, stray])] == [finished_run.name]
+    assert "left out: other, notes.txt" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="only finished runs can be compared"):
         FinishedRun(other)
 
