@@ -13,7 +13,8 @@ OWN_PACKAGES = ("catalog", "rollout", "rewards", "learner", "launch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it succeeded, 1 for an error that the user can mend, 130 when interrupted."""
+    """Run one command; 0 when it succeeded, 1 for an error that the user can mend, 130 when interrupted,
+    141 when nobody reads its output any more."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("interrupted; everything that was started has been ended", *_notes(stop), sep="\n", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         if (message := _own_message(error)) is None:
             raise
@@ -66,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     if options.dry_run:
         from launch.dry_run import dry_run
 
-        dry_run(config)
+        dry_run(config, resume=options.resume, overwrite=options.overwrite)
         return 0
     from launch.run import run
 

@@ -1,28 +1,39 @@
 """What `DRY_RUN=1` prints: placement, batch arithmetic and the resolved configuration, without starting anything."""
 
+from pathlib import Path
+
 from catalog.build import find_catalog
-from launch.compose import to_yaml
+from launch.compose import load, to_yaml
 from launch.config import Config
+from launch.continuation import changes
 from launch.model import find_model
 from launch.preflight import check_config, plan_steps
+from launch.run_directory import RunDirectory
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
     """Print everything that is known before a run; raises what a run would raise this early."""
     placement = check_config(config)
+    RunDirectory.check(config, resume=resume, overwrite=overwrite)
+    if resume:
+        for line in changes(load(Path(config.runs) / config.name / "config.yaml"), config):
+            print(f"# {line}")
     print(f"# placement: {config.cluster.name}, Ray at {config.cluster.address}")
     for line in placement.lines():
         print(f"#   {line}")
     print(f"#   weights to rollout workers: object store, after every step; staleness {config.train.staleness}")
     print("# batch")
-    for line in batch_lines(config):
+    for line in batch_lines(config, resume):
         print(f"#   {line}")
     print("# resolved configuration")
     print(to_yaml(config), end="")
 
 
-def batch_lines(config: Config) -> list[str]:
-    """The batch arithmetic, as far as it is known without building a catalogue or making a model."""
+def batch_lines(config: Config, resume: bool = False) -> list[str]:
+    """The batch arithmetic, as far as it is known without building a catalogue or making a model.
+
+    Raises ConfigError where a run that is to be resumed has another catalogue, or has done more steps.
+    """
     model_path = find_model(config)
     catalog = None if model_path is None else find_catalog(config.data, str(model_path))
     if model_path is None or catalog is None:
@@ -31,5 +42,9 @@ def batch_lines(config: Config) -> list[str]:
             f"RL: {prompts} prompts -> {prompts * group_size} candidates per step; steps, micro-batches and whether "
             "the longest prompt fits are known when a run has built the catalogue"
         ]
+    if resume:
+        RunDirectory.check_catalogue(config, catalog.fingerprint)
     _, steps, batch = plan_steps(config, catalog, model_path)
+    if resume:
+        RunDirectory.check_steps(config, steps)
     return [f"{steps} steps", *batch.lines()]

@@ -34,6 +34,13 @@ class SASRecShape:
     dropout: float = 0.2
     # Dropout of embeddings and blocks during training.
 
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or self.layers < 1 or self.heads < 1 or self.hidden % self.heads:
+            raise RewardError(
+                f"SASRec: hidden={self.hidden}, layers={self.layers} and heads={self.heads} must be 1 or more, and "
+                "hidden a multiple of heads"
+            )
+
 
 class SASRec(nn.Module):
     """Scores every item class as the next one after a history.

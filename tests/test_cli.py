@@ -1,7 +1,10 @@
 """The command line as a user meets it: bad input ends at once with one line that says what to do."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +15,8 @@ from command_line import Refused
 from launch.cli import main
 from launch.compose import compose
 from launch.run_directory import RunDirectory
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def test_a_missing_file_is_named(data: Path, refused: Refused) -> None:
@@ -94,6 +99,22 @@ def test_what_cannot_be_compared_is_refused(data: Path, refused: Refused) -> Non
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
     assert "only finished runs can be compared" in refused("compare", "runs/mine")
     assert "there is no run runs/ghost" in refused("compare", "runs/ghost", "runs/mine")
+
+
+def test_a_sasrec_model_needs_a_file_before_it_is_trained(data: Path, refused: Refused) -> None:
+    command = ("reward", "train-sasrec", "--data", str(data), "--out")
+    assert "OUT=data is a folder; name a file in it" in refused(*command, "data")
+    assert "hidden=30, layers=2 and heads=4 must be 1" in refused(*command, "s", "--hidden", "30", "--heads", "4")
+
+
+def test_a_reader_that_has_enough_ends_the_command_without_a_word(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m launch.cli train --dry-run | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (141, "")
+    assert ended.stdout.startswith("# placement")
 
 
 def test_help_of_rewards_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

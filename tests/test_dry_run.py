@@ -12,6 +12,8 @@ from command_line import Refused
 from catalog.build import build_catalog
 from catalog.config import DataConfig
 from launch.cli import main
+from launch.compose import compose
+from launch.run_directory import RunDirectory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -35,6 +37,28 @@ def test_a_dry_run_prints_placement_arithmetic_and_configuration(
     assert "64 prompts -> 1024 candidates per step; steps, micro-batches" in printed
     assert "zero_stage: 2" in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_refuses_what_a_run_would(data: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "there is nothing to resume" in refused("train", "--dry-run", "--resume", "--name", "ghost")
+    RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
+    assert "run runs/mine exists" in refused("train", "--dry-run", "--data", str(data), "--name", "mine")
+
+
+def test_a_dry_run_of_a_resumed_one_names_what_changes(
+    data: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = compose(data=str(data), model=str(tiny_model_dir), overrides=["name=mine"])
+    RunDirectory(config, build_catalog(config.data, str(tiny_model_dir)).fingerprint).close()
+    resumed = ["train", "--name", "mine", "--resume", "--dry-run"]
+    assert main([*resumed, "train.steps=7"]) == 0
+    assert "# train.steps: None until now, 7 from now on" in capsys.readouterr().out
+    (tmp_path / "runs/mine/catalogue.json").write_text('{"fingerprint": "0"}')
+    assert "runs/mine was started with 0" in refused(*resumed)
 
 
 def test_a_dry_run_knows_the_arithmetic_of_a_catalogue_that_is_built(
@@ -90,7 +114,7 @@ def test_a_dry_run_is_quick(tmp_path: Path) -> None:
         (["learner.ranks=3", "train.prompts_per_step=2"], "train.prompts_per_step=2 gives some of learner.ranks=3"),
         (["learner.ranks=3", "learner.sft.batch_size=2"], "learner.sft.batch_size=2 is smaller than learner.ranks=3"),
         (["learner.offload_optimizer=true"], "learner.offload_optimizer needs learner.zero_stage of 1, 2 or 3"),
-        (["model.hidden=64"], "model.hidden / model.heads = 16: the head size must be 32 or more"),
+        (["model.hidden=64"], "model.hidden / model.heads = 16: vLLM has attention on CPUs for head sizes 32"),
         (["name=.."], "name=..: must be a plain folder name that does not begin with a dot"),
     ],
 )
