@@ -43,7 +43,7 @@ class DataConfig:
     path: str | None = None
     # Folder in one of the three formats of docs/catalog.md, or None for the generated catalogue.
     cache: str = ".cache/catalog"
-    # Folder that holds built catalogues, one per fingerprint of data, tokenizer and template.
+    # Folder of built catalogues, one per fingerprint of data, tokenizer and template, and of fresh models.
     max_history: int = 10
     # Most recent titles of a user that a prompt shows.
     max_prompt_tokens: int = 512

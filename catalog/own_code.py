@@ -31,7 +31,8 @@ def find_code(name: str, root: Path | None = None, fits: Callable[[Any], bool] =
         fitting = {key: value for key, value in vars(module).items() if fits(value) and not key.startswith("_")}
         own = [key for key, value in fitting.items() if getattr(value, "__module__", None) == module.__name__]
         raise OwnCodeError(
-            f"{place} has no {attribute!r}; it has {', '.join(own or fitting) or 'nothing of that kind'}"
+            _hidden(place, root)
+            or f"{place} has no {attribute!r}; it has {', '.join(own or fitting) or 'nothing of that kind'}"
         )
     return getattr(module, attribute)
 
@@ -41,12 +42,22 @@ def _module_of_import(place: str, root: Path) -> ModuleType:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name and (place == error.name or place.startswith(error.name + ".")):
-            raise OwnCodeError(f"there is no module {error.name!r}, neither installed nor under {root}") from None
+            reason = _hidden(place, root) or f"there is no module {error.name!r}, neither installed nor under {root}"
+            raise OwnCodeError(reason) from None
         raise OwnCodeError(
             f"{place} needs the module {error.name!r}, which is missing\n{traceback_below(error, __file__)}"
         ) from error
     except (Exception, SystemExit) as error:
         raise OwnCodeError(f"importing {place} failed: {error!r}\n{traceback_below(error, __file__)}") from error
+
+
+def _hidden(place: str, root: Path) -> str | None:
+    """Why a module is not that of the file under `root`, if there is one: a package of the same name comes first."""
+    file, package = Path(*place.split(".")).with_suffix(".py"), place.partition(".")[0]
+    found = getattr(sys.modules.get(package), "__file__", None)
+    if not (root / file).is_file() or found is None or Path(found).resolve().is_relative_to(root.resolve()):
+        return None
+    return f"Python finds {package!r} in {Path(found).parent} before {root / file}; write '{file}:name'"
 
 
 def _module_of_file(place: str, root: Path) -> ModuleType:

@@ -73,7 +73,7 @@ class ModelConfig:
     layers: int = 3
     # Number of layers.
     heads: int = 4
-    # Attention heads; the head size hidden / heads must be 32 or more for vLLM on CPU.
+    # Attention heads; vLLM on CPUs takes head sizes (hidden / heads) of 32, 64, 80, 96, 112, 128 and some above.
     kv_heads: int = 2
     # Key and value heads.
     seed: int = 0

@@ -10,6 +10,8 @@ from launch.config import Config, ConfigError, ModelConfig
 
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the names of classes end that generate text."""
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Of a fresh model, so that every rollout worker can run it."""
 
 
 def check_model(path: Path) -> None:
@@ -82,9 +84,10 @@ def check_shape(config: ModelConfig) -> None:
             f"model.hidden={config.hidden}, model.heads={config.heads}, model.kv_heads={config.kv_heads}: "
             "each must be a multiple of the next"
         )
-    if config.hidden // config.heads < 32:
+    if config.hidden // config.heads not in HEAD_SIZES:
         raise ConfigError(
-            f"model.hidden / model.heads = {config.hidden // config.heads}: the head size must be 32 or more"
+            f"model.hidden / model.heads = {config.hidden // config.heads}: vLLM has attention on CPUs for head sizes "
+            f"{', '.join(map(str, HEAD_SIZES))}"
         )
 
 
@@ -148,4 +151,4 @@ def find_model(config: Config) -> Path | None:
 
 
 def _fresh_models(config: Config) -> Path:
-    return Path(config.data.cache).parent / "models"
+    return Path(config.data.cache) / "models"

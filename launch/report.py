@@ -79,7 +79,7 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }
 <h2>Test metrics</h2><p>{_evaluated(summary)}</p>{_html_table(columns, rows)}<p>{_gain(config, summary)}</p>
 <h2>Mean seconds per step</h2>{_html_table(["stage", "seconds"], timing)}
 {f'<h2>Curves</h2><div class="curves">{curves}</div>' if curves else ""}
-{_generated(run, catalog)}
+{_generated(run, summary["steps"], catalog)}
 <h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre>
 </body></html>
 """
@@ -117,9 +117,10 @@ def _html_table(columns: list[str], rows: list[list[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _generated(run: RunDirectory, catalog: Catalog) -> str:
-    """The first groups of the rollouts that were saved last; nothing where none were."""
+def _generated(run: RunDirectory, steps: int, catalog: Catalog) -> str:
+    """The first groups of the rollouts that were saved last in the run's `steps` steps; nothing where none were."""
     saved = {int(path.stem.removeprefix("step-")): path for path in run.rollouts.glob("step-*.parquet")}
+    saved = {step: path for step, path in saved.items() if step <= steps}  # a longer one was resumed from before
     if not saved:
         return ""
     step = max(saved)

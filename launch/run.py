@@ -81,9 +81,9 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     for line in batch.lines():
         progress.line(line)
     with ExitStack() as opened, Actors(config, placement, catalog, model_path, steps) as actors:  # checks its devices
+        actors.rewards.ready(config.cluster.start_timeout_s)  # first, since they are up first, and their faults too
         surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)
-        actors.rewards.ready(config.cluster.start_timeout_s)
         surviving(actors, progress, partial(trial, actors, config, model_path))
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite, say=progress.line)
         opened.callback(directory.close)

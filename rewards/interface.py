@@ -64,8 +64,6 @@ def _instance(name: str, written: Callable[..., Any], catalog: TitleCatalog, arg
         raise RewardError(
             f"reward {name!r} could not be made with args {args}:\n{traceback_below(error, __file__)}"
         ) from error
-    if not callable(reward):
-        raise RewardError(f"reward {name!r}: class {written.__name__} needs a method __call__(self, groups)")
     return reward
 
 
@@ -141,6 +139,8 @@ def check_written(name: str, written: Any, args: dict[str, Any]) -> None:
     """Raise RewardError for what is no function or class, or does not take `args`; makes nothing of it."""
     if not callable(written):
         raise RewardError(f"reward {name!r} is {_shown(written)}; it must be a function of one group or a class")
+    if inspect.isclass(written) and not any("__call__" in vars(kind) for kind in written.__mro__):
+        raise RewardError(f"reward {name!r}: class {written.__name__} needs a method __call__(self, groups)")
     if inspect.iscoroutinefunction(written.__call__ if inspect.isclass(written) else written):
         raise RewardError(
             f"reward {name!r} is async; write a plain function or class that runs its coroutines with asyncio.run. "

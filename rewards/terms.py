@@ -38,11 +38,16 @@ def _check(terms: Sequence[RewardTerm]) -> None:
     for index, term in enumerate(terms):
         if term.key in {earlier.key for earlier in terms[:index]}:
             raise RewardError(f"two rewards are called {term.key!r}; give one of them another `label`")
-        if not math.isfinite(term.weight):
-            raise RewardError(f"reward {term.key!r}: weight={term.weight} must be finite")
+        for name in ("weight", "num_cpus", "num_gpus", "timeout_s"):
+            if not math.isfinite(getattr(term, name)):
+                raise RewardError(f"reward {term.key!r}: {name}={getattr(term, name)} must be finite")
         for name in ("num_cpus", "num_gpus"):
             if getattr(term, name) < 0:
                 raise RewardError(f"reward {term.key!r}: {name}={getattr(term, name)} must not be negative")
+        if term.num_gpus > 1 and term.num_gpus % 1:
+            raise RewardError(
+                f"reward {term.key!r}: num_gpus={term.num_gpus} must be a whole number where it is above 1"
+            )
         if term.replicas < 1 or term.timeout_s <= 0:
             raise RewardError(
                 f"reward {term.key!r}: replicas={term.replicas} must be 1 or more and timeout_s={term.timeout_s} "

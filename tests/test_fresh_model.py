@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from launch import model
-from launch.config import ModelConfig
-from launch.model import fresh_model
+from launch.config import ConfigError, ModelConfig
+from launch.model import HEAD_SIZES, check_shape, fresh_model
 
 
 def write_config(config: ModelConfig, texts: list[str], path: Path) -> None:
@@ -29,3 +29,15 @@ def test_a_fresh_model_that_cannot_be_renamed_is_an_error(tmp_path: Path, monkey
     with pytest.raises(NotADirectoryError):
         fresh_model(ModelConfig(), ["text"], tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["once", path.name]
+
+
+@pytest.mark.parametrize("shape", [{"hidden": 132}, {"hidden": 160}, {"hidden": 64}, {"heads": 3}, {"kv_heads": 3}])
+def test_a_shape_that_no_kernel_takes_is_refused(shape: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.hidden"):
+        check_shape(ModelConfig(**shape))
+
+
+def test_vllm_takes_every_head_size_of_a_fresh_model() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert {*HEAD_SIZES} <= {*CPUAttentionBackend.get_supported_head_sizes()}

@@ -101,7 +101,7 @@ def test_the_gain_is_that_of_ndcg_at_the_largest_cut_off(
 def test_the_report_shows_what_was_generated_last(catalog: Catalog, tmp_path: Path) -> None:
     config = compose(overrides=[f"runs={tmp_path}", "train.eval_beams=5", "train.eval_ks=[5]"])
     run = RunDirectory(config, catalog.fingerprint)
-    for step, target in ((9, 5), (10, 7)):
+    for step, target in ((9, 5), (10, 7), (20, 6)):  # step 20 is of a longer run, before this one was resumed
         group = {
             "example_id": [0],
             "target_class": [target],
@@ -114,7 +114,7 @@ def test_the_report_shows_what_was_generated_last(catalog: Catalog, tmp_path: Pa
     summary = summarise(config, catalog, run, ranks, ranks, 0, 3)
     run.log("train", 1, {"loss": 0.5})
     run.log("valid", 1, {"ndcg@5": 0.25})
-    write_report(run, config, summary | {"steps": 1}, catalog)
+    write_report(run, config, summary | {"steps": 10}, catalog)
     run.close()
     page = html.unescape((run.path / "report.html").read_text())
     assert "Generated in step 10" in page

@@ -164,6 +164,18 @@ def test_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registered_names()[-1] == "cheap"
 
 
+def test_a_module_that_another_package_hides_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "rewards").mkdir()
+    for file in ("rewards/mine.py", "learner.py"):
+        (tmp_path / file).write_text("def reward(group): ...")
+    with pytest.raises(RewardError, match=r"Python finds 'rewards' in .* before .*; write 'rewards/mine\.py:name'"):
+        resolve("rewards.mine:reward", root=tmp_path)
+    with pytest.raises(RewardError, match=r"Python finds 'learner' in .* before .*; write 'learner\.py:name'"):
+        resolve("learner:reward", root=tmp_path)
+    assert callable(resolve("learner.py:reward", root=tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -1,5 +1,6 @@
 """The pool and its actors: what comes out of them, and what happens when a reward goes wrong."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,9 @@ def test_terms_are_checked_before_any_actor_starts(catalog: Catalog) -> None:
         ([RewardTerm("rule", weight=float("nan"))], "weight=nan must be finite"),
         ([RewardTerm("rule", replicas=0)], "replicas=0 must be 1 or more"),
         ([RewardTerm("rule", num_gpus=-1)], "num_gpus=-1 must not be negative"),
+        ([RewardTerm("rule", num_gpus=1.5)], "num_gpus=1.5 must be a whole number where it is above 1"),
+        ([RewardTerm("rule", num_cpus=math.nan)], "num_cpus=nan must be finite"),
+        ([RewardTerm("rule", timeout_s=math.inf)], "timeout_s=inf must be finite"),
     ):
         with pytest.raises(RewardError, match=message):
             RewardPool(terms, catalog.path)
