@@ -12,7 +12,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class SplitTable:
-    """The examples of one split, in the order of their time. An item is its row in Interactions.titles."""
+    """The examples of one split, in the order in which they came. An item is its row in Interactions.titles."""
 
     user_id: pa.LargeStringArray
     """[n]"""

@@ -1,4 +1,4 @@
-"""The `rere` command: `rere train`, `prepare`, `recommend`, `compare`, `reward check`, `reward train-sasrec`."""
+"""The `rere` command: train, prepare, evaluate, recommend, compare, reward check, reward train-sasrec."""
 
 import argparse
 import os
@@ -42,6 +42,10 @@ def _run(arguments: list[str]) -> int:
         from catalog.prepare import main as prepare
 
         return prepare(arguments[1:])
+    if arguments[:1] == ["evaluate"]:
+        from launch.evaluate_run import main as evaluate
+
+        return evaluate(arguments[1:])
     if arguments[:1] == ["recommend"]:
         from launch.recommend import main as recommend
 
@@ -100,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="warm up, train and evaluate a recommender")
     commands.add_parser("prepare", help="make a data folder of raw interactions")
+    commands.add_parser("evaluate", help="ranking metrics of a checkpoint of a run")
     commands.add_parser("recommend", help="the titles that the policy of a run recommends after given ones")
     commands.add_parser("compare", help="finished runs side by side")
     commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")

@@ -102,6 +102,8 @@ class TrainConfig:
     # Cut-offs of HR@K and NDCG@K; at most eval_beams. The gain of RL over SFT is that of NDCG at the largest.
     eval_every: int = 0
     # Steps between evaluations on the validation split (as many examples and beams as on the test split); 0: none.
+    keep_best: bool = False
+    # Keep the policy with the best validation NDCG at the largest cut-off as checkpoints/best; needs eval_every.
     checkpoint_every: int = 100
     # Steps between checkpoints; the last step always has one.
     checkpoints_kept: int = 2
@@ -149,6 +151,7 @@ def check(config: Config) -> None:
         train.eval_ks,
         f"each cut-off must lie between 1 and train.eval_beams ({train.eval_beams})",
     )
+    _require(not train.keep_best or train.eval_every > 0, "train.keep_best", True, "needs train.eval_every above 0")
     _require(bool(config.rewards), "rewards", config.rewards, "at least one reward is needed, such as [{name: rule}]")
     plain = config.name == Path(config.name).name and config.name[:1] not in ("", ".")
     _require(plain, "name", config.name, "must be a plain folder name that does not begin with a dot")

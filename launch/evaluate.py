@@ -16,7 +16,7 @@ from rewards.rule import hits
 
 
 def eval_examples(config: Config, catalog: Catalog, split: str) -> np.ndarray:
-    """int64 [n]: the evaluated rows of a split, evenly spaced in time; all of them where eval_examples is 0."""
+    """int64 [n]: the evaluated rows of a split, evenly spaced over it; all of them where eval_examples is 0."""
     available = len(catalog.examples(split))
     wanted = config.train.eval_examples or available
     return np.unique(np.linspace(0, available - 1, min(wanted, available)).round().astype(np.int64))

@@ -4,11 +4,8 @@ import argparse
 import difflib
 import io
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from catalog.config import DataConfig
 from catalog.template import prompt_texts
 from catalog.tokenizer import encode_prompts, load_tokenizer
-from launch.compose import load
-from launch.config import Config, ConfigError
+from launch.config import ConfigError
+from launch.policy_of_run import PolicyOfRun
 from launch.progress import Progress
-from launch.run_directory import RunDirectory
-from launch.started_with import StartedWith
-from learner import checkpoint
-from rollout.engines import create_engine
 from rollout.groups import Candidates
 
 KV_CACHE_GIB = 1 / 16
@@ -63,66 +55,17 @@ def recommend(
 ) -> tuple[Catalog, list[Candidates]]:
     """The run's catalogue, and for each history of titles, oldest first, the `count` best by constrained beam search.
 
-    step: name of one of the run's checkpoints; by default the newest. Raises ConfigError or CheckpointError naming
-    what of the run is missing or damaged. A title that the catalogue does not have is read all the same, with a word
-    on the error stream.
+    step: name of one of the run's checkpoints; by default the newest. Raises what PolicyOfRun.of raises. A title that
+    the catalogue does not have is read all the same, with a word on the error stream.
     """
-    if not run.is_dir():
-        raise ConfigError(f"run {run} does not exist")
-    config = replace(load(run / "config.yaml"), name=run.resolve().name, runs=str(run.resolve().parent))
-    path = _checkpoint(run / "checkpoints", step)
-    catalog = catalogue(config, path)
+    policy = PolicyOfRun.of(run, step)
+    rollout, catalog = policy.config.rollout, policy.catalog
     _mention_unknown(histories, catalog)
-    rollout = replace(config.rollout, kv_cache_gib=min(config.rollout.kv_cache_gib, max(count, 16) * KV_CACHE_GIB))
-    with _errors_only():
-        engine = create_engine(path, catalog.path / "trie.arrow", rollout)
-    try:
-        prompts = prompt_tokens(config.data, str(path), histories)
+    rollout = replace(rollout, kv_cache_gib=min(rollout.kv_cache_gib, max(count, 16) * KV_CACHE_GIB))
+    with policy.engine(rollout) as engine:
+        prompts = prompt_tokens(policy.config.data, str(policy.checkpoint), histories)
         nothing = [0] * len(prompts)
         return catalog, engine.generate(prompts, nothing, nothing, group_size=count, strategy="beam")
-    finally:
-        engine.shutdown()
-
-
-def catalogue(config: Config, tokenizer_path: Path) -> Catalog:
-    """The one that the run was started with: in the run's cache, or else built again of the run's data.
-
-    Raises ConfigError where neither gives it, and CatalogError.
-    """
-    started = StartedWith.of(config)
-    if (folder := started.catalogue(config.data)) is not None:
-        return Catalog.load(folder)
-    catalog = build_catalog(started.places(config.data), str(tokenizer_path))
-    RunDirectory.check_catalogue(config, catalog.fingerprint)
-    return catalog
-
-
-def _checkpoint(folder: Path, step: str | None) -> Path:
-    """An intact checkpoint."""
-    path = checkpoint.latest(folder) if step is None else folder / step
-    if path is None:
-        raise ConfigError(f"{folder} has no checkpoint step-N yet: there is no policy to ask")
-    if not path.is_dir():
-        raise ConfigError(f"{folder} has no {step}, only {', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")
-    checkpoint.check(path)
-    return path
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """What libraries write to the error stream is shown only where they fail."""
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            log.seek(0)
-            os.write(kept, log.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Sequence[str]]) -> list[list[int]]:

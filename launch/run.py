@@ -114,7 +114,7 @@ def _tell_how_to_go_on(
 def warm_up(session: Session) -> dict[str, Any]:
     """SFT, its weights to the rollout workers as version 0, and the test metrics before RL; done once per run."""
     learner, directory, epochs = session.actors.learner, session.directory, session.config.learner.sft.epochs
-    sft = directory.checkpoints / "sft"
+    sft = directory.checkpoints / checkpoint.SFT
     if checkpoint.latest(directory.checkpoints) is not None and directory.has("eval-sft.json"):
         pass  # `restore` loads what came after
     elif epochs and not sft.is_dir():
@@ -172,7 +172,7 @@ def restore(session: Session) -> int:
     """Bring learner and workers to the newest checkpoint, or to the weights before RL; returns the steps done."""
     actors, directory = session.actors, session.directory
     latest = checkpoint.latest(directory.checkpoints)
-    sft = directory.checkpoints / "sft"
+    sft = directory.checkpoints / checkpoint.SFT
     first = 0
     if latest is not None:
         first = int(actors.learner.load(latest)["steps_done"])
@@ -227,13 +227,14 @@ def summarise(
     """The content of summary.json. sft, rl: what `evaluation` found before and after RL. confirmed_loads: see
     RolloutFleet."""
     logged, test, k = directory.metrics("train", steps), catalog.examples("test"), max(config.train.eval_ks)
+    last = checkpoint.newest(directory.checkpoints)
     stages = ("rollout", "reward", "learn", "sync", "step")
     return {
         "name": config.name,
         "data": config.data.path or "embedded",
         "model": config.model.path or "small",
         "catalogue": catalog.fingerprint,
-        "checkpoint": str(checkpoint.latest(directory.checkpoints) or directory.checkpoints),
+        "checkpoint": None if last is None else str(last),
         "evaluated": len(sft["example_ids"]),
         "test_examples": len(test),
         "steps": steps,

@@ -121,9 +121,8 @@ class RunDirectory:
             raise ConfigError(f"run {path} does not exist; there is nothing to resume")
         if resume:
             _check_resumable(config, path)
-            learner, sft = config.learner, path / "checkpoints" / "sft"
-            last = checkpoint.latest(path / "checkpoints") or (sft if sft.is_dir() else None)
-            if last is not None:
+            learner = config.learner
+            if (last := checkpoint.newest(path / "checkpoints")) is not None:
                 checkpoint.check(last, contents=False)  # whoever loads it looks at every byte
                 ours = {"zero_stage": learner.zero_stage, "dtype": learner.dtype, "lora_rank": learner.lora.rank}
                 checkpoint.check_readers(last, ours)
@@ -191,6 +190,10 @@ class RunDirectory:
         counted = (line for line in self._lines() if line["phase"] == phase and line["step"] <= steps)
         return list({line["step"]: line for line in counted}.values())
 
+    def is_best(self, validated: dict[str, float], name: str, steps: int) -> bool:
+        """Whether a validation metric after `steps` steps is above that of every evaluation before."""
+        return all(validated[name] > line[name] for line in self.metrics("valid", steps - 1))
+
     def _lines(self) -> list[dict[str, Any]]:
         path = self.path / METRICS
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -212,7 +215,7 @@ def _check_resumable(config: Config, path: Path) -> None:
     try:
         check_resumable(config, load(path / "config.yaml"))
     except ConfigError as error:
-        sft = path / "checkpoints" / "sft"
+        sft = path / "checkpoints" / checkpoint.SFT
         if not sft.is_dir():
             raise
         raise ConfigError(f"{error}; from its weights after SFT: MODEL={sft}, learner.sft.epochs=0") from error

@@ -63,6 +63,8 @@ def train(
         recent.append(metrics)
         if config.eval_every and (step + 1) % config.eval_every == 0:
             validated = validate()
+            if config.keep_best and run.is_best(validated, f"ndcg@{max(config.eval_ks)}", step + 1):
+                learner.save(run.checkpoints / "best", {"steps_done": step + 1})
             run.log("valid", step + 1, validated)
         stage.update(step + 1, step_words(recent, validated))
         if (step + 1) % config.rollouts_every == 0 or step + 1 == steps:

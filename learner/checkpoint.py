@@ -20,6 +20,8 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+SFT = "sft"
+"""Name of the checkpoint of the weights before RL."""
 WRITTEN_FOR = {"zero_stage": "learner.zero_stage", "dtype": "learner.dtype", "lora_rank": "learner.lora.rank"}
 """What of a checkpoint's state its reader must have alike, and the key of the configuration that says it."""
 REFERENCE = "reference/model.safetensors"
@@ -106,7 +108,7 @@ def check(path: Path, *, contents: bool = True) -> None:
         others = [other for other in steps(path.parent) if other != path and find_fault(other) is None]
         if others:
             offer = f"{others[0].name} is intact: delete {path.name} to go on from there"
-        elif find_fault(sft := path.parent / "sft") is None:
+        elif find_fault(sft := path.parent / SFT) is None:
             offer = f"no other is intact: delete all {PREFIX}N to go on from {sft}"
         else:
             offer = "no other is intact"
@@ -148,6 +150,12 @@ def steps(folder: Path) -> list[Path]:
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a folder, if any; whether it is intact is for `check` to say."""
     return next(iter(steps(folder)), None)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder or, before there is any, the weights after SFT, if they are there."""
+    sft = folder / SFT
+    return latest(folder) or (sft if sft.is_dir() else None)
 
 
 def steps_done(folder: Path) -> int:

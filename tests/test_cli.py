@@ -80,7 +80,7 @@ def test_a_profile_without_its_gpus_is_refused(refused: Refused) -> None:
 def test_what_cannot_be_recommended_is_refused(data: Path, tmp_path: Path, refused: Refused) -> None:
     assert "run runs/ghost does not exist" in refused("recommend", "runs/ghost", "Acme Bolt M1, Steel")
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
-    assert "has no checkpoint step-N yet" in refused("recommend", "runs/mine", "Acme Bolt M1, Steel")
+    assert "has no checkpoint yet" in refused("recommend", "runs/mine", "Acme Bolt M1, Steel")
     (tmp_path / "runs/mine/checkpoints/sft").mkdir()
     assert "has no step-3, only sft" in refused("recommend", "runs/mine", "Acme Bolt", "--checkpoint", "step-3")
     (tmp_path / "runs/mine/checkpoints/step-1").mkdir()

@@ -13,7 +13,8 @@ from catalog.build import build_catalog
 from catalog.errors import CatalogError
 from launch.compose import compose
 from launch.config import ConfigError
-from launch.recommend import catalogue, close_titles, histories_of_file, main
+from launch.policy_of_run import catalogue
+from launch.recommend import close_titles, histories_of_file, main
 from launch.run_directory import RunDirectory
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from catalog.build import build_catalog
+from launch.cli import main
 from launch.compare import FinishedRun, comparison, finished
 from launch.compose import load
 from launch.config import ConfigError
@@ -41,6 +42,7 @@ SMALL = [
     "train.rollouts_every=1",
     "train.checkpoint_every=1",
     "train.eval_every=2",
+    "train.keep_best=true",
 ]
 
 
@@ -139,6 +141,24 @@ def test_its_policy_recommends_as_hugging_face_would_rank(finished_run: Path, mo
                 logits = policy(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens).long()[:, None]).sum()
             assert score == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_its_checkpoints_can_be_evaluated(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(finished_run), "--out", "newest.json"]) == 0
+    asked, known = json.loads(Path("newest.json").read_text()), json.loads((finished_run / "eval-rl.json").read_text())
+    assert asked["checkpoint"] == str(finished_run / "checkpoints" / "step-3")
+    assert {name: asked[name] for name in ("example_ids", "hit_ranks", "metrics")} == {
+        name: known[name] for name in ("example_ids", "hit_ranks", "metrics")
+    }
+    assert f"NDCG@10 │ {known['metrics']['ndcg@10']:.4f}" in capsys.readouterr().out
+
+
+def test_the_best_validated_policy_is_kept(finished_run: Path) -> None:
+    best, step_2 = (finished_run / "checkpoints" / name / "model.safetensors" for name in ("best", "step-2"))
+    assert best.read_bytes() == step_2.read_bytes()
 
 
 def test_it_can_be_compared(

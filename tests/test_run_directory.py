@@ -53,6 +53,16 @@ def test_steps_that_a_shorter_resumed_run_no_longer_has_do_not_count(tmp_path: P
     assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 4.0]
 
 
+def test_the_best_policy_is_the_first_that_no_evaluation_before_reached(tmp_path: Path) -> None:
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
+    found = []
+    for step, value in ((2, 0.25), (4, 0.5), (6, 0.5), (4, 0.75), (6, 0.5), (8, 1.0)):  # goes on from step 2 once
+        found.append(run.is_best({"ndcg@10": value}, "ndcg@10", step))
+        run.log("valid", step, {"ndcg@10": value})
+    run.close()
+    assert found == [True, True, False, True, False, True]
+
+
 def test_tensorboard_shows_steps_that_are_logged_again_once(tmp_path: Path) -> None:
     config = compose(overrides=[f"runs={tmp_path}"])
     run = RunDirectory(config, "0")
