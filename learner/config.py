@@ -76,7 +76,8 @@ class LearnerConfig:
     normalize_std: bool = True
     # Divide advantages by the group's standard deviation.
     importance_cap: float | None = 2.0
-    # Truncation of the importance weight against the rollout's log-probabilities; used when staleness > 0.
+    # Largest importance weight; None does not truncate. The weight is old / rollout, with staleness > 0. That of
+    # reinforce, which has no ratio, is policy / rollout; without staleness, with updates_per_batch > 1, policy / old.
     mismatch_limit: float | None = None
     # Largest mean difference of a candidate's log-probability to that of a rollout with the same weights; beyond it
     # the run ends, since its rollouts come from another policy. None: 0.1 in float32, 5 in bfloat16.

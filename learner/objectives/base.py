@@ -172,7 +172,8 @@ def clipped_surrogate(
 def importance_weight(log_weight: torch.Tensor, config: LearnerConfig) -> torch.Tensor:
     """min(exp(log_weight), importance_cap) without gradient: truncated importance sampling (Ionides 2008).
 
-    log_weight is log pi_old - log pi_rollout of a token or of a completion.
+    log_weight, of a token or of a completion: log pi_old - log pi_rollout beside a ratio pi / pi_old, and without one
+    log pi - log pi_rollout, or log pi - log pi_old where the rollout's policy is the old one.
     """
     weight = log_weight.detach().exp()
     return weight if config.importance_cap is None else weight.clamp(max=config.importance_cap)

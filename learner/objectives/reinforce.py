@@ -11,8 +11,9 @@ from learner.objectives.base import CompletionBatch, Metrics, importance_weight,
 def reinforce(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, Metrics]:
     """-(A * log pi(completion) - beta * sum_t KL_t) per completion (RLOO, arXiv 2402.14740).
 
-    The advantage is not divided by the standard deviation and nothing is clipped. Off-policy the gradient is weighted
-    by the truncated ratio of the whole completion to the policy that generated it.
+    The advantage is not divided by the standard deviation and nothing is clipped. Off-policy the gain is weighted by
+    min(pi / behaviour, importance_cap) of the whole completion, without gradient. The behaviour is the policy of the
+    rollout with staleness > 0, else the old one, from which later updates of a batch have moved away.
     """
     weighted = batch.token_sum(batch.logp) * batch.advantages
     behaviour = batch.logp_rollout if batch.logp_rollout is not None else batch.logp_old
