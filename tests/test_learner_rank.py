@@ -15,6 +15,7 @@ from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
 from learner.experience import Experience
 from learner.learner import without_dropout
 from learner.lora import add_adapters
+from learner.objectives.base import LEARNERS_METRICS
 from learner.schedule import learning_rate
 from rollout.groups import INCLUSION_WEIGHT
 
@@ -74,6 +75,12 @@ def test_a_step_equals_plain_pytorch(learner_data, steps, expected):
     assert_same_training(
         expected["weights"], {n: p.detach().numpy() for n, p in model.named_parameters()}, learner_data
     )
+
+
+def test_what_the_learner_measures_has_names_that_no_objective_may_take(expected):
+    of_grpo, times = {"kl", "clipped"}, {name for name in expected["metrics"][0] if name.startswith("seconds/")}
+    assert times
+    assert expected["metrics"][0].keys() - times - of_grpo == LEARNERS_METRICS - {"candidates"}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

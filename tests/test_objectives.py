@@ -237,6 +237,13 @@ def test_advantages_belong_to_the_objective() -> None:
         (lambda batch, config: (batch.token_sum(batch.logp) + torch.inf, {}), "are not finite"),
         (lambda batch, config: (batch.token_sum(batch.logp), {}, {}), r"must return \(contributions, metrics\)"),
         (lambda batch, config: (batch.token_sum(batch.logp), []), r"must return \(contributions, metrics\)"),
+        (
+            lambda batch, config: (
+                batch.token_sum(batch.logp),
+                dict.fromkeys(("mismatch", "mine", "seconds/mine"), batch.advantages),
+            ),
+            r"\['mismatch', 'seconds/mine'\], which the learner logs itself",
+        ),
     ],
 )
 def test_an_objective_that_could_not_train_is_refused(contributions: Callable[..., Any], message: str) -> None:

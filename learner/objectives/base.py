@@ -13,6 +13,23 @@ from learner.config import LearnerConfig
 
 Normaliser = Literal["completions", "tokens"]
 Metrics = dict[str, torch.Tensor]
+LEARNERS_METRICS = frozenset(
+    {
+        "candidates",
+        "completion_tokens",
+        "frac_uninformative",
+        "grad_norm",
+        "groups",
+        "logprob",
+        "loss",
+        "lr",
+        "micro_batches",
+        "mismatch",
+        "packed_tokens",
+        "tokens_per_second",
+    }
+)
+"""Names of what learner.update measures itself, beside "seconds/..." for times; no objective may return them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,12 @@ class Objective:
                 "tensor [C] and a dict of tensors [C]"
             )
         contributions, metrics = returned
+        taken = sorted(name for name in metrics if name in LEARNERS_METRICS or str(name).startswith("seconds/"))
+        if taken:
+            raise ObjectiveError(
+                f"objective {self} returned the metrics {taken}, which the learner logs itself under these names: "
+                "give yours other names"
+            )
         for what, value in (("its contributions", contributions), *metrics.items()):
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             if shape != (completions,):
