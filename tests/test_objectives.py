@@ -2,7 +2,7 @@
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from learner.config import LearnerConfig, objective_names
-from learner.objectives import CompletionBatch, ObjectiveError, check_objective, objective, resolve
+from learner.objectives import CompletionBatch, Objective, ObjectiveError, check_objective, objective, resolve
 
 LENGTHS = (3, 5, 1, 4, 2, 5)
 
@@ -249,6 +249,48 @@ def test_advantages_belong_to_the_objective() -> None:
 def test_an_objective_that_could_not_train_is_refused(contributions: Callable[..., Any], message: str) -> None:
     with pytest.raises(ObjectiveError, match=message):
         check_objective(objective(mean_over="completions")(contributions), LearnerConfig())
+
+
+def with_advantages(advantages: Callable[..., Any]) -> Objective:
+    """An objective that differs from others in its advantages only."""
+    return objective(mean_over="completions", advantages=advantages)(
+        lambda batch, config: (-batch.token_sum(batch.logp) * batch.advantages, {})
+    )
+
+
+@pytest.mark.parametrize(
+    ("advantages", "message"),
+    [
+        (lambda rewards, std: rewards[:1], "are of 1 groups where the rewards are of 3"),
+        (lambda rewards, std: [r[1:] for r in rewards], r"group 0 with the rewards \[1\.0, .*\] they are \[0\.0, "),
+        (lambda rewards, std: [r.mean() for r in rewards], r"one finite number per candidate; of group 0"),
+        (lambda rewards, std: [(r - r.mean()) / r.std() for r in rewards], r"of group 1 .*\[nan, nan, nan\]"),
+        (lambda rewards, std: [r.astype(float) * 1e300 for r in rewards], r"they are \[inf, "),
+        (lambda rewards, std: np.stack(rewards), r"advantages of .* raised:\n(.*\n)*.*all input arrays must have"),
+        (lambda rewards: rewards, "takes 1 positional argument but 2 were given"),
+        (lambda rewards, std: None, "'NoneType' object is not iterable"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_advantages_that_could_not_train_are_refused(advantages: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ObjectiveError, match=message) as caught:
+        check_objective(with_advantages(advantages), LearnerConfig())
+    assert f"advantages of {__name__}:<lambda>" in str(caught.value)
+
+
+def test_advantages_may_change_the_rewards_they_get_and_are_float32() -> None:
+    def centred(rewards: Sequence[np.ndarray], normalize_std: bool) -> list[np.ndarray]:
+        for group in rewards:
+            group -= group.mean()
+        return [group.astype(np.float64) for group in rewards]
+
+    rewards = [np.array([1.0, 0.0], np.float32), np.array([2.0, 0.0, 1.0], np.float32)]
+    for group in rewards:
+        group.flags.writeable = False  # as the views into a step's tables are
+    found = with_advantages(centred).advantages(rewards, True)
+    assert [group.tolist() for group in found] == [[0.5, -0.5], [1.0, -1.0, 0.0]]
+    assert {group.dtype for group in found} == {np.dtype(np.float32)}
+    assert rewards[0].tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

@@ -66,7 +66,7 @@ class CompletionBatch:
 Contributions = Callable[[CompletionBatch, LearnerConfig], tuple[torch.Tensor, Metrics]]
 """(batch, config) -> (loss contributions [C], metrics [C] each)."""
 AdvantagesOf = Callable[[Sequence[np.ndarray], bool], Advantages]
-"""(rewards of each group, normalize_std) -> advantages of each group."""
+"""(rewards of each group, normalize_std) -> advantages of each group. The rewards are copies: they may be changed."""
 
 
 class ObjectiveError(ValueError):
@@ -87,7 +87,32 @@ class Objective:
 
     contributions: Contributions
     normaliser: Normaliser
-    advantages: AdvantagesOf
+    advantages_of: AdvantagesOf
+
+    def advantages(self, rewards: Sequence[np.ndarray], normalize_std: bool) -> Advantages:
+        """float32 [G_i] of each group, out of its rewards [G_i].
+
+        Raises ObjectiveError with the traceback of what the function raised, or where it returns anything but one
+        finite number per candidate.
+        """
+        try:
+            returned = self.advantages_of([np.array(group) for group in rewards], normalize_std)
+            with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
+                advantages = [np.asarray(group, np.float32) for group in returned]
+        except Exception as error:
+            raise ObjectiveError(f"the advantages of {self} raised:\n{traceback_below(error, __file__)}") from error
+        if len(advantages) != len(rewards):
+            raise ObjectiveError(
+                f"the advantages of {self} are of {len(advantages)} groups where the rewards are of {len(rewards)}: "
+                "return one array per group"
+            )
+        for group, (of_group, given) in enumerate(zip(advantages, rewards, strict=True)):
+            if of_group.shape != (len(given),) or not np.isfinite(of_group).all():
+                raise ObjectiveError(
+                    f"the advantages of {self} must be one finite number per candidate; of group {group} with the "
+                    f"rewards {np.asarray(given).tolist()} they are {of_group.tolist()}"
+                )
+        return advantages
 
     def __call__(self, batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, Metrics]:
         """Loss contributions [C] to be summed and divided by `count`, and metrics [C] to be averaged.
@@ -133,7 +158,12 @@ class Objective:
 
 
 def check_objective(objective: Objective, config: LearnerConfig) -> None:
-    """Call an objective on a small batch. Raises ObjectiveError where it fails, or its loss would train nothing."""
+    """Call an objective on a small batch, and its advantages on groups of different sizes, one with equal rewards.
+
+    Raises ObjectiveError where it fails, or its loss would train nothing.
+    """
+    rewards = [[1.0, 0.0, -0.5, 0.0], [0.0, 0.0, 0.0], [0.25, 1.0]]
+    objective.advantages([np.array(group, np.float32) for group in rewards], config.normalize_std)
     logp = -torch.linspace(0.1, 2.0, 12).view(4, 3)
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False], [True, True, True]])
     logp = logp.masked_fill(~mask, 0.0).requires_grad_()
