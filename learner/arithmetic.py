@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from learner.config import LearnerConfig
+from learner.schedule import warmup_steps
 
 
 class BatchError(ValueError):
@@ -96,7 +97,7 @@ def describe_batch(
         packed_tokens=group_tokens,
         micro_batches=math.ceil(per_rank * group_tokens / max(config.micro_batch_tokens, group_tokens)),
         rl_updates=updates,
-        warmup_steps=math.ceil(config.optimizer.warmup_ratio * updates),
+        warmup_steps=warmup_steps(config.optimizer, updates),
         sft_examples_per_rank=math.ceil(config.sft.batch_size / config.ranks) if config.sft.epochs else 0,
         sft_updates_per_epoch=math.ceil(train_examples / config.sft.batch_size) if config.sft.epochs else 0,
     )

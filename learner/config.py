@@ -16,7 +16,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     # Shape after the warm-up.
     warmup_ratio: float = 0.03
-    # Share of all steps in which the rate rises from 0; rounded up to whole steps.
+    # Share of all steps in which the rate rises from 0; rounded up to whole steps, none where there is one step.
     betas: tuple[float, float] = (0.9, 0.999)
     # Decay of the two moments.
     eps: float = 1e-8

@@ -6,8 +6,12 @@ from learner.config import OptimizerConfig
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
-    """Steps in which the rate rises from 0: warmup_ratio of all steps, rounded up as in Hugging Face's Trainer."""
-    return math.ceil(config.warmup_ratio * total_steps)
+    """Steps in which the rate rises from 0: warmup_ratio of all steps, rounded up as in Hugging Face's Trainer.
+
+    A lone step has none. That departs from Hugging Face only where it would train nothing: the first rate of a
+    warm-up is 0.
+    """
+    return math.ceil(config.warmup_ratio * total_steps) if total_steps > 1 else 0
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

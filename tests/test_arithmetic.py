@@ -31,6 +31,11 @@ def test_updates_per_batch_multiply_the_optimizer_steps():
     assert (arithmetic.rl_updates, arithmetic.warmup_steps) == (300, 3)
 
 
+def test_a_lone_update_has_no_warm_up():
+    arithmetic = describe_batch(LearnerConfig(), **DATA | {"steps": 1})
+    assert "1 updates, 0 warm-up" in arithmetic.lines()[0]
+
+
 def test_without_sft_nothing_is_said_about_it():
     arithmetic = describe_batch(LearnerConfig(sft=SftConfig(epochs=0)), **DATA)
     assert len(arithmetic.lines()) == 1
