@@ -9,6 +9,7 @@ from launch.continuation import changes
 from launch.model import find_model
 from launch.preflight import check_config, plan_steps
 from launch.run_directory import RunDirectory
+from learner.arithmetic import batch_notes
 
 
 def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -40,7 +41,8 @@ def batch_lines(config: Config, resume: bool = False) -> list[str]:
         prompts, group_size = config.train.prompts_per_step, config.rollout.group_size
         return [
             f"RL: {prompts} prompts -> {prompts * group_size} candidates per step; steps, micro-batches and whether "
-            "the longest prompt fits are known when a run has built the catalogue"
+            "the longest prompt fits are known when a run has built the catalogue",
+            *batch_notes(config.learner),
         ]
     if resume:
         RunDirectory.check_catalogue(config, catalog.fingerprint)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from learner.config import LearnerConfig
 from learner.schedule import warmup_steps
 
+CLIPPING = ("dapo", "grpo", "gspo", "rank_grpo")
+"""Objectives whose ratio learner.clip_low and learner.clip_high bound; those of people's own are not known."""
+
 
 class BatchError(ValueError):
     """Batch sizes that cannot work together; the message names the keys."""
@@ -30,6 +33,8 @@ class BatchArithmetic:
     warmup_steps: int
     sft_examples_per_rank: int
     sft_updates_per_epoch: int
+    notes: tuple[str, ...] = ()
+    """See batch_notes."""
 
     def lines(self) -> list[str]:
         """Readable lines for the start of a run."""
@@ -42,7 +47,7 @@ class BatchArithmetic:
             f"SFT: {self.sft_examples_per_rank} examples per rank and update, "
             f"{self.sft_updates_per_epoch} updates per epoch"
         )
-        return [rl, sft] if self.sft_updates_per_epoch else [rl]
+        return [rl, *([sft] if self.sft_updates_per_epoch else []), *self.notes]
 
 
 def check_batch(config: LearnerConfig, prompts_per_step: int) -> None:
@@ -59,6 +64,17 @@ def check_batch(config: LearnerConfig, prompts_per_step: int) -> None:
         )
     if config.zero_stage == 0 and config.offload_optimizer:
         raise BatchError("learner.offload_optimizer needs learner.zero_stage of 1, 2 or 3")
+
+
+def batch_notes(config: LearnerConfig) -> tuple[str, ...]:
+    """What works but is seldom meant, in a line each."""
+    several, unbounded = config.updates_per_batch > 1, config.clip_low is None and config.clip_high is None
+    if several and unbounded and config.objective in CLIPPING:
+        return (
+            f"note: learner.updates_per_batch={config.updates_per_batch} without learner.clip_low and "
+            "learner.clip_high: nothing bounds the ratio to the policy before a batch's first update",
+        )
+    return ()
 
 
 def describe_batch(
@@ -100,4 +116,5 @@ def describe_batch(
         warmup_steps=warmup_steps(config.optimizer, updates),
         sft_examples_per_rank=math.ceil(config.sft.batch_size / config.ranks) if config.sft.epochs else 0,
         sft_updates_per_epoch=math.ceil(train_examples / config.sft.batch_size) if config.sft.epochs else 0,
+        notes=batch_notes(config),
     )

@@ -1,9 +1,11 @@
 """Batch arithmetic is what the learner really does, and impossible sizes are refused by name."""
 
 import pytest
+import torch
 
-from learner.arithmetic import BatchError, describe_batch
-from learner.config import LearnerConfig, OptimizerConfig, SftConfig
+from learner.arithmetic import CLIPPING, BatchError, batch_notes, describe_batch
+from learner.config import LearnerConfig, OptimizerConfig, SftConfig, objective_names
+from learner.objectives import CompletionBatch, resolve
 
 DATA = {
     "prompts_per_step": 32,
@@ -34,6 +36,30 @@ def test_updates_per_batch_multiply_the_optimizer_steps():
 def test_a_lone_update_has_no_warm_up():
     arithmetic = describe_batch(LearnerConfig(), **DATA | {"steps": 1})
     assert "1 updates, 0 warm-up" in arithmetic.lines()[0]
+
+
+def test_a_ratio_that_nothing_bounds_is_noted():
+    (note,) = describe_batch(LearnerConfig(updates_per_batch=3), **DATA).lines()[2:]
+    assert "learner.updates_per_batch=3 without learner.clip_low and learner.clip_high" in note
+    for config in (
+        LearnerConfig(),  # its ratio is 1
+        LearnerConfig(updates_per_batch=3, clip_low=0.2),
+        LearnerConfig(updates_per_batch=3, clip_high=0.2),
+        LearnerConfig(updates_per_batch=3, objective="reinforce"),
+        LearnerConfig(updates_per_batch=3, objective="my.module:objective"),
+    ):
+        assert batch_notes(config) == ()
+
+
+def test_it_is_noted_of_the_objectives_that_clip():
+    clipping = [name for name in objective_names() if "clipped" in _metrics(name)]
+    assert clipping == list(CLIPPING)
+
+
+def _metrics(name):
+    """Names of what an objective returns beside its contributions."""
+    logp = -torch.ones(2, 3)
+    return resolve(name)(CompletionBatch(logp, logp < 0, torch.ones(2)), LearnerConfig())[1].keys()
 
 
 def test_without_sft_nothing_is_said_about_it():

@@ -36,7 +36,10 @@ def test_a_dry_run_prints_placement_arithmetic_and_configuration(
     assert "4 x rollout worker  2 CPU, 1 GPU" in printed
     assert "64 prompts -> 1024 candidates per step; steps, micro-batches" in printed
     assert "zero_stage: 2" in printed
+    assert "note:" not in printed
     assert not (tmp_path / "runs").exists()
+    assert main(["train", "--dry-run", "learner.updates_per_batch=2"]) == 0
+    assert "#   note: learner.updates_per_batch=2 without learner.clip_low" in capsys.readouterr().out
 
 
 def test_a_dry_run_refuses_what_a_run_would(data: Path, tmp_path: Path, refused: Refused) -> None:
