@@ -16,14 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from learner.config import LearnerConfig, OptimizerConfig
+from learner.lost_peer import Rank0Failed
 from learner.master_weights import step_master_weights
 from learner.zero_config import adamw_arguments, clips_itself, zero_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Rank0Failed(RuntimeError):
-    """What rank 0 did for all ranks has failed there."""
 
 
 def quiet_deepspeed() -> Any:

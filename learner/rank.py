@@ -20,17 +20,6 @@ R = TypeVar("R")
 
 PEER_LOST = "another rank is gone or late"
 """Marks the error of a rank that failed only because another did."""
-SIGNS_OF_A_LOST_PEER = (
-    "Connection reset",
-    "Connection closed",
-    "Broken pipe",
-    "Timed out",
-    "ncclRemoteError",
-    "ncclSystemError",
-    "NCCL communicator was aborted",
-    "collective operation timeout",
-    "Rank0Failed",
-)
 
 
 class LearnerError(RuntimeError):
@@ -195,10 +184,12 @@ class LearnerRank:
 
 
 def _error(rank: Any, doing: str, error: Exception) -> LearnerError:
-    """Gloo and nccl see a dead peer only as a broken connection."""
+    """The error of a call, marked where it is the fault of another rank."""
+    from learner.lost_peer import lost_a_peer
+
     text = f"{type(error).__name__}: {error}".strip()
     message = f"learner rank {rank._rank} of {rank._world_size} failed in {doing}: {text}"
-    if any(sign in text for sign in SIGNS_OF_A_LOST_PEER):
+    if lost_a_peer(error):
         message += f"\n{PEER_LOST}; its own error says why. Restart all ranks from a checkpoint"
     return LearnerError(message)
 

@@ -17,7 +17,7 @@ from launch.learner_gang import _blame
 from learner import checkpoint
 from learner.checkpoint import CheckpointError
 from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
-from learner.engine import Rank0Failed
+from learner.lost_peer import Rank0Failed
 from learner.rank import PEER_LOST, LearnerRank, _error
 
 gangs, learner_data = learner_gang.gangs, learner_gang.learner_data
