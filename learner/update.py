@@ -116,18 +116,19 @@ class PolicyUpdate:
     def _micro_batches(self, experience: Experience, advantages: list[np.ndarray]) -> list[MicroBatch]:
         """This rank's share of the groups that can move the policy.
 
-        Every rank gets equally many; where there are too few, or none at all, the smallest group stands in.
+        Every rank gets equally many. Where there are too few, the smallest of these groups stands in; where no group
+        can move the policy, the smallest of all.
         """
-        fed = np.arange(len(experience))
-        if self._config.beta == 0 or self._config.kl_on == "informative":
-            fed = np.flatnonzero(informative(advantages))
+        only_informative = self._config.beta == 0 or self._config.kl_on == "informative"
+        fed = informative(advantages) if only_informative else np.ones(len(experience), bool)
+        rows = np.flatnonzero(fed if fed.any() else ~fed)
         sizes = self._policy.group_tokens(
-            [experience.prompts[row] for row in fed], [experience.candidates[row] for row in fed]
+            [experience.prompts[row] for row in rows], [experience.candidates[row] for row in rows]
         )
-        plan = plan_micro_batches(sizes, self._config.micro_batch_tokens, self._engine.world_size)
-        stand_in = [int(fed[np.argmin(sizes)]) if sizes else 0]
+        plan = plan_micro_batches(sizes if fed.any() else [], self._config.micro_batch_tokens, self._engine.world_size)
+        stand_in = [int(rows[np.argmin(sizes)])]
         return [
-            self._micro_batch(experience, advantages, [int(fed[index]) for index in micro] or stand_in, bool(micro))
+            self._micro_batch(experience, advantages, [int(rows[index]) for index in micro] or stand_in, bool(micro))
             for micro in plan[self._engine.rank]
         ]
 
