@@ -11,7 +11,8 @@ from learner.config import LoraConfig
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Freeze `model` and put trainable adapters into its linear layers (peft), keeping its class and its forward.
 
-    Raises ValueError naming the target modules when none of them is in the model, or when one is the output head.
+    Raises ValueError naming the target modules when none of them is in the model, or when one is the output head or
+    has its weight.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -19,9 +20,16 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     all_linear = config.target_modules == ["all-linear"]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
-        if module is head and any(name == target or name.endswith(f".{target}") for target in config.target_modules):
+        if not any(name == target or name.endswith(f".{target}") for target in config.target_modules):
+            continue
+        if module is head:
             raise ValueError(
                 f"learner.lora.target_modules: {name} is the output head, which takes no adapter; drop it"
+            )
+        if head is not None and getattr(module, "weight", None) is head.weight:
+            raise ValueError(
+                f"learner.lora.target_modules: the output head is tied to {name}, so an adapter there would change "
+                "it in rollouts but not in training; drop it"
             )
     inject_adapter_in_model(
         PeftConfig(

@@ -230,6 +230,15 @@ def test_an_adapter_on_the_output_head_is_refused():
         add_adapters(lm, LoraConfig(rank=2, target_modules=["q_proj", "lm_head"]))
 
 
+def test_an_adapter_on_what_the_output_head_is_tied_to_is_refused():
+    adapters = LoraConfig(rank=2, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ValueError, match=r"the output head is tied to model\.embed_tokens"):
+        add_adapters(LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA.to_dict(), "tie_word_embeddings": True})), adapters)
+    untied = LlamaForCausalLM(TINY_LLAMA)
+    add_adapters(untied, adapters)
+    assert hasattr(untied.model.embed_tokens, "lora_embedding_A")
+
+
 def test_dropout_is_off_wherever_an_architecture_keeps_it():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     for config in (
