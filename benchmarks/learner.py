@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -141,6 +142,7 @@ class Packed:
         from learner.config import LearnerConfig, OptimizerConfig
         from learner.engine import DTYPES, ZeroEngine, join_process_group
         from learner.experience import Experience
+        from learner.export import named_weights
         from learner.policy import Policy
         from learner.reference import Reference
         from learner.update import PolicyUpdate
@@ -158,7 +160,7 @@ class Packed:
             Policy(AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[dtype])) for _ in range(2)
         )
         engine = ZeroEngine(policy, config, config.optimizer)
-        reference = Reference(frozen, device, offload=False)
+        reference = Reference(frozen, partial(named_weights, engine, policy.lm), device, offload=False)
         self._update = PolicyUpdate(engine, policy, reference, config, total_steps=1000, staleness=0)
         groups: Groups = json.loads(Path(groups_file).read_text())
         self._experience = Experience(

@@ -3,7 +3,7 @@
 checkpoints/step-N/
     model.safetensors, config.json, tokenizer.json ...   a Hugging Face directory of the policy, adapters merged
     zero/                                                weights and optimizer state, each rank its part (DeepSpeed)
-    reference/model.safetensors                          the reference model, where there is one
+    reference/model.safetensors                          the reference, where there is one: a model, or adapters alone
     rng-RANK.pt                                          random number generators of each rank
     state.json                                           steps done, ranks, stage, and the driver's data position
     manifest.json                                        size and SHA-256 of every other file

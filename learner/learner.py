@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from learner.config import LearnerConfig
 from learner.engine import DTYPES, ZeroEngine, to_universal
 from learner.experience import Experience
 from learner.export import named_weights, save_huggingface, weight_buckets, weights_checksum
-from learner.lora import add_adapters
+from learner.lora import adapter_weights, add_adapters, with_own_adapters
 from learner.policy import Policy
 from learner.random_state import random_state, restore_random_state
-from learner.reference import Reference
+from learner.reference import Reference, shares_weights
 from learner.sft import SupervisedWarmup
 from learner.update import PolicyUpdate
 from rollout.config import LogprobSpace
@@ -57,13 +58,10 @@ class Learner:
         trie = catalog.trie if logprob_space == "trie" else None
         self._tokenizer_path = model_path
         torch.manual_seed(seed)  # new adapters are the same on every rank
-        self.policy = self._load_policy(model_path, trie, trainable=True)
+        self.policy = self._as_policy(self._load_model(model_path, trainable=True), trie)
         self.engine = ZeroEngine(self.policy, config, config.optimizer)
         torch.manual_seed(seed + self.engine.rank)
-        self._reference = None
-        if config.beta:
-            frozen = self._load_policy(model_path, trie, trainable=False)
-            self._reference = Reference(frozen, device, config.reference_offload)
+        self._reference = self._new_reference(model_path, trie, device) if config.beta else None
         self._update = PolicyUpdate(self.engine, self.policy, self._reference, config, total_steps, staleness)
 
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
@@ -76,7 +74,7 @@ class Learner:
         self.policy.trie_space = trie_space
         self.engine.restart_optimizer(self._config.optimizer)
         if self._reference is not None:
-            self._reference.copy_from(named_weights(self.engine, self.policy.lm))
+            self._reference.follow(alpha=1.0)
 
     def step(self, tables: Sequence[pa.Table]) -> dict[str, float]:
         """One RL step on all groups of the tables, which have a `reward` column; see PolicyUpdate.step."""
@@ -156,7 +154,16 @@ class Learner:
         if self.engine.rank == 0:
             shutil.rmtree(folder)
 
-    def _load_policy(self, model_path: str, trie: Trie | None, trainable: bool) -> Policy:
+    def _new_reference(self, model_path: str, trie: Trie | None, device: torch.device) -> Reference:
+        """Of the policy before any training."""
+        lm, offload = self.policy.lm, self._config.reference_offload
+        if shares_weights(self._config):
+            frozen = self._as_policy(with_own_adapters(lm), trie)
+            return Reference(frozen, lambda: [list(adapter_weights(lm).items())], device, offload)
+        frozen = self._as_policy(self._load_model(model_path, trainable=False), trie)
+        return Reference(frozen, partial(named_weights, self.engine, lm), device, offload)
+
+    def _load_model(self, model_path: str, trainable: bool) -> PreTrainedModel:
         config = self._config
         lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[config.dtype])
         if trainable:  # the reference is in evaluation mode
@@ -166,7 +173,10 @@ class Learner:
         if trainable and config.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train(trainable)
-        return Policy(lm, packing=config.packing, logit_mib=config.logit_mib, trie=trie)
+        return lm
+
+    def _as_policy(self, lm: PreTrainedModel, trie: Trie | None) -> Policy:
+        return Policy(lm, packing=self._config.packing, logit_mib=self._config.logit_mib, trie=trie)
 
 
 def without_dropout(lm: PreTrainedModel) -> None:

@@ -1,11 +1,15 @@
 """Low-rank adapters inside a Hugging Face model, and their merged weights."""
 
 from collections.abc import Iterator
+from copy import deepcopy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from learner.config import LoraConfig
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
@@ -40,6 +44,17 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
         ),
         model,
     )
+
+
+def with_own_adapters(model: Model) -> Model:
+    """A copy of a model with adapters: they are copied, all other weights are those of `model` itself."""
+    copied = adapter_weights(model).keys()
+    return deepcopy(model, {id(weight): weight for name, weight in model.named_parameters() if name not in copied})
+
+
+def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of all adapters by name; none for a model without."""
+    return {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, "Adapted | None"]]:

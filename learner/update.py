@@ -12,7 +12,6 @@ from learner.advantages import informative
 from learner.config import LearnerConfig
 from learner.engine import ZeroEngine
 from learner.experience import Experience
-from learner.export import named_weights
 from learner.micro_batches import plan_micro_batches
 from learner.mismatch import check_mismatch
 from learner.objectives import CompletionBatch, resolve
@@ -196,7 +195,7 @@ class PolicyUpdate:
     def _sync_reference(self) -> None:
         every = self._config.reference_sync_every
         if self._reference is not None and every and self.updates_done % every == 0:
-            self._reference.blend(named_weights(self._engine, self._policy.lm), self._config.reference_sync_alpha)
+            self._reference.follow(self._config.reference_sync_alpha)
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Metrics over all ranks out of this rank's sums: totals of TOTALS, else means over fed candidates."""

@@ -7,10 +7,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import learner_gang
+import numpy as np
 import pytest
 import ray
 from learner_gang import assert_same_training
 from ray.exceptions import RayError
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.learner_gang import _blame
@@ -205,6 +207,23 @@ def test_another_number_of_ranks_goes_on_too(gangs, learner_data, tmp_path, stag
     assert_same_training(found["reference"], expected["reference"], learner_data)
     assert found["metrics"][-1]["lr"] == expected["metrics"][-1]["lr"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_reference_of_adapters_goes_on_bit_for_bit(gangs, learner_data, tmp_path, stage):
+    config = replace(CONFIG, zero_stage=stage, reference_sync_alpha=1.0)
+    steps = [learner_data.tables(step) for step in range(5)]
+    path = tmp_path / "step-3"
+    expected = gangs[2]("train", config, steps, save_at=(3, str(path)))
+    found = gangs[2]("train", config, steps, load_at=(3, str(path)))
+    for mine, theirs in zip(found["metrics"], expected["metrics"][3:], strict=True):
+        assert [mine[name] for name in ("loss", "kl", "grad_norm")] == [
+            theirs[name] for name in ("loss", "kl", "grad_norm")
+        ]
+    for part in ("weights", "reference"):
+        assert found[part].keys() == expected[part].keys()
+        assert all(np.array_equal(found[part][name], weight) for name, weight in expected[part].items())
+    assert all(".lora_" in name for name in load_file(path / checkpoint.REFERENCE))
 
 
 def test_a_checkpoint_of_another_kind_is_refused_by_name(gangs, learner_data, tmp_path):

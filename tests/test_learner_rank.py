@@ -208,6 +208,31 @@ def test_adapters_train_alike_under_zero(gangs, learner_data, steps, expected, s
     assert any(np.abs(alone["weights"][n] - expected["weights"][n]).max() > 1e-6 for n in expected["weights"])
 
 
+@pytest.mark.parametrize(
+    ("ranks", "change"),
+    [
+        (1, {"zero_stage": 0}),
+        (1, {"zero_stage": 0, "gradient_checkpointing": True}),
+        (2, {"zero_stage": 0, "packing": "padded"}),
+        (2, {"zero_stage": 1, "updates_per_batch": 2}),
+        (2, {"zero_stage": 2, "offload_optimizer": True}),
+    ],
+    ids=str,
+)
+def test_a_reference_of_adapters_makes_the_steps_of_a_second_model(gangs, learner_data, steps, ranks, change):
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
+    shared = replace(CONFIG, lora=LoraConfig(rank=4), optimizer=optimizer, reference_sync_every=2, **change)
+    found = gangs[ranks]("train", replace(shared, reference_sync_alpha=1.0), steps)
+    second = gangs[ranks]("train", replace(shared, reference_sync_alpha=1 - 1e-9), steps)  # all but the same
+    assert all(".lora_" in name for name in found["reference"])
+    assert second["reference"].keys() == second["weights"].keys()
+    for mine, theirs in zip(found["metrics"], second["metrics"], strict=True):
+        for name in ("loss", "kl", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    assert found["metrics"][1]["kl"] > 1e-3
+    assert_same_training(found["weights"], second["weights"], learner_data)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_offloaded_optimizer_makes_the_same_steps(gangs, learner_data, steps, expected, stage):
     found = gangs[2]("train", replace(CONFIG, zero_stage=stage, offload_optimizer=True), steps)

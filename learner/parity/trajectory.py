@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.engine import ZeroEngine
 from learner.experience import Experience
-from learner.export import weight_buckets
+from learner.export import named_weights, weight_buckets
 from learner.parity.comparison import Comparison, difference, unequal
 from learner.parity.golden import GoldenSet
 from learner.parity.rewards import SETTINGS, group_rewards
@@ -41,7 +42,8 @@ class Replay:
         self.policy = Policy(golden.load_model().train(), logit_mib=ours.logit_mib)
         self.zero = ZeroEngine(self.policy, ours, ours.optimizer)
         self.reference = Policy(golden.load_model(), logit_mib=ours.logit_mib)
-        frozen = Reference(self.reference, self.zero.device, offload=False)
+        source = partial(named_weights, self.zero, self.policy.lm)
+        frozen = Reference(self.reference, source, self.zero.device, offload=False)
         self._update = PolicyUpdate(self.zero, self.policy, frozen, ours, config["max_steps"], staleness=0)
 
     def step(self, example_ids: list[int], prompts: list[list[int]]) -> tuple[list[Candidates], dict[str, Any]]:
