@@ -4,10 +4,12 @@ import torch
 
 _CACHED_ELEMENTS, _ON_CUDA = 1 << 19, 1 << 27
 """Logits of some rows that are normalised at once."""
+_CANCELS = -32.0
+"""Log-probability of the first token below which a normaliser is not read off it: too many digits cancel."""
 
 
 def logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """float32 [R] of finite logits [R, V] in any precision.
+    """float32 [R] of logits [R, V] in any precision; not finite for a row that holds NaN, +inf, or nothing but -inf.
 
     Some rows at a time, so that no copy of [R, V] is made; on the CPU by torch's log-softmax, which is one pass over
     memory where its logsumexp is several.
@@ -16,6 +18,13 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
         rows = max(1, _ON_CUDA // logits.shape[1])
         return torch.cat([chunk.float().logsumexp(1) for chunk in logits.split(rows)])
     rows = max(1, _CACHED_ELEMENTS // logits.shape[1])
-    return torch.cat(
-        [chunk[:, 0] - chunk.log_softmax(1)[:, 0] for chunk in map(torch.Tensor.float, logits.split(rows))]
-    )
+    return torch.cat([_by_log_softmax(chunk.float()) for chunk in logits.split(rows)])
+
+
+def _by_log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Each row's first logit less its log-probability, where that is precise."""
+    logprob = logits.log_softmax(1)[:, 0]
+    found, unlikely = logits[:, 0] - logprob, logprob < _CANCELS
+    if bool(unlikely.any()):
+        found[unlikely] = logits[unlikely].logsumexp(1)
+    return found

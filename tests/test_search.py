@@ -275,6 +275,27 @@ def test_logsumexp_is_float32_for_any_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(logsumexp(logits), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("first", [-20.0, -33.0, -1e4, torch.finfo(torch.float32).min, -torch.inf])
+def test_logsumexp_and_its_gradient_are_exact_however_unlikely_the_first_token(first: float) -> None:
+    logits = 3.0 * torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
+    logits[::2, 0] = first
+    logits.requires_grad_()
+    found = logsumexp(logits)
+    found.sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = exact.logsumexp(1)
+    expected.sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-6)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logsumexp_of_a_row_without_probabilities_is_not_finite(wrong: float) -> None:
+    logits = torch.zeros(3, 10)
+    logits[1, 4], logits[2] = wrong, -torch.inf
+    assert logsumexp(logits).isfinite().tolist() == [True, False, False]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_search_on_a_gpu_equals_the_cpu() -> None:
