@@ -17,7 +17,7 @@ _ON_CPU, _ON_CUDA = (1, 1 << 21), (3, 1 << 24)
 
 @dataclass(frozen=True)
 class Children:
-    """The best children of R nodes: padded to W per node, -inf where there is none."""
+    """The best children of R nodes, padded to W: -inf where there is none, NaN where logits are not finite."""
 
     logprob: torch.Tensor
     """float32 [R, W]: what is reported and, in beam search, summed."""
@@ -69,7 +69,7 @@ def top_children(
     logits: [R, V]. node: int64 [R]. fanout: int64 [R], on the host. Best first, of equal keys the lower token; without
     a `key`, nodes of at most `keep` children may have them in the order of tokens.
     """
-    normaliser = logsumexp(logits) if space == "vocabulary" else None
+    normaliser = _over_vocabulary(logits) if space == "vocabulary" else None
     pieces = []
     for row, edge, raw in _expanded(trie, logits, node, fanout):
         logprob = _normalised(raw, row, normaliser)
@@ -95,11 +95,12 @@ def draw_children(
 
     logits, node, fanout: see top_children. numbers: float64 [R, W] in (0, 1). The result has W columns, in that order.
     """
-    normaliser = logsumexp(logits) if space == "vocabulary" else None
+    normaliser = _over_vocabulary(logits) if space == "vocabulary" else None
     pieces = []
     for row, edge, raw in _expanded(trie, logits, node, fanout):
         drawn = torch.minimum(drawn_index(raw, temperature, numbers[row]), (trie.fanout(node[row]) - 1)[:, None])
         logprob = _normalised(raw, row, normaliser).gather(1, drawn)
+        logprob = torch.where(logprob > NEG_INF, logprob, torch.nan)  # nothing can be drawn
         pieces.append((row, Children(logprob, edge.gather(1, drawn), logprob)))
     return _assembled(pieces, len(fanout))
 
@@ -128,6 +129,12 @@ def _expanded(
         exists = edge < trie.first_edge[node[row] + 1][:, None]
         edge = torch.where(exists, edge, first)
         yield row, edge, torch.where(exists, logits[row[:, None], trie.edge_token[edge].long()].float(), NEG_INF)
+
+
+def _over_vocabulary(logits: torch.Tensor) -> torch.Tensor:
+    """float32 [R]: logsumexp of logits [R, V], NaN where it is not finite, so that all children of the row are."""
+    normaliser = logsumexp(logits)
+    return torch.where(normaliser.isfinite(), normaliser, torch.nan)
 
 
 def _normalised(raw: torch.Tensor, row: torch.Tensor, normaliser: torch.Tensor | None) -> torch.Tensor:

@@ -59,6 +59,7 @@ class FreeSampleSearch(IndependentSamples):
 
     def results(self) -> list[Candidates]:
         """See TrieSearch, but in the order of drawing."""
+        self._finite.check()
         tokens, logprobs, length = (values.cpu().numpy() for values in (self._tokens, self._logprobs, self._length))
         classes = [
             [self.trie.source.classify(row[:n].tolist()) for row, n in zip(*group, strict=True)]

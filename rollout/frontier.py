@@ -60,5 +60,8 @@ class TrieSearch(Protocol):
         ...
 
     def results(self) -> list[Candidates]:
-        """The candidates of every group, best first; complete once the frontier is empty."""
+        """The candidates of every group, best first; complete once the frontier is empty.
+
+        Raises LogitsError where logits that it was given are not finite.
+        """
         ...

@@ -91,7 +91,8 @@ def group_table(
 def validate_groups(table: pa.Table) -> None:
     """Raise GroupTableError unless `table` has GROUP_SCHEMA's columns (more may follow) and consistent lengths.
 
-    Looks at offsets only, so it costs microseconds per table.
+    Every group must have a candidate, and every score be finite. Looks at offsets and scores only, so it costs
+    microseconds per table.
     """
     for field in GROUP_SCHEMA:
         if field.name not in table.column_names:
@@ -102,6 +103,9 @@ def validate_groups(table: pa.Table) -> None:
         if table.column(field.name).null_count:
             raise GroupTableError(f"group table: column {field.name!r} has nulls")
     sizes = _list_sizes(table, "candidate_class")
+    if len(empty := np.flatnonzero(sizes == 0)):
+        row = int(empty[0])
+        raise GroupTableError(f"group table: row {row} (example {table['example_id'][row]}) has no candidates")
     for name in table.column_names:
         if name in ("prompt_tokens", "candidate_class") or not pa.types.is_list(table.schema.field(name).type):
             continue
@@ -115,6 +119,12 @@ def validate_groups(table: pa.Table) -> None:
     tokens, logprobs = (table[name].combine_chunks().flatten() for name in ("candidate_tokens", "candidate_logprobs"))
     if not np.array_equal(tokens.value_lengths().to_numpy(), logprobs.value_lengths().to_numpy()):
         raise GroupTableError("group table: candidate_tokens and candidate_logprobs differ in length")
+    scores = table["score"].combine_chunks().flatten().to_numpy()
+    if len(wrong := np.flatnonzero(~np.isfinite(scores))):
+        row = int(np.searchsorted(sizes.cumsum(), wrong[0], side="right"))
+        raise GroupTableError(
+            f"group table: row {row} (example {table['example_id'][row]}) has a score of {scores[wrong[0]]}"
+        )
 
 
 def _list_sizes(table: pa.Table, name: str) -> np.ndarray:

@@ -7,6 +7,7 @@ import torch
 
 from rollout.children import Children
 from rollout.device_trie import DeviceTrie
+from rollout.finite import FiniteCheck
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.noise import seed_tensor, uniform
@@ -27,6 +28,7 @@ class IndependentSamples:
         self._leader = torch.zeros((len(seeds), size), dtype=torch.int64, device=trie.device)
         self._origin = torch.zeros_like(self._leader)
         self._step = 0
+        self._finite = FiniteCheck(trie.device)
 
     def _frontier_of(
         self, running: torch.Tensor, fanout: torch.Tensor, node: torch.Tensor, token: torch.Tensor
@@ -50,6 +52,7 @@ class IndependentSamples:
 
         Column i of the children is what sample i of the group draws. Samples that do not run get those of another.
         """
+        self._finite.note(children.logprob)
         row = torch.zeros_like(self._leader)
         slot = torch.from_numpy(frontier.slot).to(row.device, non_blocking=True)
         row.view(-1)[slot] = torch.arange(len(slot), device=row.device)

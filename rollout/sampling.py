@@ -63,6 +63,7 @@ class SampleSearch(IndependentSamples):
 
     def results(self) -> list[Candidates]:
         """See TrieSearch, but in the order of drawing."""
+        self._finite.check()
         length, item_class = self._length.cpu().numpy(), self._item_class.cpu().numpy().astype(np.int32)
         tokens, logprobs = self._past.trace(np.broadcast_to(np.arange(self.beams), length.shape), length)
         return as_candidates(tokens, logprobs, length, item_class)

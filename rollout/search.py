@@ -7,6 +7,7 @@ from rollout.chains import Chains, reach
 from rollout.children import NEG_INF, Children, top_children
 from rollout.config import ForcedChains, LogprobSpace
 from rollout.device_trie import DeviceTrie
+from rollout.finite import FiniteCheck
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.history import Past, Pool, Steps
@@ -49,6 +50,7 @@ class BeamSearch:
         """Whether asking what is on the device costs less than work that may be needless."""
         self._past = Past(trie, groups, beams)
         self._pool = Pool.empty(groups, beams, device)
+        self._finite = FiniteCheck(device)
 
     def frontier(self) -> Frontier:
         """See TrieSearch."""
@@ -77,6 +79,7 @@ class BeamSearch:
 
     def advance(self, frontier: Frontier, children: Children) -> None:
         """See TrieSearch: every group walks its chains, then its beams compete for one step."""
+        self._finite.note(children.logprob + children.key)
         of_last, forced = self._of_beams(frontier, children)
         self._walk(self._chains, forced, of_last.logprob[..., 0])
         self._step(of_last)
@@ -185,6 +188,7 @@ class BeamSearch:
 
     def results(self) -> list[Candidates]:
         """See TrieSearch: fewer than G candidates where the catalogue has fewer titles."""
+        self._finite.check()
         pool = self._pool
         score, item_class, depth = (values.cpu().numpy() for values in (pool.score, pool.item_class, pool.depth))
         tokens, logprobs = self._past.trace(pool.beam.cpu().numpy(), depth)

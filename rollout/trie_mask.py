@@ -143,7 +143,7 @@ class TrieMask:
         An allowed token gets its log-probability: over the whole vocabulary, or renormalised over the allowed ones
         (logprob_space "trie"); every other token gets -inf, and so does all but the sample in rows that sample: from
         the allowed tokens, in proportion to their probabilities at its temperature. After the end only end-of-sequence
-        remains, at 0. Waits for the device once.
+        remains, at 0. All of them are NaN where the logits are not finite. Waits for the device once.
         """
         counts = self._count(nodes).tolist()
         for chunk in _chunks(len(rows)):
@@ -155,7 +155,7 @@ class TrieMask:
                 normaliser = torch.logsumexp(logits[some_rows], -1)
             else:
                 normaliser = _segment_logsumexp(values, row, len(some_rows))
-            logprobs = values - normaliser[row]
+            logprobs = values - torch.where(normaliser.isfinite(), normaliser, torch.nan)[row]
             if sampling is not None:
                 chosen = self._chosen(values, row, some_nodes, sampling[chunk])
                 logprobs = torch.where(chosen | (sampling[chunk].temperature[row] == 0), logprobs, float("-inf"))

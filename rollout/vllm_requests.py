@@ -1,5 +1,6 @@
 """Searches and samples through vLLM's public request API: no access to its internals."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 
 from catalog.trie import Trie
 from rollout.config import RolloutConfig
+from rollout.finite import LogitsError
 from rollout.group_beam import GroupBeam
 from rollout.groups import Candidates
 from rollout.trie_mask import TrieRequest
@@ -217,8 +219,14 @@ def sampling_params(trie: Trie, request: TrieRequest, max_tokens: int, logprobs:
 
 
 def _steps(output: Any) -> Iterator[tuple[int, dict[int, float]]]:
-    """(token, log-probability by token) of every token that a request has generated since its last output."""
+    """(token, log-probability by token) of every token that a request has generated since its last output.
+
+    Raises LogitsError where a token without probability was the likeliest, or the model's logits are not finite.
+    """
     completion = output.outputs[0]
     flat = completion.logprobs
     for token, start, end in zip(completion.token_ids, flat.start_indices, flat.end_indices, strict=True):
-        yield token, dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
+        found = dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
+        if not math.isfinite(found[token]):
+            raise LogitsError
+        yield token, found

@@ -1,0 +1,37 @@
+"""Logits that are no numbers: noticed on the device, where nobody waits for them, and reported at the end."""
+
+import torch
+
+from rollout.vllm_arguments import EngineError
+
+
+class LogitsError(EngineError):
+    """The model's logits give no probabilities to choose by."""
+
+    def __str__(self) -> str:
+        return (
+            "the model's logits are not finite (NaN, or infinite): its weights have diverged or overflow; lower "
+            "learner.optimizer.learning_rate (of the warm-up, learner.sft.optimizer.learning_rate) and go on from an "
+            "earlier checkpoint, or set rollout.dtype and learner.dtype to float32 if they are bfloat16"
+        )
+
+
+class FiniteCheck:
+    """Remembers whether a search was given NaN. A log-probability of -inf is fine: of a token that cannot come.
+
+    >>> finite = FiniteCheck(device)
+    >>> finite.note(children.logprob)           # in every step, without waiting for the device
+    >>> finite.check()                          # at the end
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._largest = torch.full((), float("-inf"), device=device)
+
+    def note(self, values: torch.Tensor) -> None:
+        """values: of any shape, not empty."""
+        self._largest = torch.maximum(self._largest, values.amax())  # both keep NaN
+
+    def check(self) -> None:
+        """Raises LogitsError where NaN was among the values."""
+        if bool(self._largest.isnan()):
+            raise LogitsError
