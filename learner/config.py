@@ -83,7 +83,7 @@ class LearnerConfig:
     # the run ends, since its rollouts come from another policy. None: 0.1 in float32, 5 in bfloat16.
     inclusion_weights: bool = False
     # With rollout.strategy=stochastic_beam: weigh every candidate by its inclusion weight instead of 1 / G, so that
-    # the mean over a group is an unbiased estimate of the mean over the policy.
+    # the mean over a group is an unbiased estimate of the mean over the policy (over titles, at temperature 1).
     updates_per_batch: int = 1
     # Optimizer steps per batch of groups.
     reference_sync_every: int = 512

@@ -1,7 +1,8 @@
 """The most likely children of trie nodes, from the model's logits."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ class Children:
     """int64 [R, W]"""
     key: torch.Tensor
     """[R, W]: what they are ordered by."""
+    policy: torch.Tensor | None = None
+    """float64 [R, W]: log-probability among the node's children, where a search asks for it."""
 
     def only_child(self, where: torch.Tensor, edge: torch.Tensor, logprob: torch.Tensor | float) -> "Children":
         """Where a node has but one child, that one: where, edge and logprob are like the rows [...]."""
@@ -37,22 +40,33 @@ class Children:
             torch.where(one, only.to(self.key.dtype), self.key),
         )
 
+    def map(self, change: Callable[[torch.Tensor, float], torch.Tensor]) -> "Children":
+        """change: makes a new column of each [R, W], given what it is padded with."""
+        padding = {name: 0 if name == "edge" else NEG_INF for name in self.columns()}
+        return Children(**{name: change(values, padding[name]) for name, values in self.columns().items()})
+
+    def gather(self, index: torch.Tensor) -> "Children":
+        """Those of each node at index, int64 [R, W']."""
+        return self.map(lambda values, _: values.gather(1, index))
+
+    def columns(self) -> dict[str, torch.Tensor]:
+        """Those that it has, by name."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: values for name, values in columns.items() if values is not None}
+
     @classmethod
     def cat(cls, pieces: "Sequence[Children]") -> "Children":
         """Rows of all pieces, padded to the widest."""
         if len(pieces) == 1:
             return pieces[0]
-        width = max(piece.logprob.shape[1] for piece in pieces)
-
-        def joined(name: str, otherwise: float) -> torch.Tensor:
-            values = [getattr(piece, name) for piece in pieces]
-            return torch.cat([torch.nn.functional.pad(v, (0, width - v.shape[1]), value=otherwise) for v in values])
-
-        return cls(joined("logprob", NEG_INF), joined("edge", 0), joined("key", NEG_INF))
+        rows = np.cumsum([0, *(len(piece.edge) for piece in pieces)]).tolist()
+        return _assembled(
+            [(slice(*ends), piece) for ends, piece in zip(pairwise(rows), pieces, strict=True)], rows[-1]
+        )
 
 
-Key = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(row [r], edge [r, w], raw logits of the children [r, w], -inf where there is none) -> key [r, w]."""
+Key = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(row [r], edge [r, w], raw logits of the children [r, w], -inf where there is none) -> key, policy [r, w]."""
 
 
 def top_children(
@@ -73,12 +87,11 @@ def top_children(
     pieces = []
     for row, edge, raw in _expanded(trie, logits, node, fanout):
         logprob = _normalised(raw, row, normaliser)
-        order_by = logprob if key is None else key(row, edge, raw)
+        found = Children(logprob, edge, logprob) if key is None else Children(logprob, edge, *key(row, edge, raw))
         if edge.shape[1] > keep or (edge.shape[1] > 1 and key is not None):
-            order_by, order = order_by.sort(dim=1, descending=True, stable=True)
-            order_by, order = order_by[:, :keep], order[:, :keep]
-            logprob, edge = logprob.gather(1, order), edge.gather(1, order)
-        pieces.append((row, Children(logprob, edge, order_by)))
+            order = found.key.sort(dim=1, descending=True, stable=True).indices[:, :keep]
+            found = found.gather(order)
+        pieces.append((row, found))
     return _assembled(pieces, len(fanout))
 
 
@@ -142,20 +155,15 @@ def _normalised(raw: torch.Tensor, row: torch.Tensor, normaliser: torch.Tensor |
     return raw - (raw.logsumexp(1) if normaliser is None else normaliser[row])[:, None]
 
 
-def _assembled(pieces: Sequence[tuple[torch.Tensor, Children]], rows: int) -> Children:
+def _assembled(pieces: Sequence[tuple[torch.Tensor | slice, Children]], rows: int) -> Children:
     """Pieces of all rows put into the order of rows and padded to the widest."""
     if len(pieces) == 1:
         return pieces[0][1]
-    width, like = max(found.edge.shape[1] for _, found in pieces), pieces[0][1]
-    whole = Children(
-        like.logprob.new_full((rows, width), NEG_INF),
-        like.edge.new_zeros((rows, width)),
-        like.key.new_full((rows, width), NEG_INF),
-    )
+    width = max(found.edge.shape[1] for _, found in pieces)
+    whole = pieces[0][1].map(lambda values, padding: values.new_full((rows, width), padding))
     for row, found in pieces:
-        columns = slice(found.edge.shape[1])
-        whole.logprob[row, columns], whole.edge[row, columns] = found.logprob, found.edge
-        whole.key[row, columns] = found.key
+        for name, values in found.columns().items():
+            whole.columns()[name][row, : values.shape[1]] = values
     return whole
 
 

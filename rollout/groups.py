@@ -43,7 +43,10 @@ class Candidates:
     score: np.ndarray
     """float32 [G], what the candidates of an engine are ordered by: the summed log-probability."""
     inclusion_weight: np.ndarray | None = None
-    """float32 [G], of `stochastic_beam` only: sum(weight * f) estimates the mean of f under the policy, unbiased."""
+    """float32 [G], of `stochastic_beam` only: sum(weight * f) estimates the mean of f under the policy, unbiased.
+
+    The policy over titles: at temperature 1, renormalised over the allowed tokens at every node.
+    """
 
     def take(self, index: np.ndarray) -> "Candidates":
         """Some of the candidates, in that order. index: int [n]."""

@@ -22,11 +22,13 @@ class Steps:
     """int64: of the trie."""
     logprob: torch.Tensor
     """float32: of the edge's token."""
-    policy: torch.Tensor
-    """float64: log-probability of the whole prefix under the policy that is sampled from."""
+    drawn: torch.Tensor | None = None
+    """float64: log-probability of the whole prefix under what is sampled from, the policy at a temperature."""
+    policy: torch.Tensor | None = None
+    """float64: log-probability of the whole prefix under the policy, both renormalised over the trie's children."""
 
     def gather(self, index: torch.Tensor) -> "Steps":
-        return Steps(*(getattr(self, field.name).gather(1, index) for field in fields(self)))
+        return Steps(**{name: values.gather(1, index) for name, values in _columns(self).items()})
 
 
 class Past:
@@ -88,30 +90,35 @@ class Pool:
     """int64: tokens before end-of-sequence."""
     logprob: torch.Tensor
     """float32: of end-of-sequence."""
-    policy: torch.Tensor
-    """float64: see Steps."""
+    drawn: torch.Tensor | None = None
+    policy: torch.Tensor | None = None
+    """float64: of the title, see Steps."""
 
     @classmethod
     def empty(cls, groups: int, size: int, device: torch.device) -> "Pool":
         nothing = torch.full((groups, size), NEG_INF, device=device)
         zero = torch.zeros((groups, size), dtype=torch.int64, device=device)
-        return cls(nothing, zero - 1, zero, zero, nothing, nothing.double())
+        return cls(nothing, zero - 1, zero, zero, nothing)
 
     @classmethod
     def of(cls, ended: torch.Tensor, steps: Steps, item_class: torch.Tensor, depth: torch.Tensor) -> "Pool":
         """Of steps [P, C], those that `ended`; item_class, depth: like them."""
         score = torch.where(ended, steps.score, NEG_INF)
-        return cls(score, item_class, steps.parent, depth, steps.logprob, steps.policy)
+        return cls(score, item_class, steps.parent, depth, steps.logprob, steps.drawn, steps.policy)
 
     def gather(self, index: torch.Tensor) -> "Pool":
-        return Pool(*(getattr(self, field.name).gather(1, index) for field in fields(self)))
+        return Pool(**{name: values.gather(1, index) for name, values in _columns(self).items()})
 
     def best_with(self, others: "Pool") -> "Pool":
         """As many as there were, the best of these and the others; of equals, these first."""
         size = self.score.shape[1]
-        joined = {
-            field.name: torch.cat([getattr(self, field.name), getattr(others, field.name)], 1)
-            for field in fields(self)
-        }
+        more = _columns(others)
+        joined = {name: torch.cat([values, more[name]], 1) for name, values in _columns(self).items()}
         order = joined["score"].argsort(dim=1, descending=True, stable=True)[:, :size]
         return Pool(**{name: values.gather(1, order) for name, values in joined.items()})
+
+
+def _columns(record: Steps | Pool) -> dict[str, torch.Tensor]:
+    """Those that it has, by name."""
+    columns = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: values for name, values in columns.items() if values is not None}

@@ -52,8 +52,7 @@ class SampleSearch(IndependentSamples):
         running = self._node >= 0
         edge, logprob = self._drawn(frontier, children)
         step = torch.full((self.groups,), self._step, dtype=torch.int64, device=edge.device)
-        sample, score = self._sample.expand(edge.shape), logprob.double()
-        self._past.record(step, Steps(score, sample, edge, logprob, score))
+        self._past.record(step, Steps(logprob, self._sample.expand(edge.shape), edge, logprob))
         target = self.trie.edge_target[edge].long()
         self._item_class = torch.where(running & (target < 0), -1 - target, self._item_class)
         self._length = self._length + running

@@ -1,5 +1,7 @@
 """Trie-constrained beam search as pure tensor maths: no model, no cache, no per-beam Python."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -41,7 +43,6 @@ class BeamSearch:
         self._token = torch.zeros(shape, dtype=torch.int32, device=device)
         self._score = torch.full(shape, NEG_INF, device=device)
         self._score[:, 0] = 0
-        self._policy = self._score.double()
         self._depth = torch.zeros(groups, dtype=torch.int64, device=device)
         self._goes_ahead = forced_chains == "at_once"
         self._free_chains = space == "trie"
@@ -94,12 +95,12 @@ class BeamSearch:
         count = torch.from_numpy(frontier.count).to(device, non_blocking=True)
         last = count.cumsum(0) - 1
 
-        def spread(values: torch.Tensor, otherwise: float) -> torch.Tensor:
-            whole = values.new_full((*shape, width), otherwise)
+        def spread(values: torch.Tensor, padding: float) -> torch.Tensor:
+            whole = values.new_full((*shape, width), padding)
             whole.view(-1, width)[slot] = values[last]
             return whole
 
-        of_last = Children(spread(children.logprob, NEG_INF), spread(children.edge, 0), spread(children.key, NEG_INF))
+        of_last = children.map(spread)
         if self._free_chains:
             of_last = of_last.only_child(self._free(), chains.last(chains.edge), 0.0)
         forced = torch.zeros(chains.steps.shape, device=device)
@@ -118,12 +119,12 @@ class BeamSearch:
         running = self._node >= 0
         self._past.record_chains(self._depth, chains, forced)
         for logprob in forced.unbind(2):  # in this order, as if token by token
-            self._score, self._policy = self._score + logprob, self._policy + logprob
+            self._score = self._score + logprob
         self._node = torch.where(running, chains.last(chains.node), -1)
         if chains.any_ends:
             beam = torch.arange(self.beams, device=running.device).expand_as(running)
             edge = chains.last(chains.edge)
-            steps = Steps(self._score + end, beam, edge, end, self._policy + end)
+            steps = Steps(self._score + end, beam, edge, end)
             item_class = -1 - self.trie.edge_target[edge].long()
             depth = self._depth[:, None] + chains.length
             ended = Pool.of(chains.ends, steps, item_class, depth)
@@ -137,7 +138,7 @@ class BeamSearch:
         """One token for every group, its beams competing; children [P, G, W] of every beam's node."""
         stands = (self._node >= 0)[..., None]
         logprob, key = (torch.where(stands, values, NEG_INF) for values in (children.logprob, children.key))
-        steps = self._best_steps(Children(logprob, children.edge, key))
+        steps = self._best_steps(replace(children, logprob=logprob, key=key))
         target = self.trie.edge_target[steps.edge].long()
         possible = steps.score > NEG_INF
         ended = possible & (target < 0)
@@ -174,7 +175,7 @@ class BeamSearch:
         score, order = score.sort(dim=1, descending=True, stable=True)
         score, order = score[:, : 2 * self.beams], order[:, : 2 * self.beams]
         edge, logprob = (values.flatten(1).gather(1, order) for values in (children.edge, children.logprob))
-        return Steps(score, order // width, edge, logprob, score.double())
+        return Steps(score, order // width, edge, logprob)
 
     def _follow(self, alive: torch.Tensor, steps: Steps, target: torch.Tensor) -> None:
         """Beams are replaced by `steps` [P, G] where these are alive; groups that have ended stay at their depth."""
@@ -184,7 +185,7 @@ class BeamSearch:
         self._origin = torch.where(alive, self._origin.gather(1, steps.parent), -1)
         self._node = torch.where(alive, target, -1)
         self._token = torch.where(alive, self.trie.edge_token[steps.edge], 0)
-        self._score, self._policy = steps.score, steps.policy
+        self._score = steps.score
 
     def results(self) -> list[Candidates]:
         """See TrieSearch: fewer than G candidates where the catalogue has fewer titles."""

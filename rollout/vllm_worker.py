@@ -154,5 +154,4 @@ class SearchWorker(WeightsWorker):
         children = Children.cat(
             [search.children(frontier, piece, self.paged_model.logits(hidden[piece])) for piece in pieces]
         )
-        agree = self.paged_model.agree
-        return Children(agree(children.logprob), agree(children.edge), agree(children.key))
+        return children.map(lambda values, _: self.paged_model.agree(values))

@@ -1,5 +1,6 @@
 """Stochastic beam search draws without replacement, with the right probabilities and weights."""
 
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from search_oracle import EOS, class_probabilities, random_trie
 
 from catalog.trie import Trie
+from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
 from rollout.groups import Candidates
 from rollout.noise import gumbel, uniform
@@ -16,9 +18,16 @@ from rollout.stochastic import StochasticBeamSearch
 DRAWS = 20_000
 
 
-def draw(trie: Trie, logits: torch.Tensor, seeds: range, size: int, temperature: float = 1.0) -> list[Candidates]:
+def draw(
+    trie: Trie,
+    logits: torch.Tensor,
+    seeds: range,
+    size: int,
+    temperature: float = 1.0,
+    space: LogprobSpace = "vocabulary",
+) -> list[Candidates]:
     """One group per seed, all with the model logits[node]."""
-    search = StochasticBeamSearch(DeviceTrie.of(trie), seeds, size, temperature)
+    search = StochasticBeamSearch(DeviceTrie.of(trie), seeds, size, temperature, space)
     while (frontier := search.frontier()).size:
         search.advance(frontier, search.children(frontier, slice(None), logits[frontier.node]))
     return search.results()
@@ -36,33 +45,43 @@ def inclusion_probabilities(p: np.ndarray, size: int) -> np.ndarray:
     return included
 
 
-@pytest.fixture(scope="module", params=[1.0, 0.7])
-def drawn(request: pytest.FixtureRequest) -> tuple[list[Candidates], np.ndarray]:
-    """Many groups of 3 of 8 titles, with titles that begin others, and the true probabilities."""
+@dataclass
+class Drawn:
+    """Many groups of 3 of 8 titles, with titles that begin others."""
+
+    groups: list[Candidates]
+    p: np.ndarray
+    """Of each title in a draw, at the temperature."""
+    policy: np.ndarray
+    """Of each title under the policy."""
+
+
+@pytest.fixture(scope="module", params=[1.0, 0.7, 2.0])
+def drawn(request: pytest.FixtureRequest) -> Drawn:
     temperature = request.param
     titles = [[1, EOS], [1, 2, EOS], [1, 2, 3, EOS], [4, 5, EOS], [4, 6, EOS], [7, 8, 9, EOS], [7, EOS], [8, EOS]]
     trie = Trie.from_titles(titles, eos_token=EOS, tokenizer_fingerprint="")
     logits = torch.randn(trie.num_nodes, 10, generator=torch.Generator().manual_seed(3))
     groups = draw(trie, logits, range(DRAWS), 3, temperature)
-    return groups, class_probabilities(trie, logits, temperature)
+    return Drawn(groups, class_probabilities(trie, logits, temperature), class_probabilities(trie, logits, 1.0))
 
 
-def test_inclusion_probabilities_equal_brute_force(drawn: tuple[list[Candidates], np.ndarray]) -> None:
-    groups, p = drawn
+def test_inclusion_probabilities_equal_brute_force(drawn: Drawn) -> None:
+    groups, p = drawn.groups, drawn.p
     counts = np.bincount(np.concatenate([group.item_class for group in groups]), minlength=len(p))
     exact = inclusion_probabilities(p, 3)
     deviation = (counts / DRAWS - exact) / np.sqrt(exact * (1 - exact) / DRAWS)
     assert np.abs(deviation).max() < 4
 
 
-def test_the_first_is_a_sample_of_the_policy(drawn: tuple[list[Candidates], np.ndarray]) -> None:
-    groups, p = drawn
+def test_the_first_is_a_sample_of_the_policy_at_the_temperature(drawn: Drawn) -> None:
+    groups, p = drawn.groups, drawn.p
     counts = np.bincount([int(group.item_class[0]) for group in groups], minlength=len(p))
     assert ((counts - DRAWS * p) ** 2 / (DRAWS * p)).sum() < 30  # chi-square, 7 degrees of freedom: 1e-4
 
 
-def test_weights_make_estimates_unbiased(drawn: tuple[list[Candidates], np.ndarray]) -> None:
-    groups, p = drawn
+def test_weights_make_estimates_of_the_policy_unbiased_at_any_temperature(drawn: Drawn) -> None:
+    groups, p = drawn.groups, drawn.policy
     for value in (np.ones(len(p)), np.arange(len(p)) ** 2.0, np.eye(len(p))[int(p.argmin())]):
         estimates = np.array([(group.inclusion_weight * value[group.item_class]).sum() for group in groups])
         error = estimates.std() / np.sqrt(DRAWS)
@@ -80,11 +99,15 @@ def test_candidates_are_distinct_and_scored_by_the_policy() -> None:
         assert group.score == pytest.approx([logprobs.sum() for logprobs in group.logprobs])
 
 
-def test_a_sample_of_everything_has_the_probabilities_as_weights() -> None:
+@pytest.mark.parametrize("space", ["vocabulary", "trie"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_sample_of_everything_has_the_policys_probabilities_as_weights(
+    temperature: float, space: LogprobSpace
+) -> None:
     trie = random_trie(2, 8, 20, 8)
     logits = torch.randn(trie.num_nodes, 20, generator=torch.Generator().manual_seed(0))
     p = class_probabilities(trie, logits, 1.0)
-    for group in draw(trie, logits, range(5), trie.num_classes + 3):
+    for group in draw(trie, logits, range(5), trie.num_classes + 3, temperature, space):
         assert sorted(group.item_class.tolist()) == list(range(trie.num_classes))
         np.testing.assert_allclose(group.inclusion_weight, p[group.item_class], rtol=1e-5)
 
