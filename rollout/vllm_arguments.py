@@ -50,12 +50,16 @@ class LengthError(EngineError):
 
 
 def check_vllm(theirs: dict[str, Any]) -> None:
-    """Raise EngineError for an argument of `rollout.vllm` that the project decides itself, naming the key to set."""
+    """Raise EngineError for an argument of `rollout.vllm` that the project decides itself, naming the key to set.
+
+    Or for a max_model_len that says no number.
+    """
     for name in sorted(theirs):
         if name in OWNED:
             raise EngineError(f"rollout.vllm.{name} is the project's own: set {OWNED[name]} instead")
         if name in FIXED:
             raise EngineError(f"rollout.vllm.{name} is fixed: {FIXED[name]}; leave it out")
+    _stated_length(theirs)
 
 
 def read_model_config(model_path: str | Path) -> dict[str, Any]:
@@ -75,12 +79,26 @@ def read_model_config(model_path: str | Path) -> dict[str, Any]:
 
 
 def max_model_len(model_config: dict[str, Any], config: RolloutConfig) -> int:
-    """Most tokens of a prompt with its completion."""
-    if "max_model_len" in config.vllm:
-        return int(config.vllm["max_model_len"])
+    """Most tokens of a prompt with its completion. Raises EngineError as `check_vllm`."""
+    if (stated := _stated_length(config.vllm)) is not None:
+        return stated
     sources = (model_config, model_config.get("text_config") or {})
     positions = [source.get(name) for source in sources for name in ("max_position_embeddings", "n_positions")]
     return min([DEFAULT_MAX_MODEL_LEN, *filter(None, positions)])
+
+
+def _stated_length(theirs: dict[str, Any]) -> int | None:
+    """rollout.vllm.max_model_len; None where it is not set."""
+    if "max_model_len" not in theirs:
+        return None
+    length = theirs["max_model_len"]
+    if type(length) is not int or length < 1:
+        raise EngineError(
+            f"rollout.vllm.max_model_len={length}: must be a number of tokens, 1 or more; vLLM's other forms (4k, "
+            "auto, -1) are not taken, since what fits is checked before there is an engine. Leave it out for "
+            f"{DEFAULT_MAX_MODEL_LEN:,}, or as many as the model has positions if these are fewer"
+        )
+    return length
 
 
 def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: int, title_tokens: int) -> None:

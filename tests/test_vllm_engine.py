@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rollout.config import RolloutConfig
-from rollout.vllm_arguments import FIXED, OWNED, EngineError, check_lengths
+from rollout.vllm_arguments import FIXED, OWNED, EngineError, check_lengths, check_vllm
 from rollout.vllm_engine import create_llm
 from rollout.vllm_requests import create_trie_llm
 
@@ -33,6 +33,15 @@ def test_lengths_that_do_not_fit_are_known_without_an_engine(tmp_path: Path, mod
         check_lengths(tmp_path, RolloutConfig(), 101, 28)
     with pytest.raises(EngineError, match="completions up to 64"):
         check_lengths(tmp_path, RolloutConfig(strategy="unconstrained", max_completion_tokens=64), 100, 28)
+
+
+@pytest.mark.parametrize("length", ["4k", "auto", "4096", -1, 0, None, True, 2.5])
+def test_a_length_that_is_no_number_of_tokens_is_refused(tmp_path: Path, length: Any) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    with pytest.raises(EngineError, match=rf"rollout\.vllm\.max_model_len={length}: must be a number of tokens"):
+        check_lengths(tmp_path, RolloutConfig(vllm={"max_model_len": length}), 100, 28)
+    with pytest.raises(EngineError, match="max_model_len"):
+        check_vllm({"max_model_len": length})
 
 
 @pytest.mark.parametrize(
