@@ -143,10 +143,14 @@ class RolloutFleet:
         example_ids: np.ndarray,
         seed: int,
         *,
+        passes: np.ndarray | None = None,
         group_size: int | None = None,
         strategy: Strategy | None = None,
     ) -> Flight:
-        """Start rolling out one group per example with the published weights."""
+        """Start rolling out one group per example with the published weights.
+
+        passes: int [n], over the data, of each example; None: all of the first. Samples of an example differ by pass.
+        """
         assert self._weights is not None
         lengths = self.catalog.examples(split).prompt_lengths[example_ids]
         shares = assign(lengths, len(self.workers), self.config.groups_per_table)
@@ -162,6 +166,7 @@ class RolloutFleet:
                 group_size=group_size,
                 strategy=strategy,
                 weights=self._weights,
+                passes=None if passes is None else [int(passes[i]) for i in share],
                 after=self._latest[rank],
             )
             for rank, (worker, share) in enumerate(zip(self.workers, shares, strict=True))

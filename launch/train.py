@@ -43,7 +43,9 @@ def train(
         clock = Clock()
         with clock("step"):
             while launched < min(steps, step + 1 + config.staleness, _next_evaluation(step, config.eval_every, steps)):
-                flights.append(rollouts.launch("train", order[launched], seed=config.seed))
+                flights.append(
+                    rollouts.launch("train", order[launched], seed=config.seed, passes=order.passes(launched))
+                )
                 launched += 1
             with clock("rollout"):
                 scoring = [rewards.submit(table, "train") for table in rollouts.land(flights.popleft())]

@@ -67,7 +67,7 @@ def worker_environment(config: RolloutConfig, on_gpu: bool, nodes: int = 1) -> d
 
 @ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
 class RolloutWorker:
-    """Holds one engine; every table it streams is a pure function of (policy version, example ids, seed).
+    """Holds one engine; every table it streams is a pure function of (policy version, example ids, passes, seed).
 
     >>> worker = RolloutWorker.options(num_gpus=1, max_restarts=3).remote(0, model_path, catalog_path, config)
     >>> ray.get(worker.ready.remote())
@@ -121,16 +121,19 @@ class RolloutWorker:
         seed: int,
         group_size: int | None = None,
         strategy: Strategy | None = None,
+        passes: Sequence[int] | None = None,
     ) -> Iterator[pa.Table]:
         """Stream tables of config.groups_per_table rows (the last may be shorter), in the order of example_ids.
 
-        split: "train", "valid" or "test". group_size, strategy: replace the configured ones, for evaluation.
+        split: "train", "valid" or "test". group_size, strategy: replace the configured ones, for evaluation. passes:
+        which pass over the data each example is of, None where all are of the first; see group_seed.
         Raises StaleWeights when the worker holds another policy version.
         """
         if policy_version != self._version:
             raise StaleWeights(self._rank, self._version, policy_version)
         try:
-            yield from self._tables(split, example_ids, policy_version, seed, group_size, strategy)
+            passes = passes or [0] * len(example_ids)
+            yield from self._tables(split, example_ids, passes, policy_version, seed, group_size, strategy)
         finally:
             self._now("idle")
 
@@ -138,6 +141,7 @@ class RolloutWorker:
         self,
         split: str,
         example_ids: Sequence[int],
+        passes: Sequence[int],
         policy_version: int,
         seed: int,
         group_size: int | None,
@@ -149,7 +153,8 @@ class RolloutWorker:
             self._now(f"generating groups {first} to {first + len(ids) - 1} of {len(example_ids)} ({split})")
             prompts: list[Any] = [examples.prompt_tokens(i) for i in ids]
             targets = [int(examples.target_class[i]) for i in ids]
-            seeds = [group_seed(seed, policy_version, i) for i in ids]
+            of_pass = passes[first : first + len(ids)]
+            seeds = [group_seed(seed, policy_version, *place) for place in zip(ids, of_pass, strict=True)]
             started = time.perf_counter()
             with self._that_ends_with_its_engine():
                 groups = self._engine.generate(prompts, seeds, targets, group_size=group_size, strategy=strategy)
@@ -223,10 +228,12 @@ class RolloutWorker:
         self._doing = (doing, time.monotonic())
 
 
-def group_seed(seed: int, policy_version: int, example_id: int) -> int:
+def group_seed(seed: int, policy_version: int, example_id: int, data_pass: int = 0) -> int:
     """The seed of one group, in [0, 2^63): it depends on neither the batch nor the worker.
 
-    policy_version: -1 in the trial before training.
+    policy_version: -1 in the trial before training. data_pass: over the training data, since one policy may meet an
+    example twice, at the end of a pass and at the beginning of the next.
     """
-    state = np.random.SeedSequence([seed, policy_version % 2**32, example_id]).generate_state(1, np.uint64)
+    entropy = [seed, policy_version % 2**32, example_id, data_pass]
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

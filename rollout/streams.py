@@ -104,6 +104,8 @@ class RolloutStream:
     strategy: Strategy | None = None
     weights: PublishedWeights | None = None
     """Of its policy version; without them a worker that dies cannot go on."""
+    passes: Sequence[int] | None = None
+    """Which pass over the data each example is of; None: the first."""
     behind: "RolloutStream | None" = None
     """The next stream that was started on the same worker."""
     reload: ray.ObjectRef | None = None
@@ -116,10 +118,17 @@ class RolloutStream:
 
     def start(self) -> None:
         """Ask for the tables that have not been received yet; at most config.queue_tables of them wait."""
-        remaining = list(self.example_ids[self.received * self.config.groups_per_table :])
+        missing = slice(self.received * self.config.groups_per_table, None)
+        passes = None if self.passes is None else list(self.passes[missing])
         options = {"num_returns": "streaming", "_generator_backpressure_num_objects": self.config.queue_tables}
         self.tables = self.worker.rollout.options(**options).remote(
-            self.split, remaining, self.policy_version, self.seed, self.group_size, self.strategy
+            self.split,
+            list(self.example_ids[missing]),
+            self.policy_version,
+            self.seed,
+            self.group_size,
+            self.strategy,
+            passes,
         )
 
     @property
@@ -173,15 +182,17 @@ def stream_rollout(
     group_size: int | None = None,
     strategy: Strategy | None = None,
     weights: PublishedWeights | None = None,
+    passes: Sequence[int] | None = None,
     after: RolloutStream | None = None,
 ) -> RolloutStream:
     """Start a rollout on one worker; `collect` hands out its tables.
 
     The worker pauses while config.queue_tables of its tables wait, and does nothing else meanwhile: collect streams in
-    the order of their start. weights: of policy_version. after: the stream before it on this worker, if any.
+    the order of their start. weights: of policy_version. passes: which pass over the data each example is of, None
+    for the first. after: the stream before it on this worker, if any.
     """
     stream = RolloutStream(
-        worker, rank, split, example_ids, policy_version, seed, config, group_size, strategy, weights
+        worker, rank, split, example_ids, policy_version, seed, config, group_size, strategy, weights, passes
     )
     if after is not None:
         after.behind = stream

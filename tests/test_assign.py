@@ -38,3 +38,4 @@ def test_group_seeds_differ_and_are_stable() -> None:
     assert len(seeds) == 8 * 8 * 64
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert group_seed(1, 2, 3) == group_seed(1, 2, np.int64(3))
+    assert len({group_seed(1, 2, 3, data_pass) for data_pass in range(100)}) == 100

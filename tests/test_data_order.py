@@ -22,6 +22,13 @@ def test_each_pass_visits_every_example_once(num_examples: int, per_step: int, s
         assert sorted(part) == list(range(num_examples))
 
 
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(0, 5))
+def test_no_example_comes_twice_in_a_pass(num_examples: int, per_step: int, seed: int) -> None:
+    order = DataOrder(max(num_examples, per_step), per_step, seed)
+    drawn = [place for step in range(40) for place in zip(order[step], order.passes(step), strict=True)]
+    assert len(set(drawn)) == len(drawn) == 40 * per_step
+
+
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 12))
 def test_epochs_take_the_steps_that_fit_into_them_and_one_at_least(
     num_examples: int, per_step: int, quarters: int

@@ -46,6 +46,26 @@ def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights
     assert sum(map(len, tables)) == len(IDS)
 
 
+def test_an_example_of_two_passes_is_sampled_twice_also_by_a_worker_that_was_restarted(
+    fleet: RolloutFleet, folder: Path
+) -> None:
+    ids, passes = np.array([5, 0, 3, 5, 1, 0]), np.array([0, 0, 0, 1, 1, 1])
+
+    def groups(of: np.ndarray, chosen: slice = slice(None)) -> list[tuple[int, list[int]]]:
+        flight = fleet.launch("train", ids[chosen], seed=7, passes=of[chosen])
+        whole = pa.concat_tables(landed(fleet, flight))
+        return sorted(zip(whole["example_id"].to_pylist(), whole["candidate_class"].to_pylist(), strict=True))
+
+    fleet.publish(lambda version: published(version), version=3)
+    found = groups(passes)
+    assert len({(example, tuple(group)) for example, group in found}) == len(ids)
+    assert found == sorted(groups(passes, slice(3)) + groups(passes, slice(3, 6)))
+    flight = fleet.launch("train", ids, seed=7, passes=passes)
+    kill_process(fleet.workers[0])
+    again = pa.concat_tables(landed(fleet, flight))
+    assert sorted(zip(again["example_id"].to_pylist(), again["candidate_class"].to_pylist(), strict=True)) == found
+
+
 def test_a_worker_that_stays_dead_is_named(fleet: RolloutFleet) -> None:
     fleet.publish(lambda version: published(version), version=1)
     flight = fleet.launch("train", np.asarray(IDS), seed=0)
