@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from learner.engine import ZeroEngine
 from learner.lora import Adapted, merged_parameters
-from rollout.weights import WeightBucket, combine, tensor_checksum
+from rollout.weights import WeightBucket, checksum
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -47,9 +47,7 @@ def weight_buckets(engine: ZeroEngine, model: PreTrainedModel) -> Iterator[Weigh
 
 def weights_checksum(engine: ZeroEngine, model: PreTrainedModel) -> int:
     """rollout.weights.checksum of all weights; all ranks must call."""
-    return combine(
-        tensor_checksum(*entry) for bucket in named_weights(engine, model) for entry in named_as_saved(model, bucket)
-    )
+    return checksum(entry for bucket in named_weights(engine, model) for entry in named_as_saved(model, bucket))
 
 
 def save_huggingface(engine: ZeroEngine, model: PreTrainedModel, tokenizer_path: str, path: Path) -> None:

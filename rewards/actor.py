@@ -19,6 +19,7 @@ from rewards.metrics import TERM, TOTAL, reward_metrics
 from rewards.registry import resolve
 from rewards.rule import rule_rewards
 from rollout.groups import GROUP_SCHEMA
+from rollout.metrics import rollout_metrics
 
 
 class RewardActor:
@@ -91,5 +92,5 @@ class RewardActor:
         return table.append_column(TOTAL, layout.column(total)), seconds
 
     def metrics(self, *tables: pa.Table) -> dict[str, float]:
-        """rewards.metrics.reward_metrics of scored tables."""
-        return reward_metrics(tables)
+        """reward_metrics and rollout_metrics of scored tables: here, since no table comes to the driver."""
+        return reward_metrics(tables) | rollout_metrics(tables)

@@ -95,7 +95,7 @@ class RewardPool:
         return handle.scored
 
     def metrics(self, scored: Sequence[ObjectRef]) -> dict[str, float]:
-        """rewards.metrics.reward_metrics of the scored tables, and what the terms cost since the last call.
+        """Of the scored tables, reward_metrics and rollout_metrics; and what the terms cost since the last call.
 
         rewards/<name>/seconds: time in the term's actors. rewards/<name>/queue: most tables that waited for them.
         Raises DataLost where a table is gone.

@@ -19,9 +19,8 @@ from rollout.engine import EngineDied, RolloutEngine
 from rollout.engines import create_engine
 from rollout.groups import group_table, validate_groups
 from rollout.host_memory import host_environment
+from rollout.metrics import with_seconds
 
-TIMINGS = ("calls", "groups", "candidate_tokens", "generate_s", "loads", "load_weights_s")
-"""Totals of a worker: calls of its engine, groups and tokens generated, weight loads, and the seconds of both."""
 EngineFactory = Callable[[str, Path, RolloutConfig], RolloutEngine]
 
 
@@ -69,6 +68,8 @@ def worker_environment(config: RolloutConfig, on_gpu: bool, nodes: int = 1) -> d
 class RolloutWorker:
     """Holds one engine; every table it streams is a pure function of (policy version, example ids, passes, seed).
 
+    But for the seconds that it took, which a table carries for `rollout_metrics`.
+
     >>> worker = RolloutWorker.options(num_gpus=1, max_restarts=3).remote(0, model_path, catalog_path, config)
     >>> ray.get(worker.ready.remote())
     >>> ray.get(worker.load_weights.remote(version, bucket_refs, checksum))
@@ -92,7 +93,6 @@ class RolloutWorker:
         self._config = config
         self._version = version
         self._catalog = Catalog.load(catalog_path)
-        self._timings = dict.fromkeys(TIMINGS, 0.0)
         self._now("idle")
         self._create_engine = partial(engine_factory, model_path, self._catalog.path / "trie.arrow", config)
         self._created: RolloutEngine | None = None
@@ -158,24 +158,20 @@ class RolloutWorker:
             started = time.perf_counter()
             with self._that_ends_with_its_engine():
                 groups = self._engine.generate(prompts, seeds, targets, group_size=group_size, strategy=strategy)
-            self._timings["generate_s"] += time.perf_counter() - started
-            self._timings["calls"] += 1
-            self._timings["groups"] += len(groups)
-            self._timings["candidate_tokens"] += sum(len(tokens) for group in groups for tokens in group.tokens)
+            seconds = time.perf_counter() - started
             self._now(f"waiting for room in the queue ({split}, {first + len(ids)} of {len(example_ids)} groups done)")
             table = group_table(ids, policy_version, prompts, targets, groups)
             validate_groups(table)
-            yield table
+            yield with_seconds(table, seconds)
 
-    def load_weights(self, version: int, bucket_refs: list[ray.ObjectRef], checksum: int) -> dict[str, Any]:
-        """Replace the weights by those of `version`: {"checksum", "seconds"}.
+    def load_weights(self, version: int, bucket_refs: list[ray.ObjectRef], checksum: int) -> int:
+        """Replace the weights by those of `version`; the checksum of what the engine then holds.
 
         bucket_refs: references to rollout.weights.WeightBucket. checksum: the exporter's. Raises ChecksumMismatch with
         both values, after which the worker refuses rollouts until a load succeeds.
         """
         engine = self._engine
         self._now(f"loading the weights of version {version}")
-        started = time.perf_counter()
         self._version = None
         try:
             buckets = ray.get(list(bucket_refs), timeout=self._config.timeout_s)
@@ -186,10 +182,7 @@ class RolloutWorker:
         if loaded != checksum:
             raise ChecksumMismatch(self._rank, version, checksum, loaded)
         self._version = version
-        seconds = time.perf_counter() - started
-        self._timings["loads"] += 1
-        self._timings["load_weights_s"] += seconds
-        return {"checksum": loaded, "seconds": seconds}
+        return loaded
 
     def sleep(self) -> None:
         """Let go of weights and KV cache. Rollouts are refused until load_weights, which wakes the worker."""
@@ -209,11 +202,6 @@ class RolloutWorker:
             "doing": doing,
             "seconds": time.monotonic() - since,
         }
-
-    @ray.method(concurrency_group="health")
-    def timings(self) -> dict[str, float]:
-        """Totals of TIMINGS since the worker started, by name."""
-        return dict(self._timings)
 
     @contextmanager
     def _that_ends_with_its_engine(self) -> Iterator[None]:

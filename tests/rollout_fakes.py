@@ -19,7 +19,8 @@ class FakeEngine:
 
     `<model>/die_at` holds the number of the call at which the process ends, 0 for the start of the engine; it is
     removed first, so that the restarted worker lives, unless it says "always". `<model>/lost` does as if a process of
-    the engine had ended, likewise once. `<model>/sleep` holds the seconds that a call takes.
+    the engine had ended, likewise once. `<model>/sleep` holds the seconds that a call takes. Calls are counted in
+    `<model>/calls`.
     """
 
     def __init__(self, model_path: str, trie_path: Path, config: RolloutConfig) -> None:
@@ -45,6 +46,7 @@ class FakeEngine:
         strategy: Strategy | None = None,
     ) -> list[Candidates]:
         self.calls += 1
+        (self.model_path / "calls").write_text(str(self.calls))
         self._die_if_asked()
         self._lose_a_process_if_asked()
         if (self.model_path / "sleep").exists():

@@ -27,7 +27,7 @@ def test_a_rollout_worker_with_the_other_engine_streams_the_same_groups(
     worker = RolloutWorker.options(num_cpus=0).remote(0, str(tiny_model_dir), str(small_catalog.path), config)
     tensors = list(model.named_parameters())
     weights = PublishedWeights(3, [ray.put(WeightBucket.pack([named])) for named in tensors], checksum(tensors))
-    assert ray.get(weights.load(worker), timeout=120)["checksum"] == weights.checksum
+    assert ray.get(weights.load(worker), timeout=120) == weights.checksum
     engine = engine_of(tiny_model_dir, small_catalog.path / "trie.arrow", engine="requests", max_completion_tokens=10)
     seeds = [group_seed(0, 3, i) for i in ids]
     for strategy in STRATEGIES:

@@ -22,6 +22,7 @@ from rewards.pool import RewardPool
 from rewards.ranking import ranking_rewards
 from rewards.rule import rule_rewards
 from rewards.terms import actor_resources
+from rollout.metrics import with_seconds
 
 FAULTY = Path(__file__).parent / "faulty_rewards.py"
 StartPool = Callable[..., RewardPool]
@@ -70,9 +71,10 @@ def test_scored_tables_hold_every_term_and_the_weighted_sum(start_pool: StartPoo
 
 def test_metrics_and_what_terms_cost(start_pool: StartPool) -> None:
     pool = start_pool(RewardTerm("rule"), faulty("Constant", args={"seconds": 0.1}))
-    handles = [pool.submit(ray.put(some_groups(4, seed=seed)), "train") for seed in range(3)]
-    scored = list(pool.results(handles))
+    tables = [with_seconds(some_groups(4, seed=seed), 0.5) for seed in range(3)]
+    scored = list(pool.results([pool.submit(ray.put(table), "train") for table in tables]))
     metrics = pool.metrics(scored)
+    assert metrics["rollout/groups_per_s"] == 4 / 0.5
     expected = reward_metrics(ray.get(scored))
     assert {name: metrics[name] for name in expected} == expected
     assert metrics["rewards/Constant/seconds"] >= 0.3

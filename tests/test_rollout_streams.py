@@ -1,9 +1,11 @@
 """What rollout workers stream, what they refuse, and how long the driver waits."""
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import ray
@@ -13,6 +15,7 @@ from rollout_workers import CONFIG, IDS, TIMEOUT_S, give, published, started_wor
 from catalog.catalog import Catalog
 from rollout.actor import ChecksumMismatch, StaleWeights
 from rollout.groups import GROUP_SCHEMA, validate_groups
+from rollout.metrics import rollout_metrics
 from rollout.streams import PublishedWeights, RolloutTimeout, collect, stream_rollout
 
 
@@ -75,7 +78,7 @@ def test_nothing_is_rolled_out_before_weights_are_known(blank: ActorHandle) -> N
     with pytest.raises(StaleWeights, match="worker 1 holds no version,"):
         tables_of([stream_rollout(blank, 1, "train", IDS, 0, 0, CONFIG)])
     weights = published(0)
-    assert ray.get(weights.load(blank))["checksum"] == weights.checksum
+    assert ray.get(weights.load(blank)) == weights.checksum
     assert len(tables_of([stream_rollout(blank, 1, "train", IDS, 0, 0, CONFIG)])) == 4
     ray.get(blank.sleep.remote(), timeout=TIMEOUT_S)
     with pytest.raises(StaleWeights, match="worker 1 holds no version,"):
@@ -125,18 +128,30 @@ def test_a_slow_worker_is_named_with_what_it_does(blank: ActorHandle, folder: Pa
     assert "generating groups 0 to 1 of 3 (valid)" in message
 
 
+def test_a_table_says_how_fast_it_was_generated(blank: ActorHandle, folder: Path) -> None:
+    give(blank, published(0))
+    (folder / "sleep").write_text("0.2")
+    tables = tables_of([stream_rollout(blank, 1, "train", IDS, 0, 7, CONFIG)])
+    (folder / "sleep").unlink()
+    tokens = sum(len(title) for table in tables for group in table["candidate_tokens"].to_pylist() for title in group)
+    scored = [table.append_column("reward", table["score"]) for table in tables]
+    metrics = rollout_metrics(scored)
+    assert 0.5 * len(IDS) / 0.8 < metrics["rollout/groups_per_s"] < len(IDS) / 0.8
+    np.testing.assert_allclose(metrics["rollout/tokens_per_s"] / metrics["rollout/groups_per_s"], tokens / len(IDS))
+    assert rollout_metrics([]) == {}
+
+
 def test_time_in_which_the_driver_is_busy_is_not_held_against_a_worker(worker: ActorHandle) -> None:
     for _ in collect([stream_rollout(worker, 0, "train", IDS, 0, 0, CONFIG)], timeout_s=1.0):
         time.sleep(0.6)
 
 
 def test_the_queue_is_bounded(worker: ActorHandle) -> None:
-    before = ray.get(worker.timings.remote())["groups"]
     tables = collect([stream_rollout(worker, 0, "train", IDS * 4, 0, 0, CONFIG)], TIMEOUT_S)
     next(tables)
     time.sleep(0.5)
-    groups = ray.get(worker.timings.remote())["groups"] - before
-    assert groups <= (1 + CONFIG.queue_tables + 1) * CONFIG.groups_per_table
-    health = ray.get(worker.health.remote())
-    assert "waiting for room in the queue" in health["doing"]
+    doing = ray.get(worker.health.remote())["doing"]
+    waiting = re.fullmatch(r"waiting for room in the queue \(train, (\d+) of 28 groups done\)", doing)
+    assert waiting is not None
+    assert int(waiting[1]) <= (1 + CONFIG.queue_tables + 1) * CONFIG.groups_per_table
     assert sum(1 for _ in tables) == 13

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -65,9 +66,13 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def logged_steps(run: Path, phase: str) -> list[int]:
+def logged_lines(run: Path, phase: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["phase"] == phase]
+    return [line for line in lines if line["phase"] == phase]
+
+
+def logged_steps(run: Path, phase: str) -> list[int]:
+    return [line["step"] for line in logged_lines(run, phase)]
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int, phase: str = "train") -> None:
@@ -115,6 +120,7 @@ def test_a_run_leaves_what_it_promises(finished_run: Path) -> None:
     assert "vllm" in summary["versions"]
     assert set(logged_steps(finished_run, "sft")) == {1, 2}
     assert logged_steps(finished_run, "train") == [1, 2, 3]
+    assert all(line["rollout/tokens_per_s"] > 0 for line in logged_lines(finished_run, "train"))
     assert logged_steps(finished_run, "valid") == [2]
     assert {path.name for path in (finished_run / "rollouts").iterdir()} == {f"step-{i}.parquet" for i in (1, 2, 3)}
     assert not (finished_run / "sft").exists()  # where the warm-up kept its best weights
