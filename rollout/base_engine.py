@@ -22,6 +22,7 @@ from rollout.vllm_engine import (
     check_vocabulary,
     has_died,
 )
+from rollout.vllm_internals import ENGINE_NAMES, OTHER_VLLM, check_names
 from rollout.weights import WeightBucket, combine
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class BaseEngine(ABC):
     """A RolloutEngine over a vLLM engine whose workers are WeightsWorkers; a subclass searches."""
 
     def __init__(self, llm: "LLM", trie_path: str | Path, config: RolloutConfig) -> None:
+        check_names(llm.llm_engine, ENGINE_NAMES, OTHER_VLLM)
+        call_workers(llm, "check_internals")
         self._llm, self._config = llm, config
         self._trie = Trie.load(Path(trie_path))
         model_config = llm.llm_engine.model_config

@@ -16,7 +16,9 @@ from rollout.vllm_requests import BeamRequests, Draw, create_trie_llm, sample
 
 
 class RequestsEngine(BaseEngine):
-    """A RolloutEngine that touches nothing but vLLM's public API: the oracle of the worker engine, and the fallback.
+    """A RolloutEngine that generates through vLLM's public API alone: the oracle of the worker engine, the fallback.
+
+    Weights, sleep and shutdown are BaseEngine's, which reach further in.
 
     >>> engine = RequestsEngine(model_path, trie_path, config)
     >>> groups = engine.generate(prompts, seeds, target_classes)

@@ -1,9 +1,10 @@
-"""Everything of vLLM that is not its public interface, in one place.
+"""Names of vLLM's objects that are not its public interface, and the model of a worker, driven by them.
 
-The worker engine drives the model of a vLLM worker by itself. What it needs of the worker is named here and nowhere
-else; `PagedModel` checks at construction that each name is still there and says which one moved.
+An engine that starts checks that each name is still there, and says which one moved. What other files import from
+vLLM's inner modules says so itself where it moves; docs/rollout.md lists those files.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,12 @@ import torch
 
 from rollout.vllm_last_layer import LastLayerHooks
 
+ENGINE_NAMES = ("model_config", "model_executor", "engine_core")
+"""Of vLLM's engine: what it computes, whether its processes live, and their end. Both engines."""
+WORKER_NAMES = ("model_runner", "model_config", "vllm_config", "sleep", "wake_up")
+"""Of vLLM's worker: new weights, and sleep. Both engines."""
+LOADING_NAMES = ("model", "get_model", "device", "kv_caches")
+"""Of the worker's model runner: new weights, and sleep. Both engines."""
 RUNNER_NAMES = (
     "model",
     "device",
@@ -29,13 +36,27 @@ RUNNER_NAMES = (
     "uses_mrope",
     "cudagraph_dispatcher",
 )
+"""Of the worker's model runner: the search. The worker engine."""
 
 PADDING_SLOT = -1
 """Where the key and value of a padding token go: nowhere."""
 
 
+OTHER_VLLM = "install the vLLM that pyproject.toml names"
+"""What helps where both engines need a name."""
+
+
 class UnsupportedModelError(RuntimeError):
-    """The worker engine cannot drive this model or this vLLM; the message says what it met."""
+    """An engine cannot drive this model or this vLLM; the message says what it met."""
+
+
+def check_names(owner: Any, names: Sequence[str], remedy: str) -> None:
+    """Raise UnsupportedModelError, with the remedy, for names that an object of vLLM's does not have."""
+    if missing := [name for name in names if not hasattr(owner, name)]:
+        raise UnsupportedModelError(
+            f"vLLM's {type(owner).__name__} has no {', '.join(missing)}; this vLLM is not the one that "
+            f"rollout/vllm_internals.py was written for: {remedy}"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,12 +88,7 @@ class PagedModel:
     """
 
     def __init__(self, runner: Any) -> None:
-        missing = [name for name in RUNNER_NAMES if not hasattr(runner, name)]
-        if missing:
-            raise UnsupportedModelError(
-                f"vLLM's {type(runner).__name__} has no {', '.join(missing)}; this vLLM is not the one that "
-                "rollout/vllm_internals.py was written for: use rollout.engine=requests"
-            )
+        check_names(runner, RUNNER_NAMES, "use rollout.engine=requests")
         self._runner = runner
         self.device: torch.device = runner.device
         self.max_batched_tokens: int = runner.max_num_tokens

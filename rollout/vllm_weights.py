@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rollout.host_memory import WORTH_RETURNING, return_freed_memory
+from rollout.vllm_internals import LOADING_NAMES, OTHER_VLLM, WORKER_NAMES, check_names
 from rollout.vllm_layout import HeldWeights
 from rollout.vllm_sleep import SleepWorker
 from rollout.weights import WeightBucket, WeightsError
@@ -25,6 +26,11 @@ class WeightsWorker(SleepWorker):
     model_config: Any
     vllm_config: Any
     _by_place = False
+
+    def check_internals(self) -> None:
+        """Raise UnsupportedModelError where vLLM's worker lacks what loading weights or sleep needs."""
+        check_names(self, WORKER_NAMES, OTHER_VLLM)
+        check_names(self.model_runner, LOADING_NAMES, OTHER_VLLM)
 
     def load_bucket_weights(self, buckets: Sequence[WeightBucket]) -> int:
         """Replace all weights, waking a worker that sleeps; this rank's share of the checksum of what it then holds.

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,18 @@ import pytest
 import torch
 from engine_oracle import generate, ragged_prompts, worker_of
 
+from rollout.base_engine import BaseEngine
+from rollout.config import RolloutConfig
 from rollout.vllm_arguments import EngineError
-from rollout.vllm_internals import RUNNER_NAMES, PagedModel, UnsupportedModelError
+from rollout.vllm_internals import (
+    ENGINE_NAMES,
+    LOADING_NAMES,
+    RUNNER_NAMES,
+    WORKER_NAMES,
+    PagedModel,
+    UnsupportedModelError,
+)
+from rollout.vllm_weights import WeightsWorker
 
 
 def paged_model(engine: Any) -> PagedModel:
@@ -109,3 +120,21 @@ def test_internals_name_what_moved() -> None:
     runner = SimpleNamespace(**dict.fromkeys(name for name in RUNNER_NAMES if name != "attn_groups"))
     with pytest.raises(UnsupportedModelError, match=r"SimpleNamespace has no attn_groups.*requests"):
         PagedModel(runner)
+
+
+def having(names: Sequence[str], but: str) -> SimpleNamespace:
+    return SimpleNamespace(**dict.fromkeys(name for name in names if name != but))
+
+
+@pytest.mark.parametrize("name", [*ENGINE_NAMES, *WORKER_NAMES, *LOADING_NAMES])
+def test_what_both_engines_need_is_named_where_it_moved(name: str, trie_path: Path) -> None:
+    """A name of the worker's that its model runner shares is missing in either."""
+    worker = having(WORKER_NAMES, name)
+    if "model_runner" in vars(worker):
+        worker.model_runner = having(LOADING_NAMES, name)
+    llm = SimpleNamespace(
+        llm_engine=having(ENGINE_NAMES, name),
+        collective_rpc=lambda method, args: [getattr(WeightsWorker, method)(worker, *args)],
+    )
+    with pytest.raises(UnsupportedModelError, match=rf"SimpleNamespace has no {name};.*install the vLLM"):
+        BaseEngine.__init__(SimpleNamespace(), llm, trie_path, RolloutConfig())
