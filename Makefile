@@ -79,8 +79,9 @@ launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="
 	  $(if $(filter $(YES),$(DRY_RUN)),--dry-run) $(if $(filter $(YES),$(RESUME)),--resume) \
 	  $(if $(filter $(YES),$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
 
+# Two files at a time, since many tests wait for processes; passive, so that threads do not burn each other's cores.
 test: $(READY)  ## run the tests
-	@$(ENV) $(RUN) -m pytest -q
+	@$(ENV) OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n 2 --dist loadfile
 
 test-gpu:  ## run the tests that need a GPU
 	@$(MAKE) --no-print-directory DEVICE=gpu .test-gpu
