@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,16 +20,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers it while it starts
             raise
         print("interrupted; everything that was started has been ended", *_notes(stop), sep="\n", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # such as `head`, which has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(*_notes(error), sep="\n", end="", file=sys.stderr)
+            return 141
         if (message := _own_message(error)) is None:
             raise
         print(f"error: {message}", *_notes(error), sep="\n", file=sys.stderr)
@@ -108,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("recommend", help="the titles that the policy of a run recommends after given ones")
     commands.add_parser("compare", help="finished runs side by side")
     commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")
-    train.add_argument("--cluster", help="a file of configs/cluster (local)")
-    train.add_argument("--data", help="a file of configs/data or a folder (embedded)")
-    train.add_argument("--model", help="a file of configs/model or a Hugging Face directory (small)")
-    train.add_argument("--algorithm", help="a file of configs/algorithm (rere)")
+    train.add_argument("--cluster", help="one of configs/cluster, or a YAML (local)")
+    train.add_argument("--data", help="one of configs/data, a YAML or a folder (embedded)")
+    train.add_argument("--model", help="one of configs/model, a YAML or a Hugging Face directory (small)")
+    train.add_argument("--algorithm", help="one of configs/algorithm, or a YAML (rere)")
     train.add_argument("--name", help="name of the run; its folder is runs/NAME")
     train.add_argument("--steps", type=int, help="RL steps")
     train.add_argument("--dry-run", action="store_true", help="print placement, batch arithmetic and configuration")
@@ -128,6 +132,13 @@ def _own_message(error: BaseException) -> str | None:
     cause = error.cause if isinstance(error, RayTaskError) else error
     package = type(cause).__module__.partition(".")[0]
     return str(cause) if package in OWN_PACKAGES else None
+
+
+def _nobody_reads() -> bool:
+    """Whether the output goes into a pipe that was closed at its other end."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -106,9 +106,7 @@ def _moved(started: DictConfig, cluster: str) -> DictConfig:
     profile = _merge(OmegaConf.structured(Config), addition, origin)
     if profile.cluster.name == started.cluster.name:
         return started
-    old = OmegaConf.structured(Config)
-    if _packaged("cluster", started.cluster.name).is_file():
-        old = _merge(old, *_group("cluster", started.cluster.name))
+    old = _merge(OmegaConf.structured(Config), *_group("cluster", started.cluster.name))
     whole: dict[str, Any] = OmegaConf.to_container(started)  # type: ignore[assignment]
     kept = _beyond(whole, OmegaConf.to_container(old))  # type: ignore[arg-type]
     for key in DEVICES:
@@ -127,17 +125,29 @@ def _beyond(mapping: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         for key, value in mapping.items()
         if key not in old or value != old[key]
     }
-    return {key: part for key, part in parts.items() if part != {}}
+    return {key: part for key, part in parts.items() if part != {} or mapping[key] == {}}
 
 
-def _packaged(group: str, name: str) -> Path:
-    """Where the YAML of that name would lie."""
-    return CONFIGS / group / f"{name}.yaml"
+def _is_packaged(group: str, choice: str) -> bool:
+    """Whether one of our own YAMLs bears that name."""
+    return Path(choice).name == choice and (CONFIGS / group / f"{choice}.yaml").is_file()
 
 
 def _group(group: str, choice: str) -> tuple[DictConfig, str]:
-    """The YAML of a group and its name for messages; a folder stands for itself in the groups data and model."""
-    if Path(choice).name == choice and (path := _packaged(group, choice)).is_file():
+    """The YAML of a group and its name for messages; a folder stands for itself in the groups data and model.
+
+    A profile is called as it is found again: by its name among ours, or by the path of its file.
+    """
+    addition, origin = _found(group, choice)
+    if group == "cluster":
+        name = choice if _is_packaged(group, choice) else str(Path(choice).resolve())
+        addition = OmegaConf.merge(addition, {"cluster": {"name": name}})  # type: ignore[assignment]
+    return addition, origin
+
+
+def _found(group: str, choice: str) -> tuple[DictConfig, str]:
+    if _is_packaged(group, choice):
+        path = CONFIGS / group / f"{choice}.yaml"
         return _yaml(path), str(path.relative_to(CONFIGS.parent))
     if choice.endswith((".yaml", ".yml")) and Path(choice).is_file():
         return _yaml(Path(choice)), choice

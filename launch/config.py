@@ -43,7 +43,7 @@ class ClusterConfig:
     """The machines and how actors are placed on them."""
 
     name: str = "local"
-    # Name of the profile.
+    # The profile: its name in configs/cluster, or the path of its file.
     address: str = "local"
     # "local" starts a Ray of its own; "auto" or host:port joins a running cluster.
     device: Literal["cpu", "gpu"] = "cpu"

@@ -15,7 +15,9 @@ from learner.arithmetic import batch_notes
 def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
     """Print everything that is known before a run; raises what a run would raise this early."""
     placement = check_config(config)
-    RunDirectory.check(config, resume=resume, overwrite=overwrite)
+    taken = None if resume or overwrite else RunDirectory.name_is_taken(config)
+    if taken is None:
+        RunDirectory.check(config, resume=resume, overwrite=overwrite)
     if resume:
         for line in changes(load(Path(config.runs) / config.name / "config.yaml"), config):
             print(f"# {line}")
@@ -26,6 +28,8 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     print("# batch")
     for line in batch_lines(config, resume):
         print(f"#   {line}")
+    if taken is not None:
+        print(f"# {taken}")
     print("# resolved configuration")
     print(to_yaml(config), end="")
 

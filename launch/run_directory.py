@@ -131,10 +131,16 @@ class RunDirectory:
                 f"{path} is not the folder of a run (it has neither config.yaml nor {started_with.FILE}), so "
                 "OVERWRITE=1 does not delete it; use NAME= or another folder of runs"
             )
-        if path.exists() and not resume and not overwrite:
-            raise ConfigError(
-                f"run {path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
-            )
+        if not resume and not overwrite and (taken := RunDirectory.name_is_taken(config)):
+            raise ConfigError(taken)
+
+    @staticmethod
+    def name_is_taken(config: Config) -> str | None:
+        """What to do where a run of that name exists."""
+        path = Path(config.runs) / config.name
+        if not path.exists():
+            return None
+        return f"run {path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
 
     @staticmethod
     def check_catalogue(config: Config, fingerprint: str) -> None:
@@ -178,8 +184,11 @@ class RunDirectory:
     def go_on_after(self, steps: int) -> None:
         """What was logged after the first `steps` steps will be logged again: TensorBoard is to show it once.
 
-        It can only forget all that has a high number, so steps stay that have the number of an epoch of SFT.
+        It can only forget all that has a high number, so steps stay that have the number of an epoch of SFT. A best
+        policy of a later step is no longer one of the run's.
         """
+        if self.best.is_dir() and checkpoint.read_state(self.best)["driver"]["steps_done"] > steps:
+            checkpoint.remove(self.best)
         epochs = [line["step"] for line in self._lines() if line["phase"] == "sft"]
         self._tensorboard.close()
         self._tensorboard = self._writer(max([steps, *epochs]) + 1)
@@ -190,9 +199,14 @@ class RunDirectory:
         counted = (line for line in self._lines() if line["phase"] == phase and line["step"] <= steps)
         return list({line["step"]: line for line in counted}.values())
 
-    def is_best(self, validated: dict[str, float], name: str, steps: int) -> bool:
-        """Whether a validation metric after `steps` steps is above that of every evaluation before."""
-        return all(validated[name] > line[name] for line in self.metrics("valid", steps - 1))
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the policy that validated best."""
+        return self.checkpoints / "best"
+
+    def is_best(self, value: float) -> bool:
+        """Whether a validation metric is above that of the policy that is kept as the best."""
+        return not self.best.is_dir() or value > checkpoint.read_state(self.best)["driver"]["value"]
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.path / METRICS

@@ -65,8 +65,9 @@ def train(
         recent.append(metrics)
         if config.eval_every and (step + 1) % config.eval_every == 0:
             validated = validate()
-            if config.keep_best and run.is_best(validated, f"ndcg@{max(config.eval_ks)}", step + 1):
-                learner.save(run.checkpoints / "best", {"steps_done": step + 1})
+            value = validated[f"ndcg@{max(config.eval_ks)}"]
+            if config.keep_best and run.is_best(value):
+                learner.save(run.best, {"steps_done": step + 1, "value": value})
             run.log("valid", step + 1, validated)
         stage.update(step + 1, step_words(recent, validated))
         if (step + 1) % config.rollouts_every == 0 or step + 1 == steps:

@@ -67,12 +67,12 @@ def commit(path: Path, state: dict[str, Any], keep: int | None = None) -> None:
     for folder in (temporary, *(inner for inner in temporary.rglob("*") if inner.is_dir())):
         _sync_folder(folder)
     if path.exists():  # the same step again, after a resume from an earlier one
-        _remove(path)
+        remove(path)
     temporary.rename(path)
     _sync_folder(path.parent)
     if keep is not None:
         for old in steps(path.parent)[keep:]:
-            _remove(old)
+            remove(old)
 
 
 def discard(path: Path) -> None:
@@ -170,7 +170,7 @@ def _numbered(folder: Path) -> Iterator[tuple[Path, int]]:
             yield path, int(number)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a checkpoint; where that is interrupted, what remains does not have its name."""
     leaving = path.with_name(f".{path.name}.deleted")
     shutil.rmtree(leaving, ignore_errors=True)

@@ -156,12 +156,13 @@ class Learner:
 
     def _new_reference(self, model_path: str, trie: Trie | None, device: torch.device) -> Reference:
         """Of the policy before any training."""
-        lm, offload = self.policy.lm, self._config.reference_offload
+        lm = self.policy.lm
         if shares_weights(self._config):
             frozen = self._as_policy(with_own_adapters(lm), trie)
-            return Reference(frozen, lambda: [list(adapter_weights(lm).items())], device, offload)
+            return Reference(frozen, lambda: [list(adapter_weights(lm).items())], device, offload=False)
         frozen = self._as_policy(self._load_model(model_path, trainable=False), trie)
-        return Reference(frozen, partial(named_weights, self.engine, lm), device, offload)
+        source = partial(named_weights, self.engine, lm)
+        return Reference(frozen, source, device, self._config.reference_offload)
 
     def _load_model(self, model_path: str, trainable: bool) -> PreTrainedModel:
         config = self._config

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from learner.checkpoint import CheckpointError
 from learner.config import LearnerConfig
 from learner.lora import adapter_weights
 from learner.policy import Policy
@@ -76,4 +77,11 @@ class Reference:
         save_file({name: weight.detach().cpu().contiguous() for name, weight in self._weights.items()}, file)
 
     def load(self, file: Path) -> None:
-        self._blend([list(load_file(file).items())], alpha=1.0)
+        """Raises CheckpointError for one of another kind."""
+        weights = load_file(file)
+        if weights.keys() != self._weights.keys():
+            raise CheckpointError(
+                f"{file} is a reference of another kind: with adapters, learner.reference_sync_every and "
+                "reference_sync_alpha decide whether it is a whole model"
+            )
+        self._blend([list(weights.items())], alpha=1.0)

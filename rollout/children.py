@@ -1,7 +1,7 @@
 """The most likely children of trie nodes, from the model's logits."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -34,10 +34,11 @@ class Children:
         first = torch.arange(self.edge.shape[-1], device=where.device) == 0
         value = torch.as_tensor(logprob, device=where.device).expand_as(where)[..., None]
         one, only = where[..., None], torch.where(first, value, NEG_INF)
-        return Children(
-            torch.where(one, only, self.logprob),
-            torch.where(one, edge[..., None], self.edge),
-            torch.where(one, only.to(self.key.dtype), self.key),
+        return replace(
+            self,
+            logprob=torch.where(one, only, self.logprob),
+            edge=torch.where(one, edge[..., None], self.edge),
+            key=torch.where(one, only.to(self.key.dtype), self.key),
         )
 
     def map(self, change: Callable[[torch.Tensor, float], torch.Tensor]) -> "Children":

@@ -107,14 +107,23 @@ def test_a_sasrec_model_needs_a_file_before_it_is_trained(data: Path, refused: R
     assert "hidden=30, layers=2 and heads=4 must be 1" in refused(*command, "s", "--hidden", "30", "--heads", "4")
 
 
-def test_a_reader_that_has_enough_ends_the_command_without_a_word(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m launch.cli train --dry-run | head -1; exit ${{PIPESTATUS[0]}}"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_a_reader_that_has_enough_ends_the_command_without_a_word(tmp_path: Path, unbuffered: bool) -> None:
+    command = f"{sys.executable} -m launch.cli train --dry-run | true; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1" if unbuffered else ""}
     ended = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert (ended.returncode, ended.stderr) == (141, "")
-    assert ended.stdout.startswith("# placement")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (141, "", "")
+
+
+def test_a_broken_pipe_of_something_else_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("launch.run.run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["train", "--data", str(data)])
 
 
 def test_help_of_rewards_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,10 +244,23 @@ def test_what_a_run_has_beyond_its_old_profile_stays_with_another(tmp_path: Path
 
 def test_a_profile_of_ones_own_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = tmp_path / "mine.yaml"
-    profile.write_text("cluster: {name: mine}\nrollout: {workers: 3}\n")
+    profile.write_text("rollout: {workers: 3}\nlearner: {micro_batch_tokens: 9999}\n")
     assert compose(cluster=str(profile)).rollout.workers == 3
     monkeypatch.chdir(tmp_path)
-    assert compose(cluster="mine.yaml").cluster.name == "mine"
+    first = compose(cluster="mine.yaml", overrides=["rollout.timeout_s=77"])
+    assert first.cluster.name == str(profile)
+    started = tmp_path / "config.yaml"
+    save(first, started)
+    assert compose(cluster=str(profile), started=started) == first
+    here = compose(cluster="local", started=started)
+    assert (here.cluster.name, here.rollout.workers, here.rollout.timeout_s) == ("local", 1, 77)
+    assert here.learner.micro_batch_tokens == compose().learner.micro_batch_tokens
+    save(here, started)
+    assert compose(cluster="mine.yaml", started=started).rollout.workers == 3
+    profile.unlink()
+    save(first, started)
+    with pytest.raises(ConfigError, match=r"CLUSTER=.*mine\.yaml: neither a YAML file"):
+        compose(cluster="local", started=started)  # nobody knows what was the profile's
     with pytest.raises(ConfigError, match=r"CLUSTER=.*mine: neither a YAML file nor one of configs/cluster: 1xGPU"):
         compose(cluster=str(tmp_path / "mine"))
 

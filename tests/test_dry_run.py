@@ -14,6 +14,7 @@ from catalog.config import DataConfig
 from launch.cli import main
 from launch.compose import compose
 from launch.run_directory import RunDirectory
+from learner import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -45,7 +46,20 @@ def test_a_dry_run_prints_placement_arithmetic_and_configuration(
 def test_a_dry_run_refuses_what_a_run_would(data: Path, tmp_path: Path, refused: Refused) -> None:
     assert "there is nothing to resume" in refused("train", "--dry-run", "--resume", "--name", "ghost")
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
-    assert "run runs/mine exists" in refused("train", "--dry-run", "--data", str(data), "--name", "mine")
+    checkpoint.begin(tmp_path / "runs/mine/checkpoints/step-9")
+    checkpoint.commit(tmp_path / "runs/mine/checkpoints/step-9", {"zero_stage": 2, "dtype": "float32", "lora_rank": 0})
+    assert "was written with 2" in refused("train", "--dry-run", "--resume", "--name", "mine")
+
+
+def test_a_dry_run_of_a_name_that_is_taken_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDirectory(compose(), "none").close()
+    assert main(["train", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "# run runs/default exists: RESUME=1 continues it" in printed
+    assert yaml.safe_load(printed)["name"] == "default"
 
 
 def test_a_dry_run_of_a_resumed_one_names_what_changes(

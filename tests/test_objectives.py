@@ -240,9 +240,9 @@ def test_advantages_belong_to_the_objective() -> None:
         (
             lambda batch, config: (
                 batch.token_sum(batch.logp),
-                dict.fromkeys(("mismatch", "mine", "seconds/mine"), batch.advantages),
+                dict.fromkeys(("mismatch", "mine", "seconds/mine", "step"), batch.advantages),
             ),
-            r"\['mismatch', 'seconds/mine'\], which the learner logs itself",
+            r"\['mismatch', 'seconds/mine', 'step'\], which a run logs itself",
         ),
     ],
 )

@@ -1,9 +1,12 @@
 """The reference model: where it waits in host memory, and what it shares with the policy."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from learner.checkpoint import CheckpointError
 from learner.config import LearnerConfig, LoraConfig
 from learner.lora import adapter_weights, add_adapters, merged_parameters, with_own_adapters
 from learner.policy import Policy
@@ -55,6 +58,15 @@ def test_a_reference_with_adapters_is_a_second_model_with_the_merged_weights(nam
     others = {weight.data_ptr() for name, weight in policy.lm.named_parameters() if name not in trained}
     assert {weight.data_ptr() for weight in frozen.parameters()} >= others
     assert all(weight.requires_grad for weight in trained.values())
+
+
+def test_a_reference_of_another_kind_is_refused(tmp_path: Path) -> None:
+    policy = Policy(language_model("llama"))
+    Reference(policy, list, torch.device("cpu"), offload=False).save(tmp_path / "whole.safetensors")
+    add_adapters(policy.lm, LoraConfig(rank=4))
+    reference = Reference(Policy(with_own_adapters(policy.lm)), list, torch.device("cpu"), offload=False)
+    with pytest.raises(CheckpointError, match=r"whole\.safetensors is a reference of another kind"):
+        reference.load(tmp_path / "whole.safetensors")
 
 
 def test_a_reference_that_moves_in_part_or_under_zero_3_is_a_second_model() -> None:

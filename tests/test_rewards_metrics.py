@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from learner.objectives.base import METRICS_OF_STAGES, OTHERS_METRICS
 from rewards.metrics import reward_metrics
 
 FLOATS = pa.list_(pa.float32())
@@ -20,6 +21,11 @@ def scored(
             "reward": pa.array(reward, FLOATS),
         }
     )
+
+
+def test_no_objective_may_take_their_names() -> None:
+    metrics = reward_metrics([scored([[5, 6]], [6], [[-1, 2]], [[0, 1]])])
+    assert {name for name in metrics if not name.startswith(METRICS_OF_STAGES)} <= OTHERS_METRICS
 
 
 def test_worked_by_hand() -> None:

@@ -30,6 +30,17 @@ LEARNERS_METRICS = frozenset(
     }
 )
 """Names of what learner.update measures itself, beside "seconds/..." for times; no objective may return them."""
+OTHERS_METRICS = frozenset(
+    {"frac_reward_zero_std", "groups_with_hit", "invalid_candidates", "phase", "reward", "reward_std", "step"}
+)
+"""Names of what stands beside them in a logged line."""
+METRICS_OF_STAGES = ("hits/", "rewards/", "rollout/", "seconds/", "timing_s/")
+"""Beginnings of names of what stages measure."""
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a metric of that name would stand in for another's in a logged line."""
+    return name in LEARNERS_METRICS | OTHERS_METRICS or name.startswith(METRICS_OF_STAGES)
 
 
 @dataclass(frozen=True)
@@ -136,10 +147,10 @@ class Objective:
                 "tensor [C] and a dict of tensors [C]"
             )
         contributions, metrics = returned
-        taken = sorted(name for name in metrics if name in LEARNERS_METRICS or str(name).startswith("seconds/"))
+        taken = sorted(name for name in metrics if _is_taken(str(name)))
         if taken:
             raise ObjectiveError(
-                f"objective {self} returned the metrics {taken}, which the learner logs itself under these names: "
+                f"objective {self} returned the metrics {taken}, which a run logs itself under these names: "
                 "give yours other names"
             )
         for what, value in (("its contributions", contributions), *metrics.items()):
