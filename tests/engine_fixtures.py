@@ -1,6 +1,7 @@
 """Engines that tests share, with the titles, prompts and model that they generate from.
 
-Engines live until the session ends: vLLM's shutdown takes the process groups of all engines of a process with it.
+Engines live as long as the tests of a file: vLLM's shutdown takes the process groups of all engines of a process with
+it, so none may outlive the file that another one ends in.
 """
 
 import json
@@ -81,21 +82,21 @@ def engine_of(model_dir: Path, trie_path: Path, **settings: Any) -> Any:
     return create_engine(model_dir, trie_path, config)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worker_engine(tiny_model_dir: Path, trie_path: Path) -> Iterator[Any]:
     engine = engine_of(tiny_model_dir, trie_path)
     yield engine
     engine.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def requests_engine(opinionated_model_dir: Path, trie_path: Path) -> Iterator[Any]:
     engine = engine_of(opinionated_model_dir, trie_path, engine="requests", max_completion_tokens=12)
     yield engine
     engine.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trie_space_engine(opinionated_model_dir: Path, trie_path: Path) -> Iterator[Any]:
     """Log-probabilities renormalised over the trie, samples at temperature 2."""
     engine = engine_of(opinionated_model_dir, trie_path, engine="requests", logprob_space="trie", temperature=2.0)
@@ -103,7 +104,7 @@ def trie_space_engine(opinionated_model_dir: Path, trie_path: Path) -> Iterator[
     engine.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bf16_engine(tiny_model_dir: Path, trie_path: Path) -> Iterator[Any]:
     engine = engine_of(tiny_model_dir, trie_path, engine="requests", dtype="bfloat16")
     yield engine
