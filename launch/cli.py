@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():  # such as `head`, which has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(*_notes(error), sep="\n", end="", file=sys.stderr)
+            sys.stderr.writelines(f"{note}\n" for note in _notes(error))
             return 141
         if (message := _own_message(error)) is None:
             raise

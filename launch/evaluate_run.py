@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from catalog.atomic import atomic_file
-from catalog.metrics import MISS, ranking_metrics
+from catalog.metrics import ranking_metrics
 from launch.config import ConfigError
-from launch.evaluate import eval_examples
+from launch.evaluate import eval_examples, hit_ranks
 from launch.policy_of_run import PolicyOfRun
 from launch.progress import Progress
-from rollout.groups import Candidates
+from rollout.groups import group_table
 
 GROUPS_AT_ONCE = 64
 """Between two words of progress; the engine itself splits what its cache cannot hold."""
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     wanted = train.eval_examples if options.examples is None else options.examples
     config = replace(policy.config, train=replace(train, eval_examples=wanted))
     example_ids = eval_examples(config, policy.catalog, options.split)
-    ranks = hit_ranks(policy, options.split, example_ids)
+    ranks = ranks_of(policy, options.split, example_ids)
     metrics = ranking_metrics(ranks, train.eval_ks)
     if options.out is not None:
         content = {"example_ids": example_ids.tolist(), "hit_ranks": ranks.tolist(), "metrics": metrics}
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def hit_ranks(policy: PolicyOfRun, split: str, example_ids: np.ndarray) -> np.ndarray:
+def ranks_of(policy: PolicyOfRun, split: str, example_ids: np.ndarray) -> np.ndarray:
     """int64 [n]: the rank of each example's target in the run's evaluation beams, MISS where it is not among them."""
     examples, found = policy.catalog.examples(split), []
     with (
@@ -57,14 +57,9 @@ def hit_ranks(policy: PolicyOfRun, split: str, example_ids: np.ndarray) -> np.nd
             targets = [int(examples.target_class[i]) for i in ids]
             beams = policy.config.train.eval_beams
             groups = engine.generate(prompts, [0] * len(ids), targets, group_size=beams, strategy="beam")
-            found += [_rank(group, target) for group, target in zip(groups, targets, strict=True)]
+            found += hit_ranks(group_table(ids, 0, prompts, targets, groups)).tolist()
             stage.update(len(found))
     return np.array(found, np.int64)
-
-
-def _rank(group: Candidates, target: int) -> int:
-    places = np.flatnonzero(group.item_class == target)
-    return int(places[0]) if len(places) else MISS
 
 
 def _parser() -> argparse.ArgumentParser:
