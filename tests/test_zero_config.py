@@ -1,8 +1,13 @@
 """What DeepSpeed is told."""
 
+import re
+
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from learner.config import LearnerConfig, OptimizerConfig
+from learner.deepspeed_keys import OWNED, TOP, ZERO
 from learner.zero_config import zero_config
 
 
@@ -44,8 +49,54 @@ def test_gradients_are_clipped_in_one_place():
         ({"gradient_clipping": 2.0}, "set learner.optimizer.gradient_clipping instead"),
         ({"zero_optimization": {"stage": 3}}, "set learner.zero_stage instead"),
         ({"bf16": {"enabled": True}}, "set learner.dtype instead"),
+        ({"bfloat16": {"enabled": True}}, "set learner.dtype instead"),
     ],
 )
 def test_what_the_learner_decides_itself_is_refused(theirs, ours):
     with pytest.raises(ValueError, match=ours):
         zero_config(LearnerConfig(deepspeed=theirs), OptimizerConfig())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"zero_optimisation": {}}, "zero_optimisation: DeepSpeed has no such key; did you mean zero_optimization?"),
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_com: DeepSpeed has no such key; did you mean overlap"),
+        ({"overlap_comm": True}, "learner.deepspeed.overlap_comm: DeepSpeed has no such key"),
+        ({7: True}, "learner.deepspeed.7: DeepSpeed has no such key"),
+        ({"zero_optimization": True}, "zero_optimization=True must be a mapping"),
+    ],
+)
+def test_what_deepspeed_would_pass_over_is_refused(theirs, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        zero_config(LearnerConfig(deepspeed=theirs), OptimizerConfig())
+
+
+class Recording(dict[str, object]):
+    """Remembers which keys it was asked for."""
+
+    asked: set[str]
+
+    def get(self, key: str, default: object = None) -> object:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> object:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def keys(self) -> "Recording":  # type: ignore[override]
+        return self
+
+
+def test_the_known_keys_are_those_that_deepspeed_reads():
+    Recording.asked = set()
+    DeepSpeedConfig(Recording(train_batch_size=1, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1))
+    assert Recording.asked == TOP
+    fields = DeepSpeedZeroConfig.model_fields
+    assert {*fields, *(field.alias for field in fields.values() if field.alias)} == ZERO
+    assert {name.removeprefix("zero_optimization.") for name in OWNED} <= TOP | ZERO
