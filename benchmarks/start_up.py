@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks.harness import REPOSITORY, write_section
 
-WITHOUT_WARM_UP = ("learner.sft.epochs=0", "train.eval_examples=1", "train.checkpoint_every=1000000")
-"""What lies between start-up and the first step of a real run is warm-up and evaluation; they are no start-up."""
+WITHOUT_SFT = ("learner.sft.epochs=0", "train.eval_examples=1", "train.checkpoint_every=1000000")
+"""What lies between start-up and the first step of a real run is SFT and evaluation; they are no start-up."""
 
 
 def measure() -> float:
@@ -23,7 +23,7 @@ def measure() -> float:
 def _launch() -> float:
     """A run of one step; returns when that step began, in seconds after the command was given."""
     with tempfile.TemporaryDirectory() as runs:
-        overrides = [*WITHOUT_WARM_UP, f"runs={runs}"]
+        overrides = [*WITHOUT_SFT, f"runs={runs}"]
         command = [sys.executable, "-m", "launch.cli", "train", "--name", "start-up", "--steps", "1", *overrides]
         environment = {**os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
         log = Path(runs) / "start-up/metrics.jsonl"

@@ -1,5 +1,6 @@
 """How a configuration comes about: defaults, the YAML of each group, overrides; and how a run keeps it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ DEVICES = ("name", "address", "device", "gpus", "gpus_per_node", "colocate")
 """Keys of `cluster` that say where a run computes."""
 IN_CHECKPOINTS = {"learner": ("zero_stage", "dtype"), "rollout": ("dtype",)}
 """Keys that the checkpoints of a run are written for."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.yaml)(?<!\.yml)", re.ASCII)
+"""Of a model on the Hugging Face hub: organisation/name."""
 NO_LIST = "AnyNode is not a ListConfig, TupleConfig, list, or tuple."
 """OmegaConf's words for a single value where a list is expected."""
 
@@ -32,14 +35,16 @@ def compose(
 ) -> Config:
     """Defaults, then the YAML of each group, then `section.key=value` overrides; the later wins.
 
-    Each is the name of a YAML or the path of one, data and model also a folder. started: the config.yaml of a run to
-    continue, which takes the place of the defaults; with another cluster, see `_moved`. Raises ConfigError naming the
-    file, key and value.
+    Each is the name of a YAML or the path of one, data and model also a folder, model also a name of the Hugging Face
+    hub; an override of data.path or model.path counts as naming one. started: the config.yaml of a run to continue,
+    which takes the place of the defaults; with another cluster, see `_moved`. Raises ConfigError naming the file, key
+    and value.
     """
     choices = {"cluster": cluster, "data": data, "model": model, "algorithm": algorithm}
     tree = OmegaConf.structured(Config)
     if started is None:
-        choices = {group: choice or DEFAULTS[group] for group, choice in choices.items()}
+        default = {group: None if _names(group, overrides) else DEFAULTS[group] for group in choices}
+        choices = {group: choice or default[group] for group, choice in choices.items()}
     else:
         tree = _merge(tree, _saved(started), str(started))
         tree = tree if cluster is None else _moved(tree, cluster)
@@ -128,6 +133,12 @@ def _beyond(mapping: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     return {key: part for key, part in parts.items() if part != {} or mapping[key] == {}}
 
 
+def _names(group: str, overrides: Sequence[str]) -> bool:
+    """Whether an override says where a group's data or model are, so that the settings of our own do not fit them."""
+    places = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == f"{group}.path"]
+    return bool(places) and places[-1] not in ("", "null", "~")
+
+
 def _is_packaged(group: str, choice: str) -> bool:
     """Whether one of our own YAMLs bears that name."""
     return Path(choice).name == choice and (CONFIGS / group / f"{choice}.yaml").is_file()
@@ -155,7 +166,9 @@ def _found(group: str, choice: str) -> tuple[DictConfig, str]:
     if group in ("data", "model"):
         if Path(choice).is_dir():
             return OmegaConf.create({group: {"path": choice}}), f"{group.upper()}={choice}"
-        hub = '; a model of the Hugging Face hub is ARGS="model.path=organisation/name"' if group == "model" else ""
+        if group == "model" and HUB_NAME.fullmatch(choice):
+            return OmegaConf.create({"model": {"path": choice}}), f"MODEL={choice}"
+        hub = " nor organisation/name of the Hugging Face hub" if group == "model" else ""
         raise ConfigError(f"{group.upper()}={choice}: neither a folder nor a YAML file nor {names}{hub}")
     raise ConfigError(f"{group.upper()}={choice}: neither a YAML file nor {names}")
 

@@ -1,10 +1,13 @@
-"""What a continued run may do in another way than it was started, and what it then does."""
+"""What a run may do in another way than the one that it continues, or whose checkpoint it starts from."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import reduce
+from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
+from launch.compose import load
 from launch.config import FIXED_IN_A_RUN, Config, ConfigError
 from rewards.config import RewardTerm
 
@@ -24,11 +27,29 @@ def check_resumable(config: Config, saved: Config) -> None:
                 )
 
 
+TELLING = ("data.template", "learner.optimizer", "train.prompts_per_step")
+"""What a run seldom does in another way, by intention, than the run whose checkpoint it starts from."""
+
+
 def changes(saved: Config, config: Config) -> list[str]:
     """What a continued run does in another way than it was started, a line for each key."""
     names = [name.name for name in fields(Config) if name.name not in ("name", "runs")]
     differences = [difference for name in names for difference in _differences(saved, config, name)]
     return [f"{key}: {old!r} until now, {new!r} from now on" for key, old, new in differences]
+
+
+def since_its_checkpoint(config: Config) -> list[str]:
+    """Where MODEL= is a checkpoint of a run, notes on what TELLING was there: a folder brings weights, no settings."""
+    path = Path(config.model.path or "").resolve()
+    saved = path.parent.parent / "config.yaml"
+    if path.parent.name != "checkpoints" or not saved.is_file():
+        return []
+    differences = (difference for name in TELLING for difference in _differences(load(saved), config, name))
+    return [
+        f"note: {key} is {shortened(new)}; it was {shortened(old)} in run {saved.parent.name}, from whose checkpoint "
+        "this one starts"
+        for key, old, new in differences
+    ]
 
 
 def _differences(saved: Config, config: Config, name: str) -> Iterator[tuple[str, Any, Any]]:

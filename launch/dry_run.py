@@ -5,7 +5,7 @@ from pathlib import Path
 from catalog.build import find_catalog
 from launch.compose import load, to_yaml
 from launch.config import Config
-from launch.continuation import changes
+from launch.continuation import changes, since_its_checkpoint
 from launch.model import find_model
 from launch.preflight import check_config, plan_steps
 from launch.run_directory import RunDirectory
@@ -25,6 +25,8 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     for line in placement.lines():
         print(f"#   {line}")
     print(f"#   weights to rollout workers: object store, after every step; staleness {config.train.staleness}")
+    for line in since_its_checkpoint(config):
+        print(f"# {line}")
     print("# batch")
     for line in batch_lines(config, resume):
         print(f"#   {line}")

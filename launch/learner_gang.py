@@ -99,7 +99,7 @@ class LearnerGang:
         self.start()
 
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
-        """Supervised warm-up; yields rank 0's progress reports."""
+        """Supervised fine-tuning; yields rank 0's progress reports."""
         self._saved = None
         for rank, report in self._stream("sft", str(folder.resolve())):
             if rank == 0:

@@ -1,4 +1,4 @@
-"""One whole run: catalogue, warm-up, evaluation, training, evaluation, report."""
+"""One whole run: catalogue, SFT, evaluation, training, evaluation, report."""
 
 import shutil
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from catalog.metrics import ndcg_per_example, paired_bootstrap, ranking_metrics
 from launch.actors import Actors
 from launch.compose import load
 from launch.config import Config
-from launch.continuation import changes
+from launch.continuation import changes, since_its_checkpoint
 from launch.data_order import DataOrder
 from launch.evaluate import eval_examples, evaluate
 from launch.learner_gang import LearnerLost
@@ -33,7 +33,7 @@ from learner import checkpoint
 from rollout.streams import DataLost, check_ray
 
 GANG_RESTARTS = 3
-"""Of the learner ranks, while they start, in the trial of the weights, the warm-up, training and evaluation each."""
+"""Of the learner ranks, while they start, in the trial of the weights, SFT, training and evaluation each."""
 T = TypeVar("T")
 
 
@@ -89,7 +89,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         opened.callback(directory.close)
         opened.push(partial(_tell_how_to_go_on, directory))
         session = Session(config, catalog, directory, actors, progress)
-        sft = surviving(actors, progress, partial(warm_up, session))
+        sft = surviving(actors, progress, partial(fine_tune, session))
         with progress.stage("train", steps) as stage:
             surviving(actors, progress, partial(train_to_the_end, session, order, stage, steps))
         rl = surviving(actors, progress, partial(final_evaluation, session))
@@ -111,7 +111,7 @@ def _tell_how_to_go_on(
         error.add_note(f"RESUME=1 NAME={directory.path.name} goes on from {latest}")
 
 
-def warm_up(session: Session) -> dict[str, Any]:
+def fine_tune(session: Session) -> dict[str, Any]:
     """SFT, its weights to the rollout workers as version 0, and the test metrics before RL; done once per run."""
     learner, directory, epochs = session.actors.learner, session.directory, session.config.learner.sft.epochs
     sft = directory.checkpoints / checkpoint.SFT
@@ -121,7 +121,7 @@ def warm_up(session: Session) -> dict[str, Any]:
         with session.progress.stage("SFT", epochs) as stage:
             for report in learner.sft(directory.path / "sft"):
                 done = int(report["epoch"]) - ("valid_loss" not in report)
-                stage.update(done, warm_up_words(report))
+                stage.update(done, sft_words(report))
                 if "valid_loss" in report:
                     directory.log("sft", int(report["epoch"]), report)
             learner.save(sft, {"steps_done": 0})
@@ -131,7 +131,7 @@ def warm_up(session: Session) -> dict[str, Any]:
     return evaluation(session, "sft", version=0)
 
 
-def warm_up_words(report: dict[str, float]) -> str:
+def sft_words(report: dict[str, float]) -> str:
     """How far an epoch of SFT is, or that it is over, and its losses."""
     far = [f"update {report['update']:.0f}/{report['updates']:.0f}"] if "update" in report else []
     return "  ".join(far + [f"{name} {report[name]:.4f}" for name in ("loss", "valid_loss") if name in report])
@@ -277,7 +277,7 @@ def _model_words(config: Config, model_path: Path) -> list[str]:
     ]
     if config.model.path is None and config.data.path is not None:
         lines.append("note: without MODEL= a small model from random weights is trained, to try things out")
-    return lines
+    return lines + since_its_checkpoint(config)
 
 
 def _catalog_words(catalog: Catalog) -> str:

@@ -1,4 +1,4 @@
-"""What only shows when it runs, tried before the warm-up takes its time."""
+"""What only shows when it runs, tried before SFT takes its time."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The learner of one rank: the policy with its optimizer and reference, warmed up, updated, exported and saved."""
+"""The learner of one rank: the policy with its optimizer and reference, fine-tuned, updated, exported and saved."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from learner.lora import adapter_weights, add_adapters, with_own_adapters
 from learner.policy import Policy
 from learner.random_state import random_state, restore_random_state
 from learner.reference import Reference, shares_weights
-from learner.sft import SupervisedWarmup
+from learner.sft import SupervisedFineTuning
 from learner.update import PolicyUpdate
 from rollout.config import LogprobSpace
 from rollout.host_memory import WORTH_RETURNING, return_freed_memory
@@ -65,12 +65,12 @@ class Learner:
         self._update = PolicyUpdate(self.engine, self.policy, self._reference, config, total_steps, staleness)
 
     def sft(self, folder: Path) -> Iterator[dict[str, float]]:
-        """Warm the policy up; afterwards it is the reference, and the optimizer starts anew.
+        """Fine-tune the policy; afterwards it is the reference, and the optimizer starts anew.
 
-        folder: of the epochs that are done, where a warm-up that was broken off goes on; see SupervisedWarmup.run.
+        folder: of the epochs that are done, where one that was broken off goes on; see SupervisedFineTuning.run.
         """
         trie_space, self.policy.trie_space = self.policy.trie_space, None  # titles are learned over the vocabulary
-        yield from SupervisedWarmup(self.engine, self.policy, self._catalog, self._config, self._seed).run(folder)
+        yield from SupervisedFineTuning(self.engine, self.policy, self._catalog, self._config, self._seed).run(folder)
         self.policy.trie_space = trie_space
         self.engine.restart_optimizer(self._config.optimizer)
         if self._reference is not None:

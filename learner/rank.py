@@ -142,7 +142,7 @@ class LearnerRank:
 
     @_named_stream
     def sft(self, folder: str) -> Iterator[dict[str, float]]:
-        """Warm up; yields reports, the last of an epoch with `valid_loss` and `stop`. folder: see Learner.sft."""
+        """SFT; yields reports, the last of an epoch with `valid_loss` and `stop`. folder: see Learner.sft."""
         yield from self._learner.sft(Path(folder))
 
     @_named

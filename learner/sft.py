@@ -1,4 +1,4 @@
-"""Supervised warm-up: raise the probability of the titles that users chose, until validation stops improving."""
+"""Supervised fine-tuning: raise the probability of the titles that users chose, until validation stops improving."""
 
 import json
 import math
@@ -23,13 +23,13 @@ from learner.schedule import learning_rate
 from learner.sft_data import SupervisedExamples
 
 REPORTS_PER_EPOCH = 20
-# At most; all ranks report at the same updates.
+"""At most; all ranks report at the same updates."""
 PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
-class WarmupProgress:
-    """How far a warm-up is."""
+class SftProgress:
+    """How far SFT has come."""
 
     epoch: int = 0
     """Epochs that are done."""
@@ -40,25 +40,25 @@ class WarmupProgress:
     written_by: dict[str, Any] = field(default_factory=dict)
     """ZeroEngine.signature of the learner that has written the epochs, and can read them."""
 
-    def after(self, valid_loss: float) -> "WarmupProgress":
+    def after(self, valid_loss: float) -> "SftProgress":
         """One epoch later."""
         epoch, better = self.epoch + 1, valid_loss < self.best_loss
         best = (epoch, valid_loss) if better else (self.best_epoch, self.best_loss)
-        return WarmupProgress(epoch, *best, valid_loss, self.written_by)
+        return SftProgress(epoch, *best, valid_loss, self.written_by)
 
     def done(self, config: SftConfig) -> bool:
         """Whether the last epoch was the last of all."""
         return self.epoch >= config.epochs or self.epoch - self.best_epoch >= config.patience
 
 
-class SupervisedWarmup:
+class SupervisedFineTuning:
     """Epochs over the training split with early stopping; leaves the weights of the best validation loss.
 
     The loss is the mean negative log-probability over the title tokens of a batch, end-of-sequence included, as in
     Hugging Face's Trainer; prompt tokens carry none.
 
-    >>> warmup = SupervisedWarmup(engine, policy, catalog, config)
-    >>> for report in warmup.run(folder): print(report)               # on all ranks
+    >>> sft = SupervisedFineTuning(engine, policy, catalog, config)
+    >>> for report in sft.run(folder): print(report)               # on all ranks
     """
 
     def __init__(self, engine: ZeroEngine, policy: Policy, catalog: Catalog, config: LearnerConfig, seed: int = 0):
@@ -100,7 +100,7 @@ class SupervisedWarmup:
         if progress.best_epoch != progress.epoch:
             self._engine.load(_epoch_folder(folder, progress.best_epoch))
 
-    def _keep(self, folder: Path, progress: WarmupProgress) -> None:
+    def _keep(self, folder: Path, progress: SftProgress) -> None:
         """Write the epoch that is done, and drop those that are neither the last nor the best."""
         path = _epoch_folder(folder, progress.epoch)
         self._engine.save(path)
@@ -113,12 +113,12 @@ class SupervisedWarmup:
             for old in set(folder.glob("epoch-*")) - kept:
                 shutil.rmtree(old)
 
-    def _restored(self, folder: Path) -> WarmupProgress:
+    def _restored(self, folder: Path) -> SftProgress:
         """The progress that `folder` tells of, with its weights and optimizer; none where others have written it."""
-        fresh = WarmupProgress(written_by=self._engine.signature)
+        fresh = SftProgress(written_by=self._engine.signature)
         if not (folder / PROGRESS).is_file():
             return fresh
-        progress = WarmupProgress(**json.loads((folder / PROGRESS).read_text()))
+        progress = SftProgress(**json.loads((folder / PROGRESS).read_text()))
         if progress.written_by != fresh.written_by:
             return fresh
         path = _epoch_folder(folder, progress.epoch)

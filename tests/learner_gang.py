@@ -116,15 +116,15 @@ class Process:
     def sft(
         self, config: LearnerConfig, folder: str, save_to: str | None = None, killed_in: int | None = None
     ) -> dict[str, Any]:
-        """All reports of a warm-up, and the validation loss of the weights that it leaves.
+        """All reports of SFT, and the validation loss of the weights that it leaves.
 
         killed_in: break it off in this epoch.
         """
-        from learner.sft import SupervisedWarmup
+        from learner.sft import SupervisedFineTuning
 
         learner = self._learner(config)
         reports = list(takewhile(lambda report: report["epoch"] != killed_in, learner.sft(Path(folder))))
-        after = SupervisedWarmup(learner.engine, learner.policy, self.data.catalog, config).valid_loss()
+        after = SupervisedFineTuning(learner.engine, learner.policy, self.data.catalog, config).valid_loss()
         if save_to is not None:
             learner.save_huggingface(Path(save_to))
         result = {"reports": reports, "loss_after": after, "checksum": learner.weights_checksum()}

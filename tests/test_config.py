@@ -9,8 +9,9 @@ import pytest
 
 from launch.compose import CONFIGS, compose, load, save
 from launch.config import Config, ConfigError
-from launch.continuation import changes, check_resumable
+from launch.continuation import changes, check_resumable, since_its_checkpoint
 from launch.ranges import POSITIVE
+from learner.config import LearnerConfig
 
 
 def test_later_groups_and_overrides_win() -> None:
@@ -288,3 +289,33 @@ def test_a_damaged_configuration_is_not_filled_up_with_defaults(tmp_path: Path) 
             load(path)
         with pytest.raises(ConfigError, match=r"config\.yaml"):
             compose(cluster="local", started=path)
+
+
+def test_a_name_of_the_hub_stands_for_itself_and_brings_no_settings() -> None:
+    named = compose(model="Qwen/Qwen3-0.6B")
+    assert named.model.path == "Qwen/Qwen3-0.6B"
+    assert named.learner.optimizer == LearnerConfig().optimizer
+    assert named.learner.sft == LearnerConfig().sft
+    assert compose(overrides=["model.path=Qwen/Qwen3-0.6B"]) == named
+    assert compose(overrides=["model.path=null"]) == compose()
+    with pytest.raises(ConfigError, match=r"MODEL=mine.yaml: neither .* nor organisation/name of the"):
+        compose(model="mine.yaml")
+    with pytest.raises(ConfigError, match=r"MODEL=models/mine.yaml: neither"):
+        compose(model="models/mine.yaml")
+
+
+def test_an_own_path_of_data_leaves_the_settings_of_the_embedded_data_out(tmp_path: Path) -> None:
+    assert compose(overrides=[f"data.path={tmp_path}"]) == compose(data=str(tmp_path))
+
+
+def test_what_a_checkpoint_was_trained_with_otherwise_is_said(tmp_path: Path) -> None:
+    start = tmp_path / "runs" / "base" / "checkpoints" / "sft"
+    start.mkdir(parents=True)
+    save(compose(), tmp_path / "runs" / "base" / "config.yaml")
+    notes = since_its_checkpoint(compose(model=str(start)))
+    assert notes == [
+        "note: learner.optimizer.learning_rate is 1e-05; it was 0.0002 in run base, from whose "
+        "checkpoint this one starts"
+    ]
+    assert since_its_checkpoint(compose(model=str(start), overrides=["learner.optimizer.learning_rate=2e-4"])) == []
+    assert since_its_checkpoint(compose(model=str(tmp_path))) == since_its_checkpoint(compose()) == []

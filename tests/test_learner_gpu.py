@@ -94,7 +94,7 @@ def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(
         np.testing.assert_allclose(resumed["weights"][name], weight, atol=1e-6, err_msg=name)
 
 
-def test_warm_up_on_a_gpu_equals_that_on_the_cpu(devices: dict[str, Any], tmp_path: Path) -> None:
+def test_sft_on_a_gpu_equals_that_on_the_cpu(devices: dict[str, Any], tmp_path: Path) -> None:
     losses = {
         device: [
             report["valid_loss"]

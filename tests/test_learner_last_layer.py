@@ -70,7 +70,7 @@ def test_the_last_mlp_computes_tokens_with_a_target() -> None:
 
 
 def test_hugging_faces_own_passes_are_whole() -> None:
-    """As in generation, and in a warm-up that feeds no tree."""
+    """As in generation, and in SFT that feeds no tree."""
     lm = language_model("llama")
     tokens = torch.arange(1, 30)[None]
     expected = lm(input_ids=tokens).logits

@@ -18,7 +18,7 @@ from launch.compose import compose
 from launch.config import Config
 from launch.progress import Progress
 from launch.report import write_report
-from launch.run import summarise, warm_up_words
+from launch.run import sft_words, summarise
 from launch.run_directory import RunDirectory
 from launch.train import step_words
 
@@ -77,9 +77,9 @@ def test_a_step_says_what_was_logged() -> None:
     assert words.endswith("  kl 3.0e-01  0.50 s/step  valid ndcg@10 0.2500")
 
 
-def test_the_warm_up_says_how_far_an_epoch_is() -> None:
-    assert warm_up_words({"update": 3.0, "updates": 219.0, "loss": 1.5}) == "update 3/219  loss 1.5000"
-    assert warm_up_words({"loss": 1.5, "valid_loss": 2.0, "stop": 1.0}) == "loss 1.5000  valid_loss 2.0000"
+def test_sft_says_how_far_an_epoch_is() -> None:
+    assert sft_words({"update": 3.0, "updates": 219.0, "loss": 1.5}) == "update 3/219  loss 1.5000"
+    assert sft_words({"loss": 1.5, "valid_loss": 2.0, "stop": 1.0}) == "loss 1.5000  valid_loss 2.0000"
 
 
 @pytest.mark.parametrize(("beams", "ks", "k"), [(5, [1, 5], 5), (20, [10, 1], 10), (20, [1, 10, 20], 20)])

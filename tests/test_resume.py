@@ -56,7 +56,7 @@ def test_to_resume_and_to_replace_is_refused(data: Path, tmp_path: Path, refused
     assert "give one of them" in refused("train", "--data", str(data), "--name", "mine", "--resume", "--overwrite")
 
 
-def test_what_a_run_without_steps_is_resumed_with_says_how_to_keep_its_warm_up(
+def test_what_a_run_without_steps_is_resumed_with_says_how_to_keep_its_sft(
     data: Path, tmp_path: Path, refused: Refused
 ) -> None:
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()

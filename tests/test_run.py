@@ -54,7 +54,7 @@ def test_a_run_leaves_what_it_promises(finished_run: Path) -> None:
     assert all(line["rollout/tokens_per_s"] > 0 for line in logged_lines(finished_run, "train"))
     assert logged_steps(finished_run, "valid") == [2]
     assert {path.name for path in (finished_run / "rollouts").iterdir()} == {f"step-{i}.parquet" for i in (1, 2, 3)}
-    assert not (finished_run / "sft").exists()  # where the warm-up kept its best weights
+    assert not (finished_run / "sft").exists()  # where SFT kept its best weights
     groups = pq.read_table(finished_run / "rollouts" / "step-1.parquet")
     for group in groups.to_pylist():
         hits = [title == group["target_title"] for title in group["candidate_titles"]]

@@ -24,7 +24,7 @@ def test_a_rollout_worker_that_dies_with_stale_flights_queued_comes_back(tmp_pat
     assert logged_steps(run, "train") == list(range(1, 9))
 
 
-def test_a_model_that_workers_and_learner_compute_differently_is_refused_before_the_warm_up(tmp_path: Path) -> None:
+def test_a_model_that_workers_and_learner_compute_differently_is_refused_before_sft(tmp_path: Path) -> None:
     process = start(tmp_path, "--name", "differs", "--steps", "1", "learner.mismatch_limit=1e-12")
     output = finish(process)
     assert process.returncode == 1
@@ -33,7 +33,7 @@ def test_a_model_that_workers_and_learner_compute_differently_is_refused_before_
     assert not (tmp_path / "runs" / "differs").exists()
 
 
-def test_weights_that_ranks_of_a_worker_cannot_take_are_refused_before_the_warm_up(
+def test_weights_that_ranks_of_a_worker_cannot_take_are_refused_before_sft(
     tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
     """vLLM holds GPT-2's matrices transposed, and two ranks of a worker hold parts of them."""
@@ -51,7 +51,7 @@ def test_weights_that_ranks_of_a_worker_cannot_take_are_refused_before_the_warm_
     assert not (tmp_path / "runs" / "gpt2").exists()
 
 
-def test_a_reward_that_fails_is_found_before_the_warm_up(tmp_path: Path) -> None:
+def test_a_reward_that_fails_is_found_before_sft(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def short(group):\n    return [1.0] * (len(group.candidate_titles) - 1)\n")
     process = start(tmp_path, "--name", "short", "--steps", "1", "rewards=[{name: rule}, {name: 'mine.py:short'}]")
     output = finish(process)
@@ -61,7 +61,7 @@ def test_a_reward_that_fails_is_found_before_the_warm_up(tmp_path: Path) -> None
     assert not (tmp_path / "runs" / "short").exists()
 
 
-def test_a_cache_too_small_for_the_evaluation_is_refused_before_the_warm_up(tmp_path: Path) -> None:
+def test_a_cache_too_small_for_the_evaluation_is_refused_before_sft(tmp_path: Path) -> None:
     beams = ("train.eval_beams=60", "rollout.kv_cache_gib=0.00056")  # 72 blocks: enough for the 16 of training
     process = start(tmp_path, "--name", "small", "--steps", "1", settings=(*SMALL, *beams))
     output = finish(process)

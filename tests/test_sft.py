@@ -1,4 +1,4 @@
-"""The warm-up: what shares a history is packed together, the loss falls, and the best weights stay."""
+"""SFT: what shares a history is packed together, the loss falls, and the best weights stay."""
 
 from dataclasses import replace
 
