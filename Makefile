@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 # Profiles other than `local` compute on GPUs where an NVIDIA driver answers; DEVICE=cpu or DEVICE=gpu decides otherwise.
-DEVICE ?= $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(shell command -v nvidia-smi),gpu,cpu),cpu)
+DEVICE ?= $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu),cpu)
 VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -38,7 +38,8 @@ ENV := DS_ACCELERATOR=$(if $(filter gpu,$(DEVICE)),cuda,cpu)
 	parity sasrec clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
+	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {n = split($$1, names, " "); \
+	  for (i = 1; i <= n; i++) printf "%-16s%s\n", names[i], $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make the environment (the other commands do it by themselves)
 

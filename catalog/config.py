@@ -8,13 +8,13 @@ class GeneratedConfig:
     """The embedded catalogue: generated, so that the best possible ranking is known."""
 
     items: int = 400
-    # Number of items.
+    """Number of items."""
     users: int = 2400
-    # Number of users; each contributes a sequence of interactions.
+    """Number of users; each contributes a sequence of interactions."""
     duplicates: float = 0.01
-    # Share of items that bear the title of another item, as some do in real catalogues.
+    """Share of items that bear the title of another item, as some do in real catalogues."""
     seed: int = 0
-    # Seed of titles, preferences and transitions.
+    """Seed of titles, preferences and transitions."""
 
 
 @dataclass
@@ -27,13 +27,13 @@ class TemplateConfig:
         "Can you predict the next item that the user may expect, given the items the user interacted with before?\n"
         " \n### User Input: \nThe user has interacted with the following items before: {history}\n\n### Response:\n"
     )
-    # Text of a prompt; {history} is replaced by the titles.
+    """Text of a prompt; {history} is replaced by the titles."""
     item: str = '"{title}"'
-    # Text of one title in the history.
+    """Text of one title in the history."""
     separator: str = ",\t"
-    # Between two titles of the history.
+    """Between two titles of the history."""
     response: str = '"{title}"\n'
-    # Text that the model must generate for a title; end-of-sequence follows.
+    """Text that the model must generate for a title; end-of-sequence follows."""
 
 
 @dataclass
@@ -41,14 +41,14 @@ class DataConfig:
     """Where items and examples come from."""
 
     path: str | None = None
-    # Folder in one of the three formats of docs/catalog.md, or None for the generated catalogue.
+    """Folder in one of the three formats of docs/catalog.md; null: the generated catalogue."""
     cache: str = ".cache/catalog"
-    # Folder of built catalogues, one per fingerprint of data, tokenizer and template, and of fresh models.
+    """Folder of built catalogues, one per fingerprint of data, tokenizer and template, and of fresh models."""
     max_history: int = 10
-    # Most recent titles of a user that a prompt shows.
+    """Most recent titles of a user that a prompt shows."""
     max_prompt_tokens: int = 512
-    # Longer prompts lose their first tokens, as in the published code; the number of them is reported.
+    """Longer prompts lose their first tokens, as in the published code; the number of them is reported."""
     generated: GeneratedConfig = field(default_factory=GeneratedConfig)
-    # Shape of the generated catalogue.
+    """Shape of the generated catalogue."""
     template: TemplateConfig = field(default_factory=TemplateConfig)
-    # Text of prompts and titles.
+    """Text of prompts and titles."""

@@ -1,4 +1,4 @@
-"""The `rere` command: train, prepare, evaluate, recommend, compare, reward check, reward train-sasrec."""
+"""The `rere` command: train, keys, prepare, evaluate, recommend, compare, reward check, reward train-sasrec."""
 
 import argparse
 import os
@@ -50,6 +50,10 @@ def _run(arguments: list[str]) -> int:
         from launch.evaluate_run import main as evaluate
 
         return evaluate(arguments[1:])
+    if arguments[:1] == ["keys"]:
+        from launch.keys import main as keys
+
+        return keys(arguments[1:])
     if arguments[:1] == ["recommend"]:
         from launch.recommend import main as recommend
 
@@ -106,7 +110,8 @@ def _reward(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rere", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="warm up, train and evaluate a recommender")
+    train = commands.add_parser("train", help="fine-tune, train by RL and evaluate a recommender")
+    commands.add_parser("keys", help="the keys of the configuration, their defaults and meanings")
     commands.add_parser("prepare", help="make a data folder of raw interactions")
     commands.add_parser("evaluate", help="ranking metrics of a checkpoint of a run")
     commands.add_parser("recommend", help="the titles that the policy of a run recommends after given ones")
@@ -114,14 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("reward", help="check a reward on sample groups, or train the collaborative one")
     train.add_argument("--cluster", help="one of configs/cluster, or a YAML (local)")
     train.add_argument("--data", help="one of configs/data, a YAML or a folder (embedded)")
-    train.add_argument("--model", help="one of configs/model, a YAML or a Hugging Face directory (small)")
+    train.add_argument(
+        "--model", help="one of configs/model, a YAML, a Hugging Face directory or organisation/name (small)"
+    )
     train.add_argument("--algorithm", help="one of configs/algorithm, or a YAML (rere)")
     train.add_argument("--name", help="name of the run; its folder is runs/NAME")
     train.add_argument("--steps", type=int, help="RL steps")
     train.add_argument("--dry-run", action="store_true", help="print placement, batch arithmetic and configuration")
     train.add_argument("--resume", action="store_true", help="continue the run of this name, with its configuration")
     train.add_argument("--overwrite", action="store_true", help="replace the run of this name")
-    train.add_argument("overrides", nargs="*", help="section.key=value")
+    train.add_argument("overrides", nargs="*", help="section.key=value; `rere keys` lists them")
     return parser
 
 

@@ -43,21 +43,21 @@ class ClusterConfig:
     """The machines and how actors are placed on them."""
 
     name: str = "local"
-    # The profile: its name in configs/cluster, or the path of its file.
+    """The profile: its name in configs/cluster, or the path of its file."""
     address: str = "local"
-    # "local" starts a Ray of its own; "auto" or host:port joins a running cluster.
+    """"local" starts a Ray of its own; "auto" or host:port joins a running cluster."""
     device: Literal["cpu", "gpu"] = "cpu"
-    # What rollout workers and learner ranks run on.
+    """What rollout workers and learner ranks run on."""
     gpus: int = 0
-    # GPUs that the profile is written for, over all nodes.
+    """GPUs that the profile is written for, over all nodes."""
     gpus_per_node: int = 8
-    # GPUs of one node; a rollout worker's devices stay on one node.
+    """GPUs of one node; a rollout worker's devices stay on one node."""
     colocate: bool = False
-    # Rollout worker i and learner rank i share a GPU and work in turn; see rollout.sleep and learner.sleep.
+    """Rollout worker i and learner rank i share a GPU and work in turn; see rollout.sleep and learner.sleep."""
     object_store_gib: float = 3.0
-    # Shared memory for objects of a local Ray, in GiB; must hold the weights of two versions, or Ray spills to disk.
+    """Shared memory for objects of a local Ray, in GiB; where the weights of two versions do not fit, Ray spills."""
     start_timeout_s: float = 300.0
-    # Longest wait for the actors to be placed and ready.
+    """Longest wait for the actors to be placed and ready."""
 
 
 @dataclass
@@ -65,19 +65,19 @@ class ModelConfig:
     """The policy before training."""
 
     path: str | None = None
-    # Hugging Face directory or hub name, or None for a small Qwen2 from random weights with a tokenizer of its own.
+    """Hugging Face directory or hub name; null: a small Qwen2 from random weights with a tokenizer of its own."""
     vocabulary: int = 1024
-    # Tokens of the trained byte-level BPE.
+    """Tokens of the trained byte-level BPE."""
     hidden: int = 128
-    # Hidden size.
+    """Hidden size."""
     layers: int = 3
-    # Number of layers.
+    """Number of layers."""
     heads: int = 4
-    # Attention heads; vLLM on CPUs takes head sizes (hidden / heads) of 32, 64, 80, 96, 112, 128 and some above.
+    """Attention heads; vLLM on CPUs takes head sizes (hidden / heads) of 32, 64, 80, 96, 112, 128 and some above."""
     kv_heads: int = 2
-    # Key and value heads.
+    """Key and value heads."""
     seed: int = 0
-    # Seed of the random weights.
+    """Seed of the random weights."""
 
 
 @dataclass
@@ -85,33 +85,33 @@ class TrainConfig:
     """The loop: how many steps of what size, how far apart rollouts and learner may be, and what is evaluated."""
 
     steps: int | None = None
-    # RL steps; None: as many as `epochs` need.
+    """RL steps; null: as many as `epochs` need."""
     epochs: float = 2.0
-    # Passes over the training examples when `steps` is None.
+    """Passes over the training examples where `steps` is null."""
     prompts_per_step: int = 32
-    # Prompts, and so groups, of one step.
+    """Prompts, and so groups, of one step."""
     staleness: int = 0
-    # Policy versions that a rollout may be older than the learner. 0: roll out, learn, sync, repeat.
+    """Policy versions that a rollout may be older than the learner. 0: roll out, learn, sync, repeat."""
     seed: int = 0
-    # Seed of the data order, of SFT's too, of new adapters and of the sampling strategies.
+    """Seed of the data order, of SFT's too, of new adapters and of the sampling strategies."""
     eval_examples: int = 1000
-    # Test examples evaluated before and after, evenly spaced over the split; 0: all.
+    """Test examples evaluated before and after, evenly spaced over the split; 0: all."""
     eval_beams: int = 20
-    # Width of the evaluation's beam search.
+    """Width of the evaluation's beam search."""
     eval_ks: list[int] = field(default_factory=lambda: [1, 3, 5, 10])
-    # Cut-offs of HR@K and NDCG@K; at most eval_beams. The gain of RL over SFT is that of NDCG at the largest.
+    """Cut-offs of HR@K and NDCG@K; at most eval_beams. The gain of RL over SFT is that of NDCG at the largest."""
     eval_every: int = 0
-    # Steps between evaluations on the validation split (as many examples and beams as on the test split); 0: none.
+    """Steps between evaluations on the validation split (as many examples and beams as on the test split); 0: none."""
     keep_best: bool = False
-    # Keep the policy with the best validation NDCG at the largest cut-off as checkpoints/best; needs eval_every.
+    """Keep the policy with the best validation NDCG at the largest cut-off as checkpoints/best; needs eval_every."""
     checkpoint_every: int = 100
-    # Steps between checkpoints; the last step always has one.
+    """Steps between checkpoints; the last step always has one."""
     checkpoints_kept: int = 2
-    # Older checkpoints are deleted.
+    """Older checkpoints are deleted."""
     rollouts_every: int = 10
-    # Steps between saved rollout samples (rollouts/*.parquet); those of the last step are saved, too.
+    """Steps between saved rollout samples (rollouts/*.parquet); those of the last step are saved, too."""
     trackers: list[str] = field(default_factory=list)
-    # Classes that are given all metrics, too: "path/file.py:Name" or "package.module:Name"; see launch/trackers.py.
+    """Classes that are given all metrics, too: "file.py:Name" or "package.module:Name"; see launch/trackers.py."""
 
 
 @dataclass
@@ -119,23 +119,23 @@ class Config:
     """Everything a run needs; saved resolved as runs/<name>/config.yaml."""
 
     name: str = "default"
-    # Name of the run and of its folder under `runs`.
+    """Name of the run and of its folder under `runs`."""
     runs: str = "runs"
-    # Folder of all runs.
+    """Folder of all runs."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    # configs/cluster/*.yaml, CLUSTER=
+    """configs/cluster/*.yaml, CLUSTER="""
     data: DataConfig = field(default_factory=DataConfig)
-    # configs/data/*.yaml or a folder, DATA=
+    """configs/data/*.yaml or a folder, DATA="""
     model: ModelConfig = field(default_factory=ModelConfig)
-    # configs/model/*.yaml or a Hugging Face directory, MODEL=
+    """configs/model/*.yaml, a Hugging Face directory or a name of the hub, MODEL="""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    # Generation of groups.
+    """Generation of groups."""
     rewards: list[RewardTerm] = field(default_factory=lambda: [RewardTerm("rule"), RewardTerm("ranking")])
-    # Terms of the reward.
+    """Terms of the reward."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
-    # Update of the policy.
+    """Update of the policy."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    # The loop.
+    """The loop."""
 
 
 def check(config: Config) -> None:
