@@ -25,6 +25,8 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     for line in placement.lines():
         print(f"#   {line}")
     print(f"#   weights to rollout workers: object store, after every step; staleness {config.train.staleness}")
+    if config.model.path is not None and not Path(config.model.path).is_dir():
+        print(f"# model: there is no folder {config.model.path}; the Hugging Face hub will be asked for it")
     for line in since_its_checkpoint(config):
         print(f"# {line}")
     print("# batch")

@@ -39,6 +39,9 @@ def test_a_dry_run_prints_placement_arithmetic_and_configuration(
     assert "zero_stage: 2" in printed
     assert "note:" not in printed
     assert not (tmp_path / "runs").exists()
+    assert "Hugging Face hub" not in printed
+    assert main(["train", "--dry-run", "--model", "Qwen/Qwen3-0.6B"]) == 0
+    assert "there is no folder Qwen/Qwen3-0.6B; the Hugging Face hub will be asked" in capsys.readouterr().out
     assert main(["train", "--dry-run", "learner.updates_per_batch=2"]) == 0
     assert "#   note: learner.updates_per_batch=2 without learner.clip_low" in capsys.readouterr().out
 
