@@ -75,9 +75,12 @@ class LearnerConfig:
     """informative: groups whose advantages are all zero are left out of the KL term, and so cost nothing."""
     normalize_std: bool = True
     """Divide advantages by the group's standard deviation."""
+    importance_sampling: Literal["stale", "always"] = "stale"
+    """When gains are weighted by old / rollout (truncated importance sampling, TIS). stale: with train.staleness above
+    0. always: also where only rounding sets rollout workers and learner apart, which in bfloat16 is felt."""
     importance_cap: float | None = 2.0
-    """Largest importance weight; null does not truncate. The weight is old / rollout, with staleness > 0. That of
-    reinforce, which has no ratio, is policy / rollout; without staleness, with updates_per_batch > 1, policy / old."""
+    """Largest importance weight; null does not truncate. The weight is old / rollout. That of reinforce, which has no
+    ratio, is policy / rollout; without staleness, with updates_per_batch > 1, policy / old."""
     mismatch_limit: float | None = None
     """Largest mean difference of a candidate's log-probability to that of a rollout with the same weights; beyond it
     the run ends, since its rollouts come from another policy. null: 0.1 in float32, 5 in bfloat16."""

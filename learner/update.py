@@ -68,7 +68,7 @@ class PolicyUpdate:
         self._config = config
         self._objective = resolve(config.objective)
         self._total = total_steps * config.updates_per_batch
-        self._off_policy = staleness > 0
+        self._off_policy = staleness > 0 or config.importance_sampling == "always"
 
     def step(self, experience: Experience) -> dict[str, float]:
         """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.

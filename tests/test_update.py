@@ -1,10 +1,11 @@
-"""Which groups a rank feeds, without a model."""
+"""Which groups a rank feeds and how it weighs them, without a model."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from learner.config import LearnerConfig
 from learner.experience import Experience
@@ -43,3 +44,61 @@ def test_the_smallest_group_stands_in_for_a_rank_without_any(
         (micro,) = update._micro_batches(groups, advantages)
         found.append((micro.packed, micro.weight))
     assert found == fed
+
+
+@pytest.mark.parametrize(
+    ("config", "staleness", "weighted"),
+    [({}, 0, False), ({}, 1, True), ({"importance_sampling": "always"}, 0, True)],
+)
+def test_gains_are_weighted_off_policy_or_where_that_is_asked_for(
+    config: dict[str, Any], staleness: int, weighted: bool
+) -> None:
+    rollout = np.log(np.array([[0.5, 0.2], [0.25, 0.5]], np.float32))
+    policy = torch.tensor(np.log([[0.6, 0.2], [0.2, 0.25]]), dtype=torch.float32, requires_grad=True)
+    groups = Experience(
+        prompts=[[1]],
+        candidates=[[np.array([2, 3], np.int32), np.array([4, 5], np.int32)]],
+        logprobs=[list(rollout)],
+        rewards=[np.array([1.0, 0.0], np.float32)],
+    )
+    update = PolicyUpdate(
+        FakeEngine(policy),  # type: ignore[arg-type]
+        SimpleNamespace(group_tokens=lambda *_: [5], pack=lambda *_: FakePacked()),  # type: ignore[arg-type]
+        None,
+        LearnerConfig(beta=0.0, normalize_std=False, importance_cap=1.1, **config),
+        total_steps=1,
+        staleness=staleness,
+    )
+    update.step(groups)
+    weight = torch.tensor([[1.1, 1.0], [0.8, 0.5]]) if weighted else torch.ones(2, 2)
+    advantage = torch.tensor([[0.5], [-0.5]])
+    assert policy.grad is not None
+    torch.testing.assert_close(policy.grad, -advantage * weight / 4)
+
+
+class FakePacked:
+    """Two candidates of two tokens."""
+
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    fed_tokens = 5
+
+
+class FakeEngine:
+    """Of one rank, whose policy gives the same log-probabilities whatever it is fed."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, logp: torch.Tensor) -> None:
+        self._logp = logp
+
+    def __call__(self, packed: Any) -> torch.Tensor:
+        return self._logp * 1.0
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, rate: float) -> float:
+        return 0.0
+
+    def total(self, values: list[float]) -> list[float]:
+        return values

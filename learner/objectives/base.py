@@ -58,7 +58,7 @@ class CompletionBatch:
     logp_ref: torch.Tensor | None = None
     """float32 [C, T], under the reference model. None: beta is 0."""
     logp_rollout: torch.Tensor | None = None
-    """float32 [C, T], under the policy that generated the candidates. None: that policy is the old one."""
+    """float32 [C, T], under the policy that generated the candidates. None: it is taken for the old one."""
 
     @property
     def old(self) -> torch.Tensor:

@@ -18,7 +18,7 @@ def dapo(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, M
     """-sum_t(ratio_t * A - beta * KL_t) per completion, over the update's tokens (DAPO, arXiv 2503.14476, eq. 8).
 
     The published ReRe code divides by the tokens of each micro-batch instead; with one micro-batch that is the same.
-    With staleness > 0 what a token gains is weighted by min(old / rollout, importance_cap) of that token.
+    Off-policy what a token gains is weighted by min(old / rollout, importance_cap) of that token (TIS).
     """
     surrogate, clipped = clipped_surrogate(batch.logp - batch.old, batch.advantages[:, None], config)
     if batch.logp_rollout is not None:

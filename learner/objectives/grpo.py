@@ -17,7 +17,7 @@ from learner.objectives.base import (
 def grpo(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, Metrics]:
     """-mean_t(ratio_t * A - beta * KL_t) per completion (DeepSeekMath, arXiv 2402.03300, eq. 3).
 
-    With staleness > 0 what a token gains is weighted by min(old / rollout, importance_cap) of that token.
+    Off-policy what a token gains is weighted by min(old / rollout, importance_cap) of that token (TIS).
     """
     surrogate, clipped = clipped_surrogate(batch.logp - batch.old, batch.advantages[:, None], config)
     if batch.logp_rollout is not None:

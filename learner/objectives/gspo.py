@@ -17,7 +17,7 @@ from learner.objectives.base import (
 def gspo(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, Metrics]:
     """-(exp(mean_t log ratio_t) * A - beta * mean_t KL_t) per completion (GSPO, arXiv 2507.18071, eq. 5 and 7).
 
-    With staleness > 0 the gain is weighted by min(old / rollout, importance_cap), of the tokens' geometric mean.
+    Off-policy the gain is weighted by min(old / rollout, importance_cap), of the tokens' geometric mean (TIS).
     """
     surrogate, clipped = clipped_surrogate(batch.token_mean(batch.logp - batch.old), batch.advantages, config)
     if batch.logp_rollout is not None:

@@ -13,7 +13,7 @@ def reinforce(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tens
 
     The advantage is not divided by the standard deviation and nothing is clipped. Off-policy the gain is weighted by
     min(pi / behaviour, importance_cap) of the whole completion, without gradient. The behaviour is the policy of the
-    rollout with staleness > 0, else the old one, from which later updates of a batch have moved away.
+    rollout where the batch has it, else the old one, from which later updates of a batch have moved away.
     """
     weighted = batch.token_sum(batch.logp) * batch.advantages
     behaviour = batch.logp_rollout if batch.logp_rollout is not None else batch.logp_old
