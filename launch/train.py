@@ -63,17 +63,19 @@ def train(
         metrics |= rewards.metrics(groups) | clock.metrics()
         run.log("train", step + 1, metrics)
         recent.append(metrics)
+        best = False
         if config.eval_every and (step + 1) % config.eval_every == 0:
             validated = validate()
             value = validated[f"ndcg@{max(config.eval_ks)}"]
-            if config.keep_best and run.is_best(value):
-                learner.save(run.best, {"steps_done": step + 1, "value": value})
+            best = config.keep_best and run.is_best(value)
             run.log("valid", step + 1, validated)
         stage.update(step + 1, step_words(recent, validated))
         if (step + 1) % config.rollouts_every == 0 or step + 1 == steps:
             actors.save_rollouts(groups, run.rollouts / f"step-{step + 1}.parquet")
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
+        if best or (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
             learner.save(run.checkpoints / f"step-{step + 1}", {"steps_done": step + 1}, keep=config.checkpoints_kept)
+        if best:  # a run that goes on after it never forgets it: it is no newer than the newest checkpoint
+            learner.save(run.best, {"steps_done": step + 1, "value": value})
 
 
 def _next_evaluation(step: int, every: int, steps: int) -> int:

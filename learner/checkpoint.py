@@ -66,10 +66,11 @@ def commit(path: Path, state: dict[str, Any], keep: int | None = None) -> None:
     _write(temporary / MANIFEST, json.dumps(manifest, indent=1))
     for folder in (temporary, *(inner for inner in temporary.rglob("*") if inner.is_dir())):
         _sync_folder(folder)
-    if path.exists():  # the same step again, after a resume from an earlier one
-        remove(path)
+    replaced = _set_aside(path) if path.exists() else None  # the same step again, after a resume; or a better best
     temporary.rename(path)
     _sync_folder(path.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
     if keep is not None:
         for old in steps(path.parent)[keep:]:
             remove(old)
@@ -172,10 +173,15 @@ def _numbered(folder: Path) -> Iterator[tuple[Path, int]]:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; where that is interrupted, what remains does not have its name."""
+    shutil.rmtree(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    """Where a checkpoint is that has lost its name; what an interrupted deletion left there is dropped."""
     leaving = path.with_name(f".{path.name}.deleted")
     shutil.rmtree(leaving, ignore_errors=True)
     path.rename(leaving)
-    shutil.rmtree(leaving)
+    return leaving
 
 
 def _synced_sha256(file: Path) -> str:

@@ -77,6 +77,20 @@ def test_a_step_that_is_done_again_replaces_its_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
+def test_a_checkpoint_stands_until_the_one_that_replaces_it_does(tmp_path, monkeypatch):
+    best = write(tmp_path, "best")
+
+    def killed(path, ignore_errors=False):
+        if path.name.endswith(".deleted") and path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, "best", b"better")
+    assert checkpoint.read_state(best) == {"content": "better"}
+    assert checkpoint.find_fault(best) is None
+
+
 def test_a_write_that_failed_leaves_nothing(tmp_path):
     (checkpoint.begin(tmp_path / "step-1") / "model.safetensors").write_bytes(b"half of i")
     checkpoint.discard(tmp_path / "step-1")
