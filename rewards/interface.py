@@ -9,7 +9,7 @@ Both return one finite float per candidate, in the order of the candidates.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -75,6 +75,9 @@ def score(name: str, reward: Reward, groups: Groups) -> pa.ListArray:
     """
     try:
         returned = reward(groups)
+        returned = (
+            list(returned) if isinstance(returned, Iterator) else returned
+        )  # what is written with yield runs now
     except RewardError:
         raise
     except (Exception, SystemExit) as error:

@@ -62,6 +62,8 @@ class RewardPool:
 
     def ready(self, timeout_s: float) -> None:
         """Wait until every actor has loaded what it needs. Raises RewardError that names the term."""
+        for stage in self._stages:
+            stage.start_timeout_s = timeout_s  # after a death, too
         waiting = {replica.actor.ready.remote(): stage for stage in self._stages for replica in stage.replicas}
         done, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
         for ref in done:

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
+from ray._private import state
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rewards.actor import RewardActor
@@ -16,6 +17,7 @@ from rewards.terms import replicas_of
 from rollout.streams import lost_data
 
 FETCH_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 300.0
 RETRIES = 2
 """How often one table is scored again after the actor that held it died."""
 
@@ -66,6 +68,8 @@ class Replica:
         self.actor = actor
         self.stage = stage
         self.queue: deque[Work] = deque()
+        self._restarts = 0
+        """Those that a wait has made allowance for."""
 
     def drop_finished(self) -> None:
         if not self.queue:
@@ -78,14 +82,19 @@ class Replica:
     def wait(self, work: Work) -> None:
         """Return when `work` is done. Raises RewardTimeoutError when it, or a table before it, takes too long.
 
-        The clock of a table starts when the one before it is finished, so that a long queue is no time-out.
+        The clock of a table starts when the one before it is finished, so that a long queue is no time-out; and anew
+        where the actor has been started again meanwhile, which then has to load its models.
         """
         while work in self.queue:
             head = self.queue[0]
             for needed in head.inputs:
                 needed.replica.wait(needed)
-            if not ray.wait([head.done], timeout=self.stage.timeout_s, fetch_local=False)[0]:
-                raise self.stage.late(head)
+            patience = self.stage.timeout_s
+            while not ray.wait([head.done], timeout=patience, fetch_local=False)[0]:
+                if (restarts := _restarts(self.actor)) == self._restarts:
+                    raise self.stage.late(head)
+                self._restarts = restarts
+                patience = self.stage.start_timeout_s + self.stage.timeout_s
             self.queue.popleft()
 
 
@@ -97,6 +106,7 @@ class Stage:
 
     def __init__(self, terms: Sequence[RewardTerm], catalog_path: str, root: str) -> None:
         self.terms = terms
+        self.start_timeout_s = START_TIMEOUT_S
         self.timeout_s = max((term.timeout_s for term in terms), default=RewardTerm().timeout_s)
         reserved = replicas_of(terms)
         make = ray.remote(RewardActor).options(
@@ -140,6 +150,11 @@ class Stage:
     def close(self) -> None:
         for replica in self.replicas:
             ray.kill(replica.actor)
+
+
+def _restarts(actor: Any) -> int:
+    """How often Ray has started an actor again."""
+    return int(state.actors(actor_id=actor._actor_id.hex())["NumRestarts"])
 
 
 def _plain(error: RayError) -> RewardError | None:

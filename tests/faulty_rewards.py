@@ -100,6 +100,20 @@ class Meets(Constant):
         return super().__call__(groups)
 
 
+class YieldsAndRaises(Constant):
+    def __call__(self, groups: Groups) -> Returned:
+        for group in groups:
+            yield [len(title) + None for title in group.candidate_titles]
+
+
+class Yields(Constant):
+    """Nothing goes wrong here either."""
+
+    def __call__(self, groups: Groups) -> Returned:
+        for group in groups:
+            yield [1.0] * len(group.candidate_titles)
+
+
 class OneGroupShort(Constant):
     def __call__(self, groups: Groups) -> Returned:
         return [[1.0] * len(group.scores) for group in groups][1:]
@@ -156,11 +170,13 @@ class NotCallable:
 
 
 class DiesOnce(Constant):
-    """Its process is killed while it holds a table, unless `mark` says that this has happened before."""
+    """Its process is killed while it holds a table, unless `mark` says that this has happened before; then it takes
+    `loads_s` to be made."""
 
-    def __init__(self, catalog: object, mark: str) -> None:
+    def __init__(self, catalog: object, mark: str, loads_s: float = 0.0) -> None:
         super().__init__(catalog)
         self.mark = Path(mark)
+        time.sleep(loads_s if self.mark.exists() else 0.0)
 
     def __call__(self, groups: Groups) -> Returned:
         if not self.mark.exists():

@@ -85,6 +85,10 @@ def test_arrow_lists_of_any_width_are_taken() -> None:
     assert score_samples("ChunkedScores") == [pytest.approx(group.scores) for group in sample_groups()]
 
 
+def test_groups_may_be_yielded() -> None:
+    assert score_samples("Yields") == score_samples("Constant")
+
+
 def test_tensors_are_taken_off_the_graph() -> None:
     assert score_samples("tensors")[0] == pytest.approx(sample_groups()[0].scores)
     assert score_samples("tensors_in_bfloat16")[0] == pytest.approx(sample_groups()[0].scores, rel=1e-2)
@@ -113,6 +117,10 @@ def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
         ("coroutine", "reward 'coroutine' is async; write a plain function or class"),
         ("AsyncCall", "reward 'AsyncCall' is async; write a plain function or class"),
         ("exits", r"reward 'exits' raised on group 0"),
+        (
+            "YieldsAndRaises",
+            r"(?s)reward 'YieldsAndRaises' raised on groups 0, 1, 2, 3:.*TypeError: unsupp",
+        ),
         ("OneGroupShort", r"reward 'OneGroupShort' returned 3 lists for 4 groups \(groups 0, 1, 2, 3\)"),
         ("ArrowWords", r"reward 'ArrowWords' returned 6 values \(\['Steel .* for group 0"),
         ("Flat", r"reward 'Flat' returned 24 lists for 4 groups"),

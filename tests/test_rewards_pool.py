@@ -121,6 +121,14 @@ def test_a_killed_actor_is_restarted_and_its_groups_are_scored_again(start_pool:
     assert [table["reward/DiesOnce"].to_pylist() for table in scored] == [[[1.0] * 6] * 4] * 3
 
 
+def test_a_restarted_actor_has_time_to_load_its_models_again(start_pool: StartPool, tmp_path: Path) -> None:
+    slow = faulty("DiesOnce", args={"mark": str(tmp_path / "died"), "loads_s": 4.0}, timeout_s=2.0)
+    pool = start_pool(RewardTerm("rule"), slow)
+    pool.ready(timeout_s=60)
+    assert len(score(pool, [some_groups(4, seed=seed) for seed in range(3)])) == 3
+    assert (tmp_path / "died").exists()
+
+
 def test_the_actor_that_adds_up_may_be_killed_too(start_pool: StartPool) -> None:
     pool = start_pool(RewardTerm("rule"))
     score(pool, [some_groups(1)])
