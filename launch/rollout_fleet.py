@@ -212,15 +212,19 @@ class RolloutFleet:
 
         Raises ChecksumMismatch, or DataLost where the weights are gone.
         """
+        for older in sorted(key for key in self._loads if key[0] == rank and key[1] < weights.version):
+            self._is_done(self._loads.pop(older), *older)  # which no rollout has needed
         load = self._loads.pop((rank, weights.version), None)
         load = load if reload is None else reload
-        if load is None:
-            return True
+        return load is None or self._is_done(load, rank, weights.version)
+
+    def _is_done(self, load: ray.ObjectRef, rank: int, version: int) -> bool:
+        """Wait for one load; False where the worker has died. Raises as `_confirmed`."""
         try:
             ray.get(load, timeout=self.config.timeout_s)
         except GetTimeoutError as error:
             raise RolloutTimeout(
-                f"rollout worker {rank} did not load version {weights.version} in {self.config.timeout_s:g} s"
+                f"rollout worker {rank} did not load version {version} in {self.config.timeout_s:g} s"
             ) from error
         except (ObjectLostError, RayActorError) as error:
             if (lost := lost_data(error)) is not None:

@@ -13,6 +13,7 @@ from rollout_workers import CONFIG, IDS, TIMEOUT_S, kill_process, published, wai
 
 from catalog.catalog import Catalog
 from launch.rollout_fleet import Flight, RolloutFleet
+from rollout.actor import ChecksumMismatch
 from rollout.streams import WorkerLost
 
 
@@ -64,6 +65,17 @@ def test_an_example_of_two_passes_is_sampled_twice_also_by_a_worker_that_was_res
     kill_process(fleet.workers[0])
     again = pa.concat_tables(landed(fleet, flight))
     assert sorted(zip(again["example_id"].to_pylist(), again["candidate_class"].to_pylist(), strict=True)) == found
+
+
+def test_weights_that_no_rollout_needed_are_confirmed_with_the_next(fleet: RolloutFleet) -> None:
+    for version in (1, 2, 3):
+        fleet.publish(published, version)
+    landed(fleet, fleet.launch("train", np.asarray(IDS), seed=0))
+    assert fleet.confirmed_loads == 3
+    fleet.publish(lambda version: replace(published(version), checksum=1), version=4)
+    fleet.publish(published, version=5)
+    with pytest.raises(ChecksumMismatch, match=r"rollout worker 0, version 4"):
+        fleet.loaded()
 
 
 def test_a_worker_that_stays_dead_is_named(fleet: RolloutFleet) -> None:
