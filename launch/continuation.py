@@ -44,7 +44,11 @@ def since_its_checkpoint(config: Config) -> list[str]:
     saved = path.parent.parent / "config.yaml"
     if path.parent.name != "checkpoints" or not saved.is_file():
         return []
-    differences = (difference for name in TELLING for difference in _differences(load(saved), config, name))
+    try:
+        before = load(saved)
+    except ConfigError:  # of another trainer, or of another version of this one
+        return []
+    differences = (difference for name in TELLING for difference in _differences(before, config, name))
     return [
         f"note: {key} is {shortened(new)}; it was {shortened(old)} in run {saved.parent.name}, from whose checkpoint "
         "this one starts"

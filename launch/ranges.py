@@ -50,8 +50,6 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "cluster.gpus",
-    "data.generated.seed",
-    "model.seed",
     "rollout.threads",
     "learner.clip_high",
     "learner.beta",
@@ -63,9 +61,9 @@ NOT_NEGATIVE = (
     "learner.sft.valid_examples",
     "train.steps",
     "train.staleness",
-    "train.seed",
     "train.eval_examples",
 )
+SEEDS = ("data.generated.seed", "model.seed", "train.seed")
 FINITE = (
     "cluster.object_store_gib",
     "cluster.start_timeout_s",
@@ -93,6 +91,7 @@ Range = tuple[Callable[[float], bool], str]
 ABOVE_0: Range = (lambda value: value > 0, "must be greater than 0")
 NOT_INFINITE: Range = (lambda value: value < inf, "must be finite")
 AT_LEAST_0: Range = (lambda value: value >= 0, "must not be negative")
+A_SEED: Range = (lambda value: 0 <= value < 2**62, "must be at least 0 and less than 2^62")
 FROM_0_TO_1: Range = (lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 FROM_0_BELOW_1: Range = (lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
 
@@ -103,6 +102,7 @@ def out_of_range(config: Any) -> Iterator[tuple[str, Any, str]]:
         (POSITIVE, ABOVE_0),
         (FINITE, NOT_INFINITE),
         (NOT_NEGATIVE, AT_LEAST_0),
+        (SEEDS, A_SEED),
         (SHARES, FROM_0_TO_1),
         (SHARES_BELOW_1, FROM_0_BELOW_1),
     ):

@@ -125,9 +125,9 @@ def fine_tune(session: Session) -> dict[str, Any]:
                 if "valid_loss" in report:
                     directory.log("sft", int(report["epoch"]), report)
             learner.save(sft, {"steps_done": 0})
-            shutil.rmtree(directory.path / "sft")
     elif sft.is_dir():
         learner.load(sft)
+    shutil.rmtree(directory.path / "sft", ignore_errors=True)  # the epochs that led to that checkpoint
     return evaluation(session, "sft", version=0)
 
 

@@ -100,11 +100,12 @@ class RunDirectory:
         for folder in (self.path, self.rollouts, self.checkpoints):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+        # Trackers first: where one cannot be made, the run stays as it was.
+        self._trackers = Trackers(config.train.trackers, self.path, asdict(config), say)
         self.write_json(started_with.FILE, asdict(StartedWith.now(config, fingerprint)))
         save(config, self.path / "config.yaml")
         _cut_torn_line(self.path / METRICS)
         self._tensorboard = self._writer()
-        self._trackers = Trackers(config.train.trackers, self.path, asdict(config), say)
 
     def _writer(self, purge_step: int | None = None) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter

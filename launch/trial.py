@@ -31,12 +31,13 @@ def try_weights(actors: Actors, model_path: Path) -> None:
 
 
 def try_groups(actors: Actors, config: Config) -> None:
-    """Roll out the longest prompts: one as evaluation does, and one per worker as training does, to its rewards.
+    """Roll out the longest prompts: one as each evaluation does, and one per worker as training does, to its rewards.
 
     So a cache that cannot hold them shows now, and rewards that cannot score, and models that vLLM computes otherwise.
     """
     rollouts, rewards, catalog = actors.rollouts, actors.rewards, actors.rollouts.catalog
-    evaluate(rollouts, config, "test", longest_prompts(catalog, "test", eval_examples(config, catalog, "test"), 1))
+    for split in ("test", "valid") if config.train.eval_every else ("test",):
+        evaluate(rollouts, config, split, longest_prompts(catalog, split, eval_examples(config, catalog, split), 1))
     train = np.arange(len(catalog.examples("train")))
     longest = longest_prompts(catalog, "train", train, len(rollouts.workers))
     flight = rollouts.launch("train", longest, seed=0)

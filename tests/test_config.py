@@ -58,7 +58,8 @@ def test_every_committed_group_composes(group: str) -> None:
         ("rollout.timeout_s=.inf", "rollout.timeout_s=inf: must be finite"),
         ("learner.beta=.inf", "learner.beta=inf: must be finite"),
         ("rollout.timeout_s=0", "rollout.timeout_s=0.0: must be greater than 0"),
-        ("train.seed=-1", "train.seed=-1: must not be negative"),
+        ("train.seed=-1", "train.seed=-1: must be at least 0 and less than 2^62"),
+        ("model.seed=99999999999999999999", "model.seed=99999999999999999999: must be at least 0 and less than 2^62"),
         ("rollout.max_completion_tokens=0", "rollout.max_completion_tokens=0: must be greater than 0"),
         ("steps", "section.key=value"),
         ("rewards.0.weight=3", "override 'rewards.0.weight=3'"),
@@ -319,3 +320,5 @@ def test_what_a_checkpoint_was_trained_with_otherwise_is_said(tmp_path: Path) ->
     ]
     assert since_its_checkpoint(compose(model=str(start), overrides=["learner.optimizer.learning_rate=2e-4"])) == []
     assert since_its_checkpoint(compose(model=str(tmp_path))) == since_its_checkpoint(compose()) == []
+    (tmp_path / "runs" / "base" / "config.yaml").write_text("trainer: another\n")
+    assert since_its_checkpoint(compose(model=str(start))) == []

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from command_line import Refused
 
-from launch.compose import compose
+from launch.compose import compose, load
 from launch.config import Config, ConfigError
 from launch.run_directory import RunDirectory
 
@@ -98,6 +98,7 @@ def test_a_tracker_that_cannot_be_made_leaves_the_old_run_as_it_is(tracked: Any)
         RunDirectory(tracked("Lines", "CannotBeMade"), "new", overwrite=True)
     with pytest.raises(ConfigError, match="CannotBeMade' could not be made"):
         RunDirectory(tracked("CannotBeMade"), "old", resume=True)
+    assert load(old.path / "config.yaml").train.trackers == []
     assert "old" in (old.path / "catalogue.json").read_text()
     assert [line["loss"] for line in old.metrics("train", steps=1)] == [1.0]
     assert {path.name for path in old.path.parent.iterdir()} == {"default"}
