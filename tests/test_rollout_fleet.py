@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fleet(ray_session: None, small_catalog: Catalog, folder: Path) -> Iterator[RolloutFleet]:
     """One worker, its engine up."""
-    config = replace(CONFIG, sleep=True, timeout_s=20.0)
+    config = replace(CONFIG, sleep=True, timeout_s=60.0)
     fleet = RolloutFleet(config, small_catalog, folder, [{"num_cpus": 0}], rollout_fakes.FakeEngine)
     fleet.ready(TIMEOUT_S)
     yield fleet

@@ -73,7 +73,7 @@ def test_a_cache_too_small_for_the_evaluation_is_refused_before_sft(tmp_path: Pa
 
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
     process = start(tmp_path, "--name", "ended", "--steps", "1000")
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while not actor_processes(process, "RolloutWorker"):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -49,7 +49,7 @@ def start(cwd: Path, *arguments: str, settings: Sequence[str] = SMALL) -> subpro
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=500)
     return output
 
 
@@ -63,7 +63,7 @@ def logged_steps(run: Path, phase: str) -> list[int]:
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int, phase: str = "train") -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not ((run / "metrics.jsonl").exists() and step in logged_steps(run, phase)):
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline, f"step {step} was not reached"
