@@ -29,10 +29,10 @@ from rewards.pool import RewardPool
 from rollout.streams import RayLost
 
 
-def connect(config: Config) -> None:
-    """Start a Ray of this run's own, or join the cluster at config.cluster.address."""
+def connect(config: Config) -> Path:
+    """Start a Ray of this run's own, or join the cluster at config.cluster.address; where processes write, here."""
     with _own_sigterm():
-        _connect(config)
+        return _connect(config) / "logs"
 
 
 @contextmanager
@@ -46,11 +46,12 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _connect(config: Config) -> None:
+def _connect(config: Config) -> Path:
+    """Ray's folder of this session."""
     if config.cluster.address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's actors would otherwise yield to every other program
         try:
-            ray.init(
+            context = ray.init(
                 address="local",  # without it Ray joins a cluster that it finds on this machine or in RAY_ADDRESS
                 include_dashboard=False,
                 object_store_memory=int(config.cluster.object_store_gib * 2**30),
@@ -63,7 +64,7 @@ def _connect(config: Config) -> None:
     else:
         try:
             _check_somebody_listens(config.cluster.address)
-            ray.init(
+            context = ray.init(
                 address=config.cluster.address,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
@@ -80,6 +81,7 @@ def _connect(config: Config) -> None:
                 "authentication; set the same RAY_AUTH_MODE for `ray start` on every node and here (Ray keeps its "
                 "token in ~/.ray/auth_token)"
             ) from error
+    return Path(context.address_info["session_dir"])  # type: ignore[attr-defined]
 
 
 def _check_somebody_listens(address: str) -> None:
@@ -105,7 +107,8 @@ class Actors:
     ) -> None:
         self.config, self.catalog_path = config, catalog.path.resolve()
         self.rewards = RewardPool(config.rewards, self.catalog_path)
-        connect(config)
+        self.logs = connect(config)
+        """What the actors of this machine print."""
         try:
             check_devices(config, placement, ray.cluster_resources())
             if config.cluster.address != "local":

@@ -81,6 +81,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     for line in batch.lines():
         progress.line(line)
     with ExitStack() as opened, Actors(config, placement, catalog, model_path, steps) as actors:  # checks its devices
+        progress.line(f"what rewards and other actors print: {actors.logs}/worker-*")
         actors.rewards.ready(config.cluster.start_timeout_s)  # first, since they are up first, and their faults too
         surviving(actors, progress, actors.learner.join)
         actors.rollouts.ready(config.cluster.start_timeout_s)
