@@ -58,7 +58,7 @@ def run(module: str, limit_s: float, out: Path) -> dict[str, Any]:
         written["markdown"] += f"\nThis benchmark {problem}.\n"
     if module in SHAPES:
         shapes = ", ".join(SHAPES[module])
-        written["markdown"] += f"\nOnly {shapes}; `python -m benchmarks.{module}` measures more.\n"
+        written["markdown"] += f"\nOnly {shapes}; `.venv/bin/python -m benchmarks.{module}` measures more.\n"
     return written | {"seconds": time.perf_counter() - start}
 
 

@@ -227,13 +227,18 @@ class RunDirectory:
 
 
 def _check_resumable(config: Config, path: Path) -> None:
+    saved = load(path / "config.yaml")
     try:
-        check_resumable(config, load(path / "config.yaml"))
+        check_resumable(config, saved)
     except ConfigError as error:
         sft = path / "checkpoints" / checkpoint.SFT
         if not sft.is_dir():
             raise
-        raise ConfigError(f"{error}; from its weights after SFT: MODEL={sft}, learner.sft.epochs=0") from error
+        rate = saved.learner.optimizer.learning_rate
+        raise ConfigError(
+            f"{error}; from its weights after SFT: MODEL={sft} with learner.sft.epochs=0 and what a folder does not "
+            f"bring, this run's settings, such as learner.optimizer.learning_rate={rate:g}"
+        ) from error
 
 
 def _is_run(path: Path) -> bool:

@@ -41,7 +41,8 @@ class BatchArithmetic:
         rl = (
             f"RL: {self.prompts} prompts -> {self.candidates} candidates per step, "
             f"{self.prompts_per_rank} prompts per rank in about {self.micro_batches} micro-batches "
-            f"of groups of up to {self.packed_tokens} tokens; {self.rl_updates} updates, {self.warmup_steps} warm-up"
+            f"of groups of up to {self.packed_tokens} tokens; {self.rl_updates} updates, "
+            f"{self.warmup_steps} of learning-rate warm-up"
         )
         sft = (
             f"SFT: {self.sft_examples_per_rank} examples per rank and update, "

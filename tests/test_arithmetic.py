@@ -35,7 +35,7 @@ def test_updates_per_batch_multiply_the_optimizer_steps():
 
 def test_a_lone_update_has_no_warm_up():
     arithmetic = describe_batch(LearnerConfig(), **DATA | {"steps": 1})
-    assert "1 updates, 0 warm-up" in arithmetic.lines()[0]
+    assert "1 updates, 0 of learning-rate warm-up" in arithmetic.lines()[0]
 
 
 def test_a_ratio_that_nothing_bounds_is_noted():
