@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from catalog.catalog import Catalog
 from catalog.trie import Trie
@@ -167,6 +167,7 @@ class Learner:
     def _load_model(self, model_path: str, trainable: bool) -> PreTrainedModel:
         config = self._config
         lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[config.dtype])
+        drop_invalid_sampling(lm)
         if trainable:  # the reference is in evaluation mode
             without_dropout(lm)
         if trainable and config.lora.rank:
@@ -178,6 +179,19 @@ class Learner:
 
     def _as_policy(self, lm: PreTrainedModel, trie: Trie | None) -> Policy:
         return Policy(lm, packing=self._config.packing, logit_mib=self._config.logit_mib, trie=trie)
+
+
+def drop_invalid_sampling(lm: PreTrainedModel) -> None:
+    """Leave only special tokens of a generation configuration that transformers loads, but would refuse to save.
+
+    Its sampling defaults have no effect here: rollouts ignore them.
+    """
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:
+        bos, eos, pad = (getattr(lm.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        pad = None if pad is not None and pad < 0 else pad  # Llama's -1, which is refused as well
+        lm.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
 
 
 def without_dropout(lm: PreTrainedModel) -> None:

@@ -1,5 +1,7 @@
 """Learners of many configurations inside the same few processes, because starting a process costs seconds."""
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,6 +54,13 @@ class Data:
         return [table.slice(0, groups // 2), table.slice(groups // 2)]
 
 
+def with_settings(model_path: Path, to: Path, file: str, settings: dict[str, Any]) -> Path:
+    """A copy of a model, with more settings in one of its JSON files."""
+    shutil.copytree(model_path, to)
+    (to / file).write_text(json.dumps(json.loads((to / file).read_text()) | settings))
+    return to
+
+
 @pytest.fixture(scope="session")
 def learner_data(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Data:
     config = DataConfig(
@@ -89,12 +98,14 @@ class Process:
         steps: Sequence[Sequence[pa.Table]],
         save_at: tuple[int, str] | None = None,
         load_at: tuple[int, str] | None = None,
+        model_path: str | None = None,
     ) -> dict[str, Any]:
         """The metrics of every step and the weights after the last, under Hugging Face names.
 
         save_at: (steps done, path) of a checkpoint on the way. load_at: where to begin instead of at the first step.
+        model_path: of another policy than the data's.
         """
-        learner = self._learner(config, total_steps=len(steps))
+        learner = self._learner(config, len(steps), model_path)
         if load_at is not None:
             learner.load_checkpoint(Path(load_at[1]))
         metrics = []
@@ -114,15 +125,20 @@ class Process:
         return result
 
     def sft(
-        self, config: LearnerConfig, folder: str, save_to: str | None = None, killed_in: int | None = None
+        self,
+        config: LearnerConfig,
+        folder: str,
+        save_to: str | None = None,
+        killed_in: int | None = None,
+        model_path: str | None = None,
     ) -> dict[str, Any]:
         """All reports of SFT, and the validation loss of the weights that it leaves.
 
-        killed_in: break it off in this epoch.
+        killed_in: break it off in this epoch. model_path: of another policy than the data's.
         """
         from learner.sft import SupervisedFineTuning
 
-        learner = self._learner(config)
+        learner = self._learner(config, model_path=model_path)
         reports = list(takewhile(lambda report: report["epoch"] != killed_in, learner.sft(Path(folder))))
         after = SupervisedFineTuning(learner.engine, learner.policy, self.data.catalog, config).valid_loss()
         if save_to is not None:
@@ -145,10 +161,11 @@ class Process:
         learner.engine.destroy()
         return logprobs
 
-    def _learner(self, config: LearnerConfig, total_steps: int = 1) -> Any:
+    def _learner(self, config: LearnerConfig, total_steps: int = 1, model_path: str | None = None) -> Any:
         from learner.learner import Learner
 
-        return Learner(str(self.data.model_path), self.data.catalog, config, "vocabulary", total_steps, 0, self.device)
+        path = model_path or str(self.data.model_path)
+        return Learner(path, self.data.catalog, config, "vocabulary", total_steps, 0, self.device)
 
     def _reference(self, learner: Any) -> dict[str, np.ndarray] | None:
         if learner._reference is None:

@@ -248,6 +248,19 @@ def test_a_checkpoint_of_another_kind_is_refused_by_name(gangs, learner_data, tm
         gangs[1]("train", replace(config, zero_stage=1), steps, load_at=(1, path))
 
 
+def test_a_policy_with_sampling_defaults_that_transformers_would_not_save_has_checkpoints(
+    gangs, learner_data, tmp_path
+):
+    sampling = {"temperature": 0.9, "top_p": 0.6}
+    model = learner_gang.with_settings(learner_data.model_path, tmp_path / "given", "generation_config.json", sampling)
+    steps = [learner_data.tables(step) for step in range(2)]
+    path = tmp_path / "step-1"
+    whole = gangs[1]("train", CONFIG, steps, save_at=(1, str(path)), model_path=str(model))
+    rest = gangs[1]("train", CONFIG, steps, load_at=(1, str(path)), model_path=str(model))
+    assert rest["checksum"] == whole["checksum"]
+    AutoModelForCausalLM.from_pretrained(path).generation_config.validate(strict=True)
+
+
 def test_a_checkpoint_is_a_hugging_face_directory(interrupted):
     model = AutoModelForCausalLM.from_pretrained(interrupted["path"])
     assert not [name for name, _ in model.named_parameters() if "lora" in name]

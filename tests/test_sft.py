@@ -92,6 +92,32 @@ def test_the_loss_falls_and_is_that_of_hugging_face(gangs, learner_data, tmp_pat
     assert {entry.name for entry in tmp_path.iterdir()} == {"model", "progress.json", "epoch-2"}
 
 
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("generation_config.json", {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1}),
+        ("generation_config.json", {"early_stopping": True, "pad_token_id": -1}),
+        ("config.json", {"temperature": 0.7, "top_p": 0.8, "top_k": 20}),
+    ],
+    ids=str,
+)
+def test_sampling_defaults_that_transformers_would_not_save_are_left_out(
+    gangs, learner_data, tmp_path, file, settings
+):
+    model = learner_gang.with_settings(learner_data.model_path, tmp_path / "given", file, settings)
+    if file == "config.json":
+        (model / "generation_config.json").unlink()
+    given = AutoModelForCausalLM.from_pretrained(model).generation_config
+    config = replace(CONFIG, sft=replace(CONFIG.sft, epochs=1))
+    gangs[1]("sft", config, str(tmp_path / "sft"), str(tmp_path / "saved"), model_path=str(model))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config
+    saved.validate(strict=True)
+    assert (saved.bos_token_id, saved.eos_token_id) == (given.bos_token_id, given.eos_token_id)
+    assert given.eos_token_id is not None
+    assert saved.pad_token_id == (None if given.pad_token_id == -1 else given.pad_token_id)
+    assert not {"temperature", "top_p", "top_k", "early_stopping"} & saved.to_diff_dict().keys()
+
+
 def test_ranks_agree(gangs, tmp_path):
     losses = [gangs[ranks]("sft", CONFIG, str(tmp_path))["loss_after"] for ranks in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
