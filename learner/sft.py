@@ -114,13 +114,11 @@ class SupervisedFineTuning:
                 shutil.rmtree(old)
 
     def _restored(self, folder: Path) -> SftProgress:
-        """The progress that `folder` tells of, with its weights and optimizer; none where others have written it."""
-        fresh = SftProgress(written_by=self._engine.signature)
+        """The progress that `folder` tells of, with its weights and optimizer; what others have written is removed."""
+        self._engine.on_rank_0(lambda: _remove_unless_written_by(self._engine.signature, folder))
         if not (folder / PROGRESS).is_file():
-            return fresh
-        progress = SftProgress(**json.loads((folder / PROGRESS).read_text()))
-        if progress.written_by != fresh.written_by:
-            return fresh
+            return SftProgress(written_by=self._engine.signature)
+        progress = _read_progress(folder)
         path = _epoch_folder(folder, progress.epoch)
         self._engine.load(path)
         restore_random_state(torch.load(path / f"rng-{self._engine.rank}.pt"), self._engine.device)
@@ -185,6 +183,19 @@ class SupervisedFineTuning:
         """This rank's share of a batch, with weight 1; where it has fewer than the others, a stand-in of weight 0."""
         plan = data.plan(batch, self._config.micro_batch_tokens, self._engine.world_size, self._policy.packing)
         return [(rows, 1.0) if len(rows) else (batch[:1], 0.0) for rows in plan[self._engine.rank]]
+
+
+def _read_progress(folder: Path) -> SftProgress:
+    return SftProgress(**json.loads((folder / PROGRESS).read_text()))
+
+
+def _remove_unless_written_by(signature: dict[str, Any], folder: Path) -> None:
+    """Remove the epochs of another learner: written over in place, they would be a mixture if it came back."""
+    if not (folder / PROGRESS).is_file() or _read_progress(folder).written_by == signature:
+        return
+    (folder / PROGRESS).unlink()  # first: without it nobody reads an epoch
+    for epoch in folder.glob("epoch-*"):
+        shutil.rmtree(epoch)
 
 
 def _epoch_folder(folder: Path, epoch: int) -> Path:

@@ -149,9 +149,13 @@ def test_broken_off_it_goes_on_behind_the_last_whole_epoch_bit_for_bit(gangs, tm
     assert (again["reports"], again["checksum"]) == ([], whole["checksum"])
 
 
-def test_what_other_ranks_have_left_is_not_read(gangs, tmp_path):
-    gangs[2]("sft", CONFIG, str(tmp_path), killed_in=2)
-    result = gangs[1]("sft", CONFIG, str(tmp_path))
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_what_other_ranks_have_left_is_removed_before_anything_is_written(gangs, tmp_path, before, after):
+    gangs[before]("sft", CONFIG, str(tmp_path), killed_in=2)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"progress.json", "epoch-1"}
+    gangs[after]("sft", CONFIG, str(tmp_path), killed_in=1)
+    assert not any(tmp_path.iterdir())
+    result = gangs[after]("sft", CONFIG, str(tmp_path))
     assert {report["epoch"] for report in result["reports"]} == {1, 2}
 
 
