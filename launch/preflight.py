@@ -21,7 +21,7 @@ def check_config(config: Config) -> Placement:
     only by objectives and rewards that are not the project's own, and by rewards that need it.
     """
     placement = plan(config)  # finds the rewards, to know what their actors reserve
-    _check_objective(config.learner)
+    _check_objective(config.learner, config.train.staleness)
     for tracker in config.train.trackers:
         trackers.resolve(tracker)
     if config.model.path is None:
@@ -58,10 +58,10 @@ def plan_steps(config: Config, catalog: Catalog, model_path: Path) -> tuple[Data
     return order, steps, batch
 
 
-def _check_objective(config: LearnerConfig) -> None:
+def _check_objective(config: LearnerConfig, staleness: int) -> None:
     """Raise ObjectiveError where there is none of that name or import path, or it fails on a small batch."""
     if config.objective in objective_names():
         return
     from learner.objectives import check_objective, resolve
 
-    check_objective(resolve(config.objective), config)
+    check_objective(resolve(config.objective), config, staleness)

@@ -14,7 +14,7 @@ from learner.engine import ZeroEngine
 from learner.experience import Experience
 from learner.micro_batches import plan_micro_batches
 from learner.mismatch import check_mismatch
-from learner.objectives import CompletionBatch, resolve
+from learner.objectives import CompletionBatch, gets_rollout, resolve
 from learner.packing import PackedBatch
 from learner.phase_timer import PhaseTimer
 from learner.policy import Policy
@@ -68,7 +68,7 @@ class PolicyUpdate:
         self._config = config
         self._objective = resolve(config.objective)
         self._total = total_steps * config.updates_per_batch
-        self._off_policy = staleness > 0 or config.importance_sampling == "always"
+        self._gets_rollout = gets_rollout(config, staleness)
 
     def step(self, experience: Experience) -> dict[str, float]:
         """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.
@@ -173,7 +173,7 @@ class PolicyUpdate:
                     micro.advantages,
                     logp_old=micro.logp_old,
                     logp_ref=micro.logp_ref,
-                    logp_rollout=micro.logp_rollout if self._off_policy else None,
+                    logp_rollout=micro.logp_rollout if self._gets_rollout else None,
                 )
                 contributions, metrics = self._objective(batch, self._config)
                 loss = (contributions * micro.candidate_weights).sum() / count

@@ -158,6 +158,21 @@ def test_an_objective_of_the_working_directory_is_found(tmp_path: Path, monkeypa
     assert main(["train", "--dry-run", "learner.objective=losses/another.py:mine"]) == 0
 
 
+def test_an_objective_is_tried_as_the_run_will_call_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stale.py").write_text(
+        "from learner.objectives import objective\n\n"
+        "@objective(mean_over='completions')\ndef mine(batch, config):\n"
+        "    weight = 1.0 if batch.logp_rollout is None else importance(batch)\n"
+        "    return -batch.token_mean(batch.logp) * weight, {}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--dry-run", "learner.objective=stale.py:mine"]) == 0
+    assert main(["train", "--dry-run", "learner.objective=stale.py:mine", "train.staleness=1"]) == 1
+    assert "name 'importance' is not defined" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

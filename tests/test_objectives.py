@@ -248,7 +248,7 @@ def test_advantages_belong_to_the_objective() -> None:
 )
 def test_an_objective_that_could_not_train_is_refused(contributions: Callable[..., Any], message: str) -> None:
     with pytest.raises(ObjectiveError, match=message):
-        check_objective(objective(mean_over="completions")(contributions), LearnerConfig())
+        check_objective(objective(mean_over="completions")(contributions), LearnerConfig(), staleness=0)
 
 
 def with_advantages(advantages: Callable[..., Any]) -> Objective:
@@ -274,7 +274,7 @@ def with_advantages(advantages: Callable[..., Any]) -> Objective:
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_advantages_that_could_not_train_are_refused(advantages: Callable[..., Any], message: str) -> None:
     with pytest.raises(ObjectiveError, match=message) as caught:
-        check_objective(with_advantages(advantages), LearnerConfig())
+        check_objective(with_advantages(advantages), LearnerConfig(), staleness=0)
     assert f"advantages of {__name__}:<lambda>" in str(caught.value)
 
 
@@ -293,14 +293,43 @@ def test_advantages_may_change_the_rewards_they_get_and_are_float32() -> None:
     assert rewards[0].tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_an_objective_is_tried_with_a_reference_where_there_will_be_one(beta: float) -> None:
+@pytest.mark.parametrize(
+    ("config", "staleness", "given"),
+    [
+        ({"beta": 0.0}, 0, [set()]),
+        ({}, 0, [{"ref"}]),
+        ({}, 1, [{"ref", "rollout"}]),
+        ({"importance_sampling": "always"}, 0, [{"ref", "rollout"}]),
+        ({"updates_per_batch": 4}, 0, [{"ref"}, {"ref", "old"}]),
+        ({"updates_per_batch": 2, "beta": 0.0}, 1, [{"rollout"}, {"old", "rollout"}]),
+    ],
+)
+def test_an_objective_is_tried_with_what_a_run_will_give_it(
+    config: dict[str, Any], staleness: int, given: list[set[str]]
+) -> None:
     seen = []
 
     @objective(mean_over="completions")
     def noting(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        seen.append(batch.logp_ref is not None)
+        seen.append({name for name in ("old", "ref", "rollout") if getattr(batch, f"logp_{name}") is not None})
         return batch.token_sum(batch.logp), {}
 
-    check_objective(noting, LearnerConfig(beta=beta))
-    assert seen == [beta > 0]
+    check_objective(noting, LearnerConfig(**config), staleness)
+    assert seen == given
+
+
+@pytest.mark.parametrize("name", objective_names())
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_our_own_pass_what_others_are_tried_with(name: str, staleness: int) -> None:
+    check_objective(resolve(name), LearnerConfig(updates_per_batch=2), staleness)
+
+
+def test_what_fails_from_the_second_update_on_is_said_beforehand() -> None:
+    @objective(mean_over="completions")
+    def misspelt(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        ratio = 1.0 if batch.logp_old is None else (batch.logp - batch.logp_odl).exp()  # type: ignore[attr-defined]
+        return -batch.token_mean(batch.logp * ratio), {}
+
+    check_objective(misspelt, LearnerConfig(), staleness=0)
+    with pytest.raises(ObjectiveError, match="no attribute 'logp_odl'"):
+        check_objective(misspelt, LearnerConfig(updates_per_batch=2), staleness=0)

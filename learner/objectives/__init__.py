@@ -2,9 +2,16 @@
 
 from catalog.own_code import OwnCodeError, find_code
 from learner.config import objective_names
-from learner.objectives.base import CompletionBatch, Objective, ObjectiveError, check_objective, objective
+from learner.objectives.base import (
+    CompletionBatch,
+    Objective,
+    ObjectiveError,
+    check_objective,
+    gets_rollout,
+    objective,
+)
 
-__all__ = ["CompletionBatch", "Objective", "ObjectiveError", "check_objective", "objective", "resolve"]
+__all__ = ["CompletionBatch", "Objective", "ObjectiveError", "check_objective", "gets_rollout", "objective", "resolve"]
 
 
 def resolve(name: str) -> Objective:

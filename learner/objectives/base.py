@@ -1,7 +1,7 @@
 """What objectives share: the arrays they see, how their sum becomes a mean, and the terms they are made of."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -168,10 +168,16 @@ class Objective:
         return sum(len(tokens) for group in candidates for tokens in group)
 
 
-def check_objective(objective: Objective, config: LearnerConfig) -> None:
-    """Call an objective on a small batch, and its advantages on groups of different sizes, one with equal rewards.
+def gets_rollout(config: LearnerConfig, staleness: int) -> bool:
+    """Whether the batches of a run with that train.staleness have logp_rollout."""
+    return staleness > 0 or config.importance_sampling == "always"
 
-    Raises ObjectiveError where it fails, or its loss would train nothing.
+
+def check_objective(objective: Objective, config: LearnerConfig, staleness: int) -> None:
+    """Call an objective on small batches with what a run with that train.staleness will give it.
+
+    Its advantages are called on groups of different sizes, one with equal rewards. Raises ObjectiveError where
+    something fails, or its loss would train nothing.
     """
     rewards = [[1.0, 0.0, -0.5, 0.0], [0.0, 0.0, 0.0], [0.25, 1.0]]
     objective.advantages([np.array(group, np.float32) for group in rewards], config.normalize_std)
@@ -179,13 +185,21 @@ def check_objective(objective: Objective, config: LearnerConfig) -> None:
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False], [True, True, True]])
     logp = logp.masked_fill(~mask, 0.0).requires_grad_()
     reference = (logp.detach() * 1.1) if config.beta else None
-    batch = CompletionBatch(logp, mask, torch.tensor([1.0, -0.5, 0.0, -0.5]), logp_ref=reference)
+    rollout = (logp.detach() * 0.9) if gets_rollout(config, staleness) else None
+    first = CompletionBatch(logp, mask, torch.tensor([1.0, -0.5, 0.0, -0.5]), logp_ref=reference, logp_rollout=rollout)
+    _try(objective, config, first)
+    if config.updates_per_batch > 1:
+        _try(objective, config, replace(first, logp_old=logp.detach() * 1.05))
+
+
+def _try(objective: Objective, config: LearnerConfig, batch: CompletionBatch) -> None:
+    """Raise ObjectiveError where the contributions and their gradient are not finite numbers that can train."""
     contributions, _ = objective(batch, config)
     if not contributions.requires_grad:
         raise ObjectiveError(
             f"objective {objective}: its contributions do not depend on batch.logp: nothing can learn"
         )
-    (gradient,) = torch.autograd.grad(contributions.sum(), logp)
+    (gradient,) = torch.autograd.grad(contributions.sum(), batch.logp)
     if not (contributions.isfinite().all() and gradient.isfinite().all()):
         raise ObjectiveError(
             f"objective {objective}: of a small batch with finite log-probabilities its contributions or their "
