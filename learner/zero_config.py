@@ -18,6 +18,7 @@ def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, 
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0 if clips_itself(config) else optimizer.gradient_clipping,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward pass and step
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

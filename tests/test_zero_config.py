@@ -19,6 +19,15 @@ def test_a_users_keys_are_merged_over_ours_at_any_depth():
     assert made["wall_clock_breakdown"] is True
 
 
+def test_no_timer_of_deepspeed_waits_for_the_device_unless_asked_for():
+    assert not timers(LearnerConfig()).enabled
+    assert timers(LearnerConfig(deepspeed={"timers": {"throughput": {"enabled": True}}})).enabled
+
+
+def timers(config):
+    return DeepSpeedConfig(zero_config(config, OptimizerConfig())).timers_config
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_gradients_cross_ranks_in_float32(stage):
     made = zero_config(LearnerConfig(zero_stage=stage, dtype="bfloat16"), OptimizerConfig())
