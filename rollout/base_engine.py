@@ -14,6 +14,7 @@ from rollout.config import RolloutConfig, Strategy
 from rollout.dynamic import select
 from rollout.engine import EngineDied
 from rollout.groups import Candidates
+from rollout.vllm_arguments import EngineError
 from rollout.vllm_engine import (
     call_workers,
     check_requests,
@@ -95,7 +96,11 @@ class BaseEngine(ABC):
         """See RolloutEngine.load_weights."""
         with self._that_may_die():
             loaded = call_workers(self._llm, "load_bucket_weights", list(buckets))
-            self._llm.reset_prefix_cache()
+            if not self._llm.reset_prefix_cache():
+                raise EngineError(
+                    "vLLM keeps keys and values of the old weights, since requests still hold blocks of its cache: "
+                    "load weights while nothing is generated"
+                )
         return combine(loaded)
 
     def sleep(self) -> None:

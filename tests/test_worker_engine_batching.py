@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from rollout.vllm_internals import (
     UnsupportedModelError,
 )
 from rollout.vllm_weights import WeightsWorker
+from rollout.worker_engine import WorkerEngine
 
 
 def paged_model(engine: Any) -> PagedModel:
@@ -120,6 +121,22 @@ def test_internals_name_what_moved() -> None:
     runner = SimpleNamespace(**dict.fromkeys(name for name in RUNNER_NAMES if name != "attn_groups"))
     with pytest.raises(UnsupportedModelError, match=r"SimpleNamespace has no attn_groups.*requests"):
         PagedModel(runner)
+
+
+@pytest.mark.parametrize("cache_dropped", [True, False])
+def test_keys_and_values_of_old_weights_are_an_error(cache_dropped: bool) -> None:
+    engine = WorkerEngine.__new__(WorkerEngine)
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(model_executor=None),
+        collective_rpc=lambda method, args: [3, 4],
+        reset_prefix_cache=lambda: cache_dropped,
+    )
+    engine._llm = cast(Any, llm)
+    if cache_dropped:
+        assert engine.load_weights([]) == 7
+    else:
+        with pytest.raises(EngineError, match="keys and values of the old weights"):
+            engine.load_weights([])
 
 
 def having(names: Sequence[str], but: str) -> SimpleNamespace:
