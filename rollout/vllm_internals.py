@@ -111,7 +111,8 @@ class PagedModel:
             )
         groups = self._runner.kv_cache_config.kv_cache_groups
         kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-        if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+        # Not a subclass: latent attention, sinks and others ask more of a runner.
+        if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
             raise UnsupportedModelError(
                 f"the model's KV cache has groups {kinds}; the worker engine serves one group of full attention: "
                 "use rollout.engine=requests"

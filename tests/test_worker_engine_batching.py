@@ -123,6 +123,29 @@ def test_internals_name_what_moved() -> None:
         PagedModel(runner)
 
 
+def test_caches_that_ask_more_of_a_runner_are_refused() -> None:
+    """Latent attention, attention sinks: their specifications are kinds of vLLM's FullAttentionSpec."""
+    from vllm.v1 import kv_cache_interface
+
+    shape: Any = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    full = kv_cache_interface.FullAttentionSpec(**shape)
+    latent, sinks = kv_cache_interface.MLAAttentionSpec(**shape), kv_cache_interface.SinkFullAttentionSpec(**shape)
+
+    def model_with(*specs: Any) -> PagedModel:
+        groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+        values: dict[str, Any] = dict.fromkeys(RUNNER_NAMES)
+        values["model_config"] = SimpleNamespace(get_vocab_size=lambda: 50)
+        values["device"] = torch.device("cuda")
+        values["kv_caches"] = [torch.zeros(7, 2)]
+        values["kv_cache_config"] = SimpleNamespace(num_blocks=7, kv_cache_groups=groups)
+        return PagedModel(SimpleNamespace(**values))
+
+    assert model_with(full).block_size == 16
+    for specs, kinds in (((latent,), "MLAAttentionSpec"), ((sinks,), "SinkFull"), ((full, full), "Full.*Full")):
+        with pytest.raises(UnsupportedModelError, match=rf"groups \['{kinds}.*\].*rollout.engine=requests"):
+            model_with(*specs)
+
+
 @pytest.mark.parametrize("cache_dropped", [True, False])
 def test_keys_and_values_of_old_weights_are_an_error(cache_dropped: bool) -> None:
     engine = WorkerEngine.__new__(WorkerEngine)
