@@ -1,8 +1,12 @@
 """Which block of the paged KV cache holds which tokens of which beam: planned on the host, in whole arrays."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+ALIGNMENT = 128
+"""Tokens that the width of block tables is a multiple of, as vLLM's own runners make them for every kernel."""
 
 
 class OutOfBlocksError(RuntimeError):
@@ -27,7 +31,9 @@ class BeamBlocks:
         slots = len(prompts) * beams
         self.length = np.zeros(slots, np.int64)
         """Tokens of each beam that are in the cache, or will be after the next forward pass."""
-        self.table = np.zeros((slots, max(_columns(len(prompt), block_size) for prompt in prompts)), np.int32)
+        self.table = np.zeros((slots, 0), np.int32)
+        """The blocks of each beam, from its first token on; 0 behind its last."""
+        self._widen(max(int(_columns(len(prompt), block_size)) for prompt in prompts))
         self._free = np.arange(1, num_blocks, dtype=np.int32)
         self.shared = np.zeros(len(prompts), np.int64)
         """Leading tokens of each prompt that an earlier prompt computes."""
@@ -94,7 +100,9 @@ class BeamBlocks:
 
     def _widen(self, columns: int) -> None:
         if columns > self.table.shape[1]:
-            self.table = np.pad(self.table, ((0, 0), (0, columns - self.table.shape[1])))
+            aligned = ALIGNMENT // math.gcd(ALIGNMENT, self.block_size)
+            more = int(_columns(columns, aligned)) * aligned - self.table.shape[1]
+            self.table = np.pad(self.table, ((0, 0), (0, more)))
 
     def _take(self, count: int, first: int = 0) -> np.ndarray:
         """Blocks that are free no longer: `count` of them, leaving out the `first` ones."""
