@@ -10,7 +10,8 @@ from learner.deepspeed_keys import check_deepspeed
 
 def zero_config(config: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
     """DeepSpeed's configuration for ours; `config.deepspeed` is merged over it, key by key."""
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    communicates = config.ranks > 1 and torch.cuda.is_available()  # else a second bucket and a wait for nothing
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": communicates}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     ours: dict[str, Any] = {

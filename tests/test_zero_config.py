@@ -28,6 +28,13 @@ def timers(config):
     return DeepSpeedConfig(zero_config(config, OptimizerConfig())).timers_config
 
 
+@pytest.mark.parametrize(("ranks", "on_gpu", "overlaps"), [(1, True, False), (2, True, True), (2, False, False)])
+def test_communication_overlaps_where_ranks_on_gpus_communicate(monkeypatch, ranks, on_gpu, overlaps):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    made = zero_config(LearnerConfig(zero_stage=2, ranks=ranks), OptimizerConfig())
+    assert made["zero_optimization"]["overlap_comm"] is overlaps
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_gradients_cross_ranks_in_float32(stage):
     made = zero_config(LearnerConfig(zero_stage=stage, dtype="bfloat16"), OptimizerConfig())
