@@ -29,11 +29,10 @@ class Children:
     policy: torch.Tensor | None = None
     """float64 [R, W]: log-probability among the node's children, where a search asks for it."""
 
-    def only_child(self, where: torch.Tensor, edge: torch.Tensor, logprob: torch.Tensor | float) -> "Children":
-        """Where a node has but one child, that one: where, edge and logprob are like the rows [...]."""
+    def only_child(self, where: torch.Tensor, edge: torch.Tensor, logprob: float) -> "Children":
+        """Where a node has but one child, that one: where and edge are like the rows [...]."""
         first = torch.arange(self.edge.shape[-1], device=where.device) == 0
-        value = torch.as_tensor(logprob, device=where.device).expand_as(where)[..., None]
-        one, only = where[..., None], torch.where(first, value, NEG_INF)
+        one, only = where[..., None], torch.where(first, logprob, NEG_INF)
         return replace(
             self,
             logprob=torch.where(one, only, self.logprob),

@@ -27,9 +27,8 @@ class DeviceTrie:
 
     @classmethod
     def of(cls, trie: Trie, device: torch.device | str = "cpu") -> "DeviceTrie":
-        first_edge, edge_token, edge_target = (
-            as_tensor(array).to(device) for array in (trie.first_edge, trie.edge_token, trie.edge_target)
-        )
+        arrays = trie.first_edge, trie.edge_token, trie.edge_target
+        first_edge, edge_token, edge_target = (as_tensor(array).to(device, non_blocking=True) for array in arrays)
         return cls(first_edge, edge_token, edge_target, np.diff(trie.level_start, append=trie.num_nodes), trie)
 
     @property
@@ -40,6 +39,9 @@ class DeviceTrie:
     @property
     def device(self) -> torch.device:
         return self.first_edge.device
+
+    def _there(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def fanout(self, node: torch.Tensor) -> torch.Tensor:
         """int64, like node: number of children."""
@@ -52,17 +54,17 @@ class DeviceTrie:
     @cached_property
     def chain(self) -> torch.Tensor:
         """int32 [N]: how many further nodes the trie forces from each node on, the next one that branches included."""
-        return torch.from_numpy(self._chains[0]).to(self.device)
+        return self._there(self._chains[0])
 
     @cached_property
     def forced_to_end(self) -> torch.Tensor:
         """bool [N]: whether but one title lies below a node, so that all of its further tokens are forced."""
-        return torch.from_numpy(self._chains[1]).to(self.device)
+        return self._there(self._chains[1])
 
     @cached_property
     def _chain_fanout(self) -> torch.Tensor:
         """int64 [N]: number of children where the chain from each node ends."""
-        return torch.from_numpy(self._chains[2]).to(self.device)
+        return self._there(self._chains[2])
 
     def down_chains(self, node: torch.Tensor, length: torch.Tensor, longest: int) -> torch.Tensor:
         """int64 [..., longest + 1]: each node, then the `length` nodes that it forces; the last one again behind them.
@@ -79,12 +81,12 @@ class DeviceTrie:
         """int64 [N]: all nodes, chain after chain from its first node to the one that branches or ends."""
         nodes = np.empty_like(self._places)
         nodes[self._places] = np.arange(len(nodes))
-        return torch.from_numpy(nodes).to(self.device)
+        return self._there(nodes)
 
     @cached_property
     def _place(self) -> torch.Tensor:
         """int64 [N]: where each node lies in `_in_chains`."""
-        return torch.from_numpy(self._places).to(self.device)
+        return self._there(self._places)
 
     @cached_property
     def _places(self) -> np.ndarray:

@@ -11,7 +11,7 @@ _FIRST, _SECOND = -4658895280553007687, -7723592293110705685
 def seed_tensor(seeds: Sequence[int], device: torch.device) -> torch.Tensor:
     """int64 [n] of integers of any size, modulo 2**64."""
     wrapped = [(int(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
-    return torch.tensor(wrapped, dtype=torch.int64, device=device)
+    return torch.tensor(wrapped, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def uniform(seed: torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:

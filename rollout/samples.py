@@ -44,7 +44,7 @@ class IndependentSamples:
 
     def _numbers(self, frontier: Frontier, rows: slice) -> torch.Tensor:
         """float64 [r, G] in (0, 1): of some rows of the frontier, one for each sample of the group."""
-        group = torch.from_numpy(frontier.slot[rows] // self.beams).to(self._seed.device)
+        group = torch.from_numpy(frontier.slot[rows] // self.beams).to(self._seed.device, non_blocking=True)
         return uniform(self._seed, self._sample, torch.full_like(self._sample, self._step))[group]
 
     def _drawn(self, frontier: Frontier, children: Children) -> tuple[torch.Tensor, torch.Tensor]:

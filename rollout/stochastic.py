@@ -50,7 +50,7 @@ class StochasticBeamSearch(BeamSearch):
     def children(self, frontier: Frontier, rows: slice, logits: torch.Tensor) -> Children:
         """See TrieSearch: the G + 1 whose log-probability plus noise is largest."""
         group = torch.from_numpy(np.repeat(frontier.slot // self.beams, frontier.count)[rows])
-        seed = self._seed[group.to(self._seed.device)]
+        seed = self._seed[group.to(self._seed.device, non_blocking=True)]
 
         def perturbed(row: torch.Tensor, edge: torch.Tensor, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             policy = raw.double().log_softmax(1)

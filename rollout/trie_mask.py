@@ -94,7 +94,7 @@ class Sampling:
         temperature = torch.tensor([request.temperature for request in requests], dtype=torch.float64)
         seed = seed_tensor([request.seed for request in requests], host)
         number = uniform(seed, torch.tensor([request.sample for request in requests]), torch.tensor(list(depths)))
-        return cls(temperature.to(device), number.to(device))
+        return cls(temperature.to(device, non_blocking=True), number.to(device, non_blocking=True))
 
     def __getitem__(self, rows: slice) -> "Sampling":
         return Sampling(self.temperature[rows], self.number[rows])

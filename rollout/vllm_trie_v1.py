@@ -82,7 +82,7 @@ class TrieLogitsProcessor(LogitsProcessor):
         return Sampling.of([row.request for row in rows], [len(row.output) for row in rows], self._device)
 
     def _to_device(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values).to(self._device)
+        return torch.tensor(values).to(self._device, non_blocking=True)
 
     def _advance(self) -> None:
         """Walk every row along the tokens that it has generated since the last call: one for most rows."""

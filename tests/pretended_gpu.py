@@ -1,7 +1,8 @@
 """A CUDA device where there is none: tensors that say they are on `cuda:0` and compute in the host's memory.
 
 What a GPU refuses is refused: operations on tensors of both devices, and handing values to numpy. What makes the host
-wait for a GPU is counted. So code for a GPU can be run and its results compared; kernels, streams and speed cannot.
+wait for a GPU is counted: values that it wants, and copies in either direction that are not said to be `non_blocking`.
+So code for a GPU can be run and its results compared; kernels, streams and speed cannot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 CUDA = torch.device("cuda", 0)
 _TRANSFERS = {"to", "cpu", "cuda", "copy_"}
+_SENDS = {"to", "cuda", "tensor", "as_tensor"}
 _WAITS = {"item", "tolist", "nonzero", "masked_select", "unique", "equal", "allclose", "argwhere"}
 _WAITS |= {"__bool__", "__int__", "__float__", "__index__"}
 _ABOUT_PLACE = {"device": CUDA, "is_cuda": True, "is_cpu": False}
@@ -66,7 +68,7 @@ def _run(gpu: PretendedGpu | None, func: Any, args: Sequence[Any], kwargs: dict[
         raise RuntimeError(f"{name}: tensors of the host, of shapes {strangers}, beside those of the GPU")
     if name == "numpy" and here:
         raise TypeError("numpy cannot read a tensor of the GPU")
-    if gpu is not None and here and _waits(name, args, kwargs, target):
+    if gpu is not None and (_waits(name, args, kwargs, target) if here else _sends(name, kwargs, target)):
         gpu.waits.append(name)
     found = func(*tree_map(_host, args), **tree_map(_host, kwargs))
     if name in _TRANSFERS and target is not None and isinstance(found, torch.Tensor):
@@ -88,13 +90,19 @@ def _target(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.dev
 
 def _waits(name: str, args: Sequence[Any], kwargs: dict[str, Any], target: torch.device | None) -> bool:
     if name == "copy_":
-        return not isinstance(args[0], PretendedTensor)
+        between = isinstance(args[0], PretendedTensor) != isinstance(args[1], PretendedTensor)
+        return between and not kwargs.get("non_blocking")
     if name in ("__getitem__", "__setitem__"):
         return any(leaf.dtype == torch.bool for leaf in tree_iter(args[1]) if isinstance(leaf, torch.Tensor))
     if name == "repeat_interleave":
         repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0])
         return isinstance(repeats, torch.Tensor) and kwargs.get("output_size") is None
     return name in _WAITS or (target is not None and target.type == "cpu")
+
+
+def _sends(name: str, kwargs: dict[str, Any], target: torch.device | None) -> bool:
+    """Whether values of the host's go to the GPU, and the host waits until they are there."""
+    return name in _SENDS and target is not None and target.type == "cuda" and not kwargs.get("non_blocking")
 
 
 def _pretended(leaf: Any) -> Any:

@@ -52,7 +52,8 @@ def search(made: TrieSearch, logits: torch.Tensor, gpu: PretendedGpu | None = No
         frontier = made.frontier()
         if not frontier.size:
             return made.results()
-        group = torch.from_numpy(np.repeat(frontier.slot // made.beams, frontier.count)).to(logits.device)
+        group = torch.from_numpy(np.repeat(frontier.slot // made.beams, frontier.count))
+        group = group.to(logits.device, non_blocking=True)
         made.advance(frontier, made.children(frontier, slice(None), logits[group, frontier.node]))
         assert gpu is None or len(gpu.waits) - before <= allowed
 
@@ -69,6 +70,23 @@ def test_what_a_gpu_refuses_is_refused() -> None:
         assert there[there > 1].tolist() == [2, 3]
         assert int(there.sum()) == 6
         assert gpu.waits == ["__getitem__", "tolist", "__int__"]
+
+
+def test_copies_that_the_host_waits_for_are_counted() -> None:
+    host, waits = torch.arange(4), ["to", "tensor", "as_tensor", "copy_", "copy_", "cpu"]
+    with pretended_gpu() as gpu:
+        there = host.to("cuda", non_blocking=True)
+        there.copy_(host, non_blocking=True)
+        there.to("cuda").copy_(there)
+        torch.as_tensor(there, device="cuda")
+        assert not gpu.waits
+        host.to("cuda")
+        torch.tensor([1, 2], device="cuda")
+        torch.as_tensor(1.0, device="cuda")
+        there.copy_(host)
+        host.clone().copy_(there)
+        there.cpu()
+        assert gpu.waits == waits
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -97,10 +115,12 @@ def test_the_trie_mask_waits_for_the_device_once(space: LogprobSpace) -> None:
     def walked(device: str) -> list[torch.Tensor]:
         there, mask = torch.device(device), TrieMask(DeviceTrie.of(TRIE, device), space)
         sampling = Sampling.of(requests, [0] * len(nodes), there)
-        constrained, free = logits.to(there, copy=True), logits.to(there, copy=True)
-        mask.constrain_(constrained, rows.to(there), nodes.to(there), sampling)
-        mask.normalise_(free, rows.to(there), sampling)
-        return [constrained, free, mask.step(nodes.to(there), tokens.to(there))]
+        inputs = (logits, logits, rows, nodes, tokens)
+        constrained, free, *places = (values.to(there, non_blocking=True, copy=True) for values in inputs)
+        row, node, token = places
+        mask.constrain_(constrained, row, node, sampling)
+        mask.normalise_(free, row, sampling)
+        return [constrained, free, mask.step(node, token)]
 
     expected = walked("cpu")
     with pretended_gpu() as gpu:
