@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from learner.lost_peer import Rank0Failed
 from learner.master_weights import step_master_weights
 from learner.zero_config import adamw_arguments, clips_itself, zero_config
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -187,6 +188,13 @@ class ZeroEngine:
         if self.world_size > 1:
             torch.distributed.all_reduce(summed)
         return summed.tolist()
+
+    def of_all_ranks(self, value: T) -> list[T]:
+        """The value of each rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -69,6 +69,8 @@ class PolicyUpdate:
         self._objective = resolve(config.objective)
         self._total = total_steps * config.updates_per_batch
         self._gets_rollout = gets_rollout(config, staleness)
+        self._metric_names: set[frozenset[str]] = set()
+        # That calls of the objective have returned; one set, or a mistake.
 
     def step(self, experience: Experience) -> dict[str, float]:
         """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.
@@ -181,6 +183,7 @@ class PolicyUpdate:
                 # The engine averages over ranks; the loss is a sum over them.
                 weighted = loss * (micro.weight * self._engine.world_size)
                 self._engine.backward(weighted, last=index == len(micro_batches) - 1)
+            self._metric_names.add(frozenset(metrics))
             if keep_old:
                 micro.logp_old = logp.detach()
             for name, value in {**_sums(micro, logp.detach()), **metrics, "loss": loss.detach()}.items():
@@ -198,8 +201,14 @@ class PolicyUpdate:
             self._reference.follow(self._config.reference_sync_alpha)
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics over all ranks out of this rank's sums: totals of TOTALS, else means over fed candidates."""
-        summed = dict(zip(sums, self._engine.total(torch.stack(list(sums.values())).tolist()), strict=True))
+        """Metrics over all ranks out of this rank's sums: totals of TOTALS, else means over fed candidates.
+
+        Raises ObjectiveError, on all ranks, where one's objective has returned other metrics than before or elsewhere.
+        """
+        own = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        names, ranks = zip(*self._engine.of_all_ranks((self._metric_names, own)), strict=True)
+        self._objective.check_names(set().union(*names))
+        summed = {name: sum(of_rank[name] for of_rank in ranks) for name in own}
         candidates = max(summed.pop("candidates"), 1.0)
         return {name: value if name in TOTALS else value / candidates for name, value in summed.items()}
 

@@ -333,3 +333,16 @@ def test_what_fails_from_the_second_update_on_is_said_beforehand() -> None:
     check_objective(misspelt, LearnerConfig(), staleness=0)
     with pytest.raises(ObjectiveError, match="no attribute 'logp_odl'"):
         check_objective(misspelt, LearnerConfig(updates_per_batch=2), staleness=0)
+
+
+def test_metrics_of_later_updates_only_are_refused_beforehand() -> None:
+    @objective(mean_over="completions")
+    def late(batch: CompletionBatch, config: LearnerConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        metrics = {} if batch.logp_old is None else {"moved": batch.token_mean(batch.logp_old)}
+        return -batch.token_mean(batch.logp), {"entropy": batch.advantages, **metrics}
+
+    check_objective(late, LearnerConfig(), staleness=0)
+    with pytest.raises(
+        ObjectiveError, match=r"objective .*late returned the metrics \['moved'\] in some calls and not"
+    ):
+        check_objective(late, LearnerConfig(updates_per_batch=2), staleness=0)

@@ -1,6 +1,6 @@
 """What objectives share: the arrays they see, how their sum becomes a mean, and the terms they are made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -161,6 +161,15 @@ class Objective:
                     f"got {shape}. The learner itself sums contributions and divides them"
                 )
 
+    def check_names(self, returned: Collection[frozenset[str]]) -> None:
+        """Raise ObjectiveError where calls have returned metrics of different names; returned: those of each call."""
+        if len(set(returned)) > 1:
+            some = frozenset.union(*returned) - frozenset.intersection(*returned)
+            raise ObjectiveError(
+                f"objective {self} returned the metrics {sorted(map(str, some))} in some calls and not in others: return the "
+                "same at every call, since they are averaged over all completions; where there is nothing, 0"
+            )
+
     def count(self, candidates: Sequence[Sequence[Sequence[int]]]) -> int:
         """What the update's contributions are divided by. candidates[group][rank] are the tokens of a candidate."""
         if self.normaliser == "completions":
@@ -187,14 +196,13 @@ def check_objective(objective: Objective, config: LearnerConfig, staleness: int)
     reference = (logp.detach() * 1.1) if config.beta else None
     rollout = (logp.detach() * 0.9) if gets_rollout(config, staleness) else None
     first = CompletionBatch(logp, mask, torch.tensor([1.0, -0.5, 0.0, -0.5]), logp_ref=reference, logp_rollout=rollout)
-    _try(objective, config, first)
-    if config.updates_per_batch > 1:
-        _try(objective, config, replace(first, logp_old=logp.detach() * 1.05))
+    later = [replace(first, logp_old=logp.detach() * 1.05)] if config.updates_per_batch > 1 else []
+    objective.check_names([_try(objective, config, batch) for batch in (first, *later)])
 
 
-def _try(objective: Objective, config: LearnerConfig, batch: CompletionBatch) -> None:
-    """Raise ObjectiveError where the contributions and their gradient are not finite numbers that can train."""
-    contributions, _ = objective(batch, config)
+def _try(objective: Objective, config: LearnerConfig, batch: CompletionBatch) -> frozenset[str]:
+    """Names of the metrics that a call returns. Raises ObjectiveError where its loss would train nothing."""
+    contributions, metrics = objective(batch, config)
     if not contributions.requires_grad:
         raise ObjectiveError(
             f"objective {objective}: its contributions do not depend on batch.logp: nothing can learn"
@@ -205,6 +213,7 @@ def _try(objective: Objective, config: LearnerConfig, batch: CompletionBatch) ->
             f"objective {objective}: of a small batch with finite log-probabilities its contributions or their "
             f"gradient are not finite: {contributions.tolist()}"
         )
+    return frozenset(metrics)
 
 
 def objective(
