@@ -138,7 +138,7 @@ def test_metrics_that_not_every_micro_batch_has_end_the_run_on_all_ranks(gangs, 
     failed = [process.train.remote(config, steps) for process in gangs[ranks].processes]
     for rank in failed:
         with pytest.raises(Exception, match=r"ObjectiveError: objective .*:mine returned the metrics \['a'\] in some"):
-            ray.get(rank, timeout=60)
+            ray.get(rank, timeout=120)
 
 
 @pytest.mark.parametrize("names", ["['a'] if get_rank() else []", "['a'] if get_rank() else ['b']"])
@@ -146,7 +146,7 @@ def test_metrics_that_not_every_rank_has_end_the_run_on_all_ranks(gangs, steps, 
     config = replace(CONFIG, objective=own_objective(tmp_path, names))
     for rank in [process.train.remote(config, steps) for process in gangs[2].processes]:
         with pytest.raises(Exception, match=r"ObjectiveError: objective .*:mine returned the metrics \['a'"):
-            ray.get(rank, timeout=60)
+            ray.get(rank, timeout=120)
 
 
 def test_metrics_may_come_in_any_order(gangs, steps, tmp_path):

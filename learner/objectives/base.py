@@ -164,10 +164,10 @@ class Objective:
     def check_names(self, returned: Collection[frozenset[str]]) -> None:
         """Raise ObjectiveError where calls have returned metrics of different names; returned: those of each call."""
         if len(set(returned)) > 1:
-            some = frozenset.union(*returned) - frozenset.intersection(*returned)
+            some = sorted(map(str, frozenset.union(*returned) - frozenset.intersection(*returned)))
             raise ObjectiveError(
-                f"objective {self} returned the metrics {sorted(map(str, some))} in some calls and not in others: return the "
-                "same at every call, since they are averaged over all completions; where there is nothing, 0"
+                f"objective {self} returned the metrics {some} in some calls and not in others: return the same at every "
+                "call, since they are averaged over all completions; where there is nothing, 0"
             )
 
     def count(self, candidates: Sequence[Sequence[Sequence[int]]]) -> int:
