@@ -97,13 +97,15 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         """[K, D]: the last hidden states of the fed tokens that have a target."""
-        tree = {}
+        tree, mask = {}, batch.attention_mask
         if batch.subtree_end is not None:
             tree["tree"] = TreeMask(batch.subtree_end, batch.positions[0], batch.rows)
+            # Read by nobody; without one, transformers asks the device whether positions are of several sequences.
+            mask = torch.ones_like(batch.tokens, dtype=torch.bool)
         output = self.lm.base_model(
             input_ids=batch.tokens,
             position_ids=batch.positions,
-            attention_mask=batch.attention_mask,
+            attention_mask=mask,
             use_cache=False,
             **tree,
         )

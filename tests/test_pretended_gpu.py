@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -180,13 +180,14 @@ def dense_attention(
         scores = score_mod(scores)
     every = torch.arange(query.shape[2], device=query.device)
     listed = block_mask.to_dense()[0, 0].bool().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-    visible = block_mask.mask_mod(every, every, every[:, None], every) & listed.to(query.device)
+    listed = listed.to(query.device, non_blocking=True)
+    visible = block_mask.mask_mod(every, every, every[:, None], every) & listed
     return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value
 
 
 def host_block_mask(*blocks: torch.Tensor, **others: Any) -> BlockMask:
     """torch's own code for block masks maps over them in a way that cannot be pretended."""
-    return BLOCK_MASK(*(tensor.cpu() for tensor in blocks), **others)
+    return BLOCK_MASK(*(cast(PretendedTensor, tensor).host for tensor in blocks), **others)
 
 
 BLOCK_MASK = BlockMask.from_kv_blocks
@@ -206,9 +207,11 @@ def test_the_policy(name: str, space: LogprobSpace, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(attention, "_kernel_options", lambda query: None)
     monkeypatch.setattr(BlockMask, "from_kv_blocks", host_block_mask)
     move(lm)
-    with pretended_gpu():
+    with pretended_gpu() as gpu:
         batch = policy.pack(prompts, candidates)
         assert batch.tokens.is_cuda
         assert batch.tokens.shape[1] % CUDA_BUCKET == 0
+        gpu.waits.clear()
         found = policy(batch)
+        assert not gpu.waits
     torch.testing.assert_close(found.host, expected, rtol=1e-4, atol=1e-5)
