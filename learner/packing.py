@@ -71,10 +71,21 @@ class Choices:
         return _moved(self, device)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of the host on the learner's device; nobody waits until it is there.
+
+    A GPU copies out of pinned memory, which torch gives to nobody else before the copy is done.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+
 def _moved(record: Any, device: torch.device | str) -> Any:
-    """A dataclass with all of its tensors on another device."""
+    """A dataclass of the host with all of its tensors, and those of a record in it, on another device."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return replace(record, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
+    tensors = {name: to_device(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+    records = {name: value.to(device) for name, value in values.items() if isinstance(value, Choices)}
+    return replace(record, **tensors, **records)
 
 
 @dataclass(frozen=True)

@@ -126,16 +126,16 @@ class SupervisedFineTuning:
 
     def valid_loss(self) -> float:
         """Mean negative log-probability per title token of the validation examples, over all ranks."""
-        loss = tokens = 0.0
+        loss, tokens = self._no_loss(), 0.0
         self._policy.eval()  # without the dropout of adapters
         with torch.no_grad():
             for rows, weight in self._micro_batches(self._valid, np.arange(len(self._valid))):
                 logp, _ = self._logprobs(self._valid, rows)
-                loss -= weight * float(logp.sum())
+                loss -= weight * logp.sum()
                 tokens += weight * self._valid.title_tokens(rows)
         self._policy.train()
-        loss, tokens = self._engine.total([loss, tokens])
-        return loss / tokens
+        summed, tokens = self._engine.total([float(loss), tokens])
+        return summed / tokens
 
     def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
         """One pass; the reports give the mean loss of the epoch so far on this rank."""
@@ -160,17 +160,22 @@ class SupervisedFineTuning:
         sft = self._config.sft
         count = self._train.title_tokens(batch)
         micro_batches = self._micro_batches(self._train, batch)
-        loss = tokens = fed = 0.0
+        tokens = fed = 0.0
+        loss = self._no_loss()
         for index, (rows, weight) in enumerate(micro_batches):
             logp, packed_tokens = self._logprobs(self._train, rows)
             summed = -weight * logp.sum()
             # The engine averages over ranks; the loss is a sum over them.
             self._engine.backward(summed * (self._engine.world_size / count), last=index == len(micro_batches) - 1)
-            loss += float(summed.detach())
+            loss += summed.detach()
             tokens += weight * self._train.title_tokens(rows)
             fed += packed_tokens
         self._engine.step(learning_rate(sft.optimizer, step, sft.epochs * self._updates_per_epoch))
-        return loss, tokens, fed
+        return float(loss), tokens, fed
+
+    def _no_loss(self) -> Tensor:
+        """float64 []: what losses are added to on the device, so that no micro-batch waits for it."""
+        return torch.zeros((), dtype=torch.float64, device=self._engine.device)
 
     def _logprobs(self, data: SupervisedExamples, rows: np.ndarray) -> tuple[Tensor, int]:
         """Log-probabilities of the title tokens, float32 [rows, T], and the tokens that were fed."""

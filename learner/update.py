@@ -15,7 +15,7 @@ from learner.experience import Experience
 from learner.micro_batches import plan_micro_batches
 from learner.mismatch import check_mismatch
 from learner.objectives import CompletionBatch, gets_rollout, resolve
-from learner.packing import PackedBatch
+from learner.packing import PackedBatch, to_device
 from learner.phase_timer import PhaseTimer
 from learner.policy import Policy
 from learner.reference import Reference
@@ -143,8 +143,8 @@ class PolicyUpdate:
         device = self._engine.device
         return MicroBatch(
             packed,
-            torch.from_numpy(np.concatenate([advantages[row] for row in rows])).to(device),
-            logprobs.to(device),
+            to_device(torch.from_numpy(np.concatenate([advantages[row] for row in rows])), device),
+            to_device(logprobs, device),
             self._candidate_weights(experience, rows),
             weight=float(counts),
         )
@@ -159,7 +159,7 @@ class PolicyUpdate:
                 "rollout.strategy=stochastic_beam"
             )
         weights = [len(experience.inclusion_weights[row]) * experience.inclusion_weights[row] for row in rows]
-        return torch.from_numpy(np.concatenate(weights)).to(self._engine.device)
+        return to_device(torch.from_numpy(np.concatenate(weights)), self._engine.device)
 
     def _update(
         self, micro_batches: list[MicroBatch], count: int, timer: PhaseTimer, keep_old: bool

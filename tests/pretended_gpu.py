@@ -62,6 +62,8 @@ def _run(gpu: PretendedGpu | None, func: Any, args: Sequence[Any], kwargs: dict[
     here = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     if name == "__get__" and here and (about := func.__self__.__name__) in _ABOUT_PLACE:
         return _ABOUT_PLACE[about]
+    if name == "pin_memory":
+        return args[0]
     target = _target(name, args, kwargs)
     strangers = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, PretendedTensor) and tensor.ndim]
     if here and strangers and name not in _TRANSFERS:  # a GPU takes single numbers of the host
