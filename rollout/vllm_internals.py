@@ -210,6 +210,13 @@ class PagedModel:
             )
         return logits
 
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether it is the rank whose candidates are read, of those that tensor parallelism runs in lockstep."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        return get_tensor_model_parallel_rank() == 0
+
     def agree(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor on every rank, so that tensor-parallel ranks take the same decisions."""
         from vllm.distributed import get_tp_group

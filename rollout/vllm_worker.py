@@ -42,7 +42,7 @@ class SearchWorker(WeightsWorker):
     def search_groups(
         self, prompts: Sequence[np.ndarray], seeds: Sequence[int], strategy: Strategy, size: int
     ) -> list[Candidates]:
-        """`size` candidates of every prompt, searched in as many batches as the KV cache requires.
+        """`size` candidates of every prompt, searched in as many batches as the KV cache requires; [] but on rank 0.
 
         strategy: any but "dynamic", which selects among samples. seeds: one per prompt; beam search has no use for
         them. Everything else is as the config of `start_search` says.
@@ -51,8 +51,8 @@ class SearchWorker(WeightsWorker):
         for batch in self._batches_that_fit(prompts, strategy, size):
             search = self._search(strategy, seeds[batch], size)
             self._run(search, prompts[batch])
-            found += search.results()
-        return found
+            found += search.results()  # on every rank, since it checks the logits
+        return found if self.paged_model.is_first_rank else []  # nobody reads what the others would send
 
     def _search(self, strategy: Strategy, seeds: Sequence[int], size: int) -> TrieSearch:
         trie, config = self.device_trie, self.rollout_config

@@ -15,6 +15,8 @@ from engine_oracle import generate, ragged_prompts, worker_of
 
 from rollout.base_engine import BaseEngine
 from rollout.config import RolloutConfig
+from rollout.finite import LogitsError
+from rollout.groups import Candidates
 from rollout.vllm_arguments import EngineError
 from rollout.vllm_internals import (
     ENGINE_NAMES,
@@ -109,6 +111,22 @@ def test_two_tensor_parallel_ranks_find_the_same_hold_all_weights_and_die_by_nam
     for found, expected in zip(answer["groups"], generate(worker_engine, prompts, 8), strict=True):
         assert found["item_class"] == expected.item_class.tolist()
         np.testing.assert_allclose(found["score"], expected.score, atol=1e-4)
+
+
+def test_only_the_first_rank_sends_candidates_and_every_rank_checks_the_logits(
+    worker_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search() -> list[Candidates]:
+        prompts = [np.array(prompt, np.int32) for prompt in ragged_prompts(2)]
+        return worker_of(worker_engine).search_groups(prompts, [0, 1], "beam", 4)
+
+    assert len(search()) == 2
+    monkeypatch.setattr(PagedModel, "is_first_rank", False)
+    assert search() == []
+    logits = PagedModel.logits
+    monkeypatch.setattr(PagedModel, "logits", lambda model, hidden: logits(model, hidden) * torch.nan)
+    with pytest.raises(LogitsError):
+        search()
 
 
 def test_a_prompt_that_cannot_fit_names_the_key_to_raise(worker_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
