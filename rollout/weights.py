@@ -39,15 +39,19 @@ class WeightBucket:
 
     @classmethod
     def pack(cls, tensors: Iterable[tuple[str, torch.Tensor]]) -> "WeightBucket":
-        """Copy tensors (any device) into one bucket."""
+        """Copy tensors (any device) into one bucket; those of a GPU into pinned memory, with one wait for all."""
         named = [(name, tensor.detach()) for name, tensor in tensors]
-        data = np.empty(sum(tensor.numel() * tensor.element_size() for _, tensor in named), np.uint8)
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in named)
+        of_gpu = any(tensor.is_cuda for _, tensor in named)
+        data = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy() if of_gpu else np.empty(size, np.uint8)
         start = 0
         for _, tensor in named:
             end = start + tensor.numel() * tensor.element_size()
             destination = torch.from_numpy(data[start:end]).view(tensor.dtype).view(tensor.shape)
-            destination.copy_(tensor)
+            destination.copy_(tensor, non_blocking=of_gpu)
             start = end
+        if of_gpu:
+            torch.cuda.current_stream().synchronize()
         return cls(
             names=[name for name, _ in named],
             dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in named],

@@ -64,6 +64,8 @@ def _run(gpu: PretendedGpu | None, func: Any, args: Sequence[Any], kwargs: dict[
         return _ABOUT_PLACE[about]
     if name == "pin_memory":
         return args[0]
+    if name == "empty":
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     target = _target(name, args, kwargs)
     strangers = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, PretendedTensor) and tensor.ndim]
     if here and strangers and name not in _TRANSFERS:  # a GPU takes single numbers of the host

@@ -131,15 +131,23 @@ def test_the_trie_mask_waits_for_the_device_once(space: LogprobSpace) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_have_the_same_checksums_on_a_gpu_and_leave_it_in_buckets(dtype: torch.dtype) -> None:
+def test_weights_have_the_same_checksums_on_a_gpu_and_leave_it_in_buckets(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     place = {"row_offset": 8, "column_offset": 4}
     expected = tensor_checksum("a", weight, **place), elements_checksum(weight)
-    bucket = WeightBucket.pack([("a", weight)])
-    with pretended_gpu():
+    bucket = WeightBucket.pack([("a", weight), ("b", weight.T)])
+    waited: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    with pretended_gpu() as gpu:
         there = weight.to("cuda")
         assert (tensor_checksum("a", there, **place), elements_checksum(there)) == expected
-        np.testing.assert_array_equal(WeightBucket.pack([("a", there)]).data, bucket.data)
+        gpu.waits.clear()
+        np.testing.assert_array_equal(WeightBucket.pack([("a", there), ("b", there.T)]).data, bucket.data)
+        assert waited == ["stream"]
+        assert not gpu.waits
 
 
 @pytest.mark.parametrize("destination", [[5, 6, 7], [9, 5, 7]])
