@@ -20,7 +20,7 @@ def test_an_offloaded_reference_is_not_copied_back_to_the_host(monkeypatch: pyte
     reference = Reference(policy, list, torch.device("meta"), offload=True)
     in_host_memory = [weight.data_ptr() for weight in policy.parameters()]
 
-    def to(_: torch.device | str) -> None:
+    def to(_: torch.device | str, non_blocking: bool) -> None:
         for weight in policy.parameters():
             weight.data = weight.data.clone()
 
@@ -28,6 +28,26 @@ def test_an_offloaded_reference_is_not_copied_back_to_the_host(monkeypatch: pyte
     with reference.ready():
         assert all(weight.data_ptr() not in in_host_memory for weight in policy.parameters())
     assert [weight.data_ptr() for weight in policy.parameters()] == in_host_memory
+
+
+def test_an_offloaded_reference_is_sent_from_pinned_memory_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(language_model("llama"))
+    before = {name: weight.detach().clone() for name, weight in policy.lm.named_parameters()}
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    sent: list[bool] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(policy, "to", lambda device, non_blocking: sent.append(non_blocking))
+    with Reference(policy, list, torch.device("cuda"), offload=True).ready():
+        assert sent == [True]
+        places = {tensor.data_ptr() for tensor in pinned}
+        assert {weight.data_ptr() for weight in policy.lm.parameters()} == places
+    for name, weight in policy.lm.named_parameters():
+        assert torch.equal(weight, before[name])
 
 
 def randomize(weights: dict[str, nn.Parameter]) -> None:
