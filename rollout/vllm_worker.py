@@ -48,9 +48,9 @@ class SearchWorker(WeightsWorker):
         them. Everything else is as the config of `start_search` says.
         """
         found: list[Candidates] = []
-        for batch in self._batches_that_fit(prompts, strategy, size):
+        for batch, needed in self._batches_that_fit(prompts, strategy, size):
             search = self._search(strategy, seeds[batch], size)
-            self._run(search, prompts[batch])
+            self._run(search, prompts[batch], needed)
             found += search.results()  # on every rank, since it checks the logits
         return found if self.paged_model.is_first_rank else []  # nobody reads what the others would send
 
@@ -64,8 +64,10 @@ class SearchWorker(WeightsWorker):
         sampler = SampleSearch if strategy == "sample" else StochasticBeamSearch
         return sampler(trie, seeds, size, temperature, space)
 
-    def _batches_that_fit(self, prompts: Sequence[np.ndarray], strategy: Strategy, size: int) -> Iterator[slice]:
-        """Consecutive prompts whose searches fit the KV cache together."""
+    def _batches_that_fit(
+        self, prompts: Sequence[np.ndarray], strategy: Strategy, size: int
+    ) -> Iterator[tuple[slice, int]]:
+        """Consecutive prompts whose searches fit the KV cache together, and the blocks that these need at most."""
         model, config, trie, first = self.paged_model, self.rollout_config, self.device_trie, 0
         beams = size + (strategy == "stochastic_beam")
         level_width = trie.level_width
@@ -83,15 +85,19 @@ class SearchWorker(WeightsWorker):
                     f"{need / total:.1f}"
                 )
             if need > free:
-                yield slice(first, i)
+                yield slice(first, i), total - free
                 first, free = i, total
             free -= need
-        yield slice(first, len(prompts))
+        yield slice(first, len(prompts)), total - free
 
-    def _run(self, search: TrieSearch, prompts: Sequence[np.ndarray]) -> None:
-        """Drive a search to its end, the prompts' keys and values shared by all beams of a group."""
+    def _run(self, search: TrieSearch, prompts: Sequence[np.ndarray], needed: int) -> None:
+        """Drive a search to its end, the prompts' keys and values shared by all beams of a group.
+
+        needed: blocks of the KV cache. It is given twice as many, if there are, so that copies find neighbouring ones,
+        and not the whole cache, since each step looks through all that it is given.
+        """
         model = self.paged_model
-        blocks = BeamBlocks(prompts, search.beams, model.num_blocks, model.block_size)
+        blocks = BeamBlocks(prompts, search.beams, min(model.num_blocks, 1 + 2 * needed), model.block_size)
         frontier, hidden = search.frontier(), self._prefill(prompts, blocks)
         while frontier.size:
             search.advance(frontier, self._score(search, frontier, hidden))

@@ -14,9 +14,10 @@ import torch
 from engine_oracle import generate, ragged_prompts, worker_of
 
 from rollout.base_engine import BaseEngine
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, Strategy
 from rollout.finite import LogitsError
 from rollout.groups import Candidates
+from rollout.kv_blocks import BeamBlocks
 from rollout.vllm_arguments import EngineError
 from rollout.vllm_internals import (
     ENGINE_NAMES,
@@ -127,6 +128,22 @@ def test_only_the_first_rank_sends_candidates_and_every_rank_checks_the_logits(
     monkeypatch.setattr(PagedModel, "logits", lambda model, hidden: logits(model, hidden) * torch.nan)
     with pytest.raises(LogitsError):
         search()
+
+
+@pytest.mark.parametrize("strategy", ["beam", "sample", "stochastic_beam", "unconstrained"])
+def test_a_batch_plans_with_the_blocks_that_it_may_need_and_not_with_the_whole_cache(
+    worker_engine: Any, monkeypatch: pytest.MonkeyPatch, strategy: Strategy
+) -> None:
+    given: list[int] = []
+
+    def planned(prompts: Any, beams: int, num_blocks: int, block_size: int) -> BeamBlocks:
+        given.append(num_blocks)
+        return BeamBlocks(prompts, beams, num_blocks, block_size)
+
+    monkeypatch.setattr("rollout.vllm_worker.BeamBlocks", planned)
+    for batch in (ragged_prompts(2), ragged_prompts(16)):
+        generate(worker_engine, batch, 4, strategy=strategy)
+    assert given[0] < given[1] < paged_model(worker_engine).num_blocks
 
 
 def test_a_prompt_that_cannot_fit_names_the_key_to_raise(worker_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
