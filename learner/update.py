@@ -70,7 +70,7 @@ class PolicyUpdate:
         self._total = total_steps * config.updates_per_batch
         self._gets_rollout = gets_rollout(config, staleness)
         self._metric_names: set[frozenset[str]] = set()
-        # That calls of the objective have returned; one set, or a mistake.
+        """That calls of the objective have returned; one set, or a mistake."""
 
     def step(self, experience: Experience) -> dict[str, float]:
         """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.

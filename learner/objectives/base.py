@@ -166,8 +166,8 @@ class Objective:
         if len(set(returned)) > 1:
             some = sorted(map(str, frozenset.union(*returned) - frozenset.intersection(*returned)))
             raise ObjectiveError(
-                f"objective {self} returned the metrics {some} in some calls and not in others: return the same at every "
-                "call, since they are averaged over all completions; where there is nothing, 0"
+                f"objective {self} returned the metrics {some} in some calls and not in others: return the same at "
+                "every call, since they are averaged over all completions; where there is nothing, 0"
             )
 
     def count(self, candidates: Sequence[Sequence[Sequence[int]]]) -> int:
