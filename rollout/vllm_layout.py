@@ -46,7 +46,7 @@ class HeldWeights:
         arrived: what vLLM was given, by Hugging Face name. Raises WeightsError where something is missing or unknown.
         """
         if not self.by_place:
-            sums = {name: tensor_checksum(name, tensor) for name, tensor in arrived.items()}
+            sums = {name: tensor_checksum(name, self._there(tensor)) for name, tensor in arrived.items()}
             moved = {name for name in sums.keys() | self._sums.keys() if sums.get(name) != self._sums.get(name)}
             self.by_place = not moved
             if moved and self._same_elements(moved, arrived):
@@ -61,9 +61,13 @@ class HeldWeights:
             )
         return combine(self._sums.values())
 
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What has arrived on the host, on the model's device, which sums it up sooner."""
+        return tensor.to(next(self._model.parameters()).device, non_blocking=True)
+
     def _same_elements(self, names: Set[str], arrived: Mapping[str, torch.Tensor]) -> bool:
         """Whether the tensors of these names, ours and Hugging Face's, are made of the same elements."""
-        sent = combine(elements_checksum(arrived[name]) for name in names & arrived.keys())
+        sent = combine(elements_checksum(self._there(arrived[name])) for name in names & arrived.keys())
         return sent == combine(self._elements[name] for name in names & self._sums.keys())
 
 

@@ -17,6 +17,7 @@ from catalog.trie import Trie
 from learner import attention
 from learner.policy import CUDA_BUCKET, Policy
 from learner.tree_mask import BLOCK
+from rollout import vllm_layout
 from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
 from rollout.free_sampling import FreeSampleSearch
@@ -148,6 +149,29 @@ def test_weights_have_the_same_checksums_on_a_gpu_and_leave_it_in_buckets(
         np.testing.assert_array_equal(WeightBucket.pack([("a", there), ("b", there.T)]).data, bucket.data)
         assert waited == ["stream"]
         assert not gpu.waits
+
+
+def test_weights_that_arrived_are_summed_up_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer that holds its matrix transposed, so that it is compared by its elements."""
+    arrived, layer = {"weight": torch.randn(6, 4, generator=torch.Generator().manual_seed(0))}, nn.Linear(6, 4)
+    part = vllm_layout._Part
+    monkeypatch.setattr(vllm_layout, "_parts", lambda model, name, layer, tensor: [part("weight", tensor)])
+    move(layer)
+    with pretended_gpu():
+        held = vllm_layout.HeldWeights(layer, by_place=False)
+        held.note("", layer, "weight", arrived["weight"].T.to("cuda"))
+
+        def summing(summed: Callable[..., int]) -> Callable[..., int]:
+            def on_gpu(*arguments: Any) -> int:
+                assert arguments[-1].is_cuda
+                return summed(*arguments)
+
+            return on_gpu
+
+        for name in ("tensor_checksum", "elements_checksum"):
+            monkeypatch.setattr(vllm_layout, name, summing(getattr(vllm_layout, name)))
+        assert held.checksum(arrived) == tensor_checksum("weight", arrived["weight"])
+    assert not held.by_place
 
 
 @pytest.mark.parametrize("destination", [[5, 6, 7], [9, 5, 7]])
