@@ -228,9 +228,13 @@ class PagedModel:
         if not len(source):
             return
         read, written = self._to_device(source.astype(np.int64)), self._to_device(destination.astype(np.int64))
+        caches = list({cache.data_ptr(): cache for cache in self._runner.kv_caches}.values())  # layers may share one
+        if self.device.type != "cpu" and (layers := stacked(caches)) is not None:  # on a GPU, launches are what costs
+            layers.index_copy_(1, written, layers.index_select(1, read))
+            return
         first, last = int(destination[0]), int(destination[-1])
         neighbours = last - first == len(destination) - 1 and bool((np.diff(destination) == 1).all())
-        for cache in {cache.data_ptr(): cache for cache in self._runner.kv_caches}.values():  # layers may share one
+        for cache in caches:
             copies = cache.index_select(0, read)
             if neighbours:  # on a CPU, torch scatters with one thread
                 cache[first : last + 1] = copies
@@ -240,6 +244,24 @@ class PagedModel:
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
         tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
         return tensor.to(self.device, non_blocking=True)
+
+
+def stacked(caches: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """[L, ...], a view over L caches [...] that lie in one memory at equal distances, in their order there; else None.
+
+    vLLM puts those of layers that are alike into one allocation, layer behind layer or block behind block.
+    """
+    first, *others = sorted(caches, key=lambda cache: cache.storage_offset())
+    offsets = [int(cache.storage_offset()) for cache in (first, *others)]
+    distances = set(np.diff(offsets).tolist())
+    alike = all(
+        cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and (cache.dtype, cache.shape, cache.stride()) == (first.dtype, first.shape, first.stride())
+        for cache in others
+    )
+    if not alike or len(distances) > 1:
+        return None
+    return first.as_strided((len(caches), *first.shape), (*(distances or {0}), *first.stride()))
 
 
 def _ends_that_suffice(batch: TokenBatch) -> np.ndarray | None:

@@ -27,7 +27,7 @@ from rollout.sampling import SampleSearch
 from rollout.search import BeamSearch
 from rollout.stochastic import StochasticBeamSearch
 from rollout.trie_mask import ENDED, Sampling, TrieMask, TrieRequest
-from rollout.vllm_internals import PagedModel
+from rollout.vllm_internals import PagedModel, stacked
 from rollout.weights import WeightBucket, elements_checksum, tensor_checksum
 from tests.test_policy import EOS, groups, language_model
 
@@ -174,19 +174,45 @@ def test_weights_that_arrived_are_summed_up_where_the_model_is(monkeypatch: pyte
     assert not held.by_place
 
 
+def caches_of(layout: str) -> list[torch.Tensor]:
+    """Of 3 layers, [12, 2, 16, 8] each, the heads of a token beside each other: views that are not contiguous."""
+    memory = torch.randn(3, 12, 16, 2, 8, generator=torch.Generator().manual_seed(0))
+    if layout == "block-behind-block":
+        memory = memory.transpose(0, 1).contiguous().transpose(0, 1)
+    layers = [memory[2], memory[0], memory[1]]
+    if layout == "apart":
+        layers = [layer.clone() for layer in layers]
+    return [layer.transpose(1, 2) for layer in layers]
+
+
 @pytest.mark.parametrize("destination", [[5, 6, 7], [9, 5, 7]])
-def test_blocks_are_copied_in_the_layout_that_a_gpu_has(destination: list[int]) -> None:
-    """Blocks first, but the heads of a token beside each other: vLLM's views of such a cache are not contiguous."""
-    plain = torch.randn(12, 16, 2, 8, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
-    expected = plain.clone()
-    expected[destination] = plain[[7, 1, 5]]
+@pytest.mark.parametrize("layout", ["layer-behind-layer", "block-behind-block", "apart", "one", "shared"])
+def test_blocks_are_copied_in_the_layouts_that_a_gpu_has(layout: str, destination: list[int]) -> None:
+    """With one launch to read and one to write all layers, where they lie in one memory at equal distances."""
+    caches = caches_of(layout)
+    caches = {"one": caches[:1], "shared": [*caches, caches[0]]}.get(layout, caches)
+    expected = [cache.clone() for cache in caches]
+    for cache, before in zip(expected, caches, strict=True):
+        cache[destination] = before[[7, 1, 5]]
     with pretended_gpu() as gpu:
         model = PagedModel.__new__(PagedModel)
-        model.device, caches = torch.device("cuda"), [PretendedTensor(plain)]
-        model._runner = SimpleNamespace(kv_caches=caches)
+        model.device = torch.device("cuda")
+        model._runner = SimpleNamespace(kv_caches=[PretendedTensor(cache) for cache in caches])
+        assert (stacked(model._runner.kv_caches[:3]) is None) == (layout == "apart")
         model.copy_blocks(np.array([7, 1, 5]), np.array(destination))
         assert not gpu.waits
-    torch.testing.assert_close(plain, expected)
+    for cache, others in zip(caches, expected, strict=True):
+        torch.testing.assert_close(cache, others, rtol=0, atol=0)
+
+
+def test_caches_at_uneven_distances_are_not_stacked() -> None:
+    memory = torch.zeros(100)
+    assert stacked([memory[:10], memory[10:20], memory[25:35]]) is None
+    assert stacked([memory[:10], memory[10:20], memory[20:31]]) is None
+    assert stacked([memory[:10], memory[10:20], torch.zeros(10)]) is None
+    found = stacked([memory[60:70], memory[20:30], memory[40:50]])
+    assert found is not None
+    assert found.shape == (3, 10)
 
 
 def move(lm: nn.Module) -> None:
