@@ -94,7 +94,7 @@ class LearnerConfig:
     reference_sync_alpha: float = 0.6
     """reference = alpha * policy + (1 - alpha) * reference."""
     reference_offload: bool = False
-    """Keep the reference model in host memory between uses."""
+    """Keep the reference model in host memory between uses; beside a GPU in pinned memory."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of the RL phase."""
     packing: Packing = "tree"
