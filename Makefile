@@ -5,8 +5,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-# Profiles other than `local` compute on GPUs where an NVIDIA driver answers; DEVICE=cpu or DEVICE=gpu decides otherwise.
-DEVICE ?= $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu),cpu)
+# Profiles other than `local` compute on GPUs where NVIDIA's driver lists one; DEVICE=cpu or DEVICE=gpu decides otherwise.
+ifndef DEVICE
+DEVICE := $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)),gpu,cpu),cpu)
+endif
 VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 

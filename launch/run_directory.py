@@ -102,10 +102,14 @@ class RunDirectory:
                 folder.mkdir(parents=True, exist_ok=True)
         # Trackers first: where one cannot be made, the run stays as it was.
         self._trackers = Trackers(config.train.trackers, self.path, asdict(config), say)
-        self.write_json(started_with.FILE, asdict(StartedWith.now(config, fingerprint)))
-        save(config, self.path / "config.yaml")
-        _cut_torn_line(self.path / METRICS)
-        self._tensorboard = self._writer()
+        try:
+            self.write_json(started_with.FILE, asdict(StartedWith.now(config, fingerprint)))
+            save(config, self.path / "config.yaml")
+            _cut_torn_line(self.path / METRICS)
+            self._tensorboard = self._writer()
+        except BaseException:
+            self._trackers.close()
+            raise
 
     def _writer(self, purge_step: int | None = None) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter

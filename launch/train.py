@@ -74,7 +74,7 @@ def train(
             actors.save_rollouts(groups, run.rollouts / f"step-{step + 1}.parquet")
         if best or (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
             learner.save(run.checkpoints / f"step-{step + 1}", {"steps_done": step + 1}, keep=config.checkpoints_kept)
-        if best:  # a run that goes on after it never forgets it: it is no newer than the newest checkpoint
+        if best:  # after a checkpoint that is as new, so that a run that goes on from there still knows it
             learner.save(run.best, {"steps_done": step + 1, "value": value})
 
 

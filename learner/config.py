@@ -94,7 +94,8 @@ class LearnerConfig:
     reference_sync_alpha: float = 0.6
     """reference = alpha * policy + (1 - alpha) * reference."""
     reference_offload: bool = False
-    """Keep the reference model in host memory between uses; beside a GPU in pinned memory."""
+    """Keep the reference model in host memory between uses; beside a GPU in pinned memory, which
+    torch rounds up to powers of two: up to twice its size."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of the RL phase."""
     packing: Packing = "tree"

@@ -214,6 +214,18 @@ class ZeroEngine:
         if self.total([0.0]) != [0.0]:
             raise Rank0Failed("its own error says why")
 
+    def of_rank_0(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on all ranks; fails on all ranks where it raises."""
+        made: list[Any] = [None]
+
+        def keep() -> None:
+            made[0] = make()
+
+        self.on_rank_0(keep)
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(made, src=0)
+        return made[0]
+
     def save(self, path: Path) -> None:
         """Write weights and optimizer state, each rank its own part; all ranks must call."""
         self._engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)

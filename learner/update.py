@@ -75,11 +75,14 @@ class PolicyUpdate:
     def step(self, experience: Experience) -> dict[str, float]:
         """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.
 
-        Every rank computes all advantages, and takes its share of the groups by the plan that all ranks agree on.
+        All ranks have the advantages that rank 0 computes, since a run's own may be random, and take their shares of
+        the groups by a plan that they agree on.
         """
         timer = PhaseTimer(self._engine.device)
         with timer("learn"):
-            advantages = self._objective.advantages(experience.rewards, self._config.normalize_std)
+            advantages = self._engine.of_rank_0(
+                lambda: self._objective.advantages(experience.rewards, self._config.normalize_std)
+            )
             with timer("pack"):
                 micro_batches = self._micro_batches(experience, advantages)
             if self._reference is not None:

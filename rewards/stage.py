@@ -89,10 +89,11 @@ class Replica:
             head = self.queue[0]
             for needed in head.inputs:
                 needed.replica.wait(needed)
-            patience = self.stage.timeout_s
+            patience, deaths = self.stage.timeout_s, 0
             while not ray.wait([head.done], timeout=patience, fetch_local=False)[0]:
-                if (restarts := _restarts(self.actor)) == self._restarts:
-                    raise self.stage.late(head)
+                restarts, deaths = _restarts(self.actor), deaths + 1
+                if restarts == self._restarts or deaths > RETRIES:
+                    raise self.stage.late(head, patience)
                 self._restarts = restarts
                 patience = self.stage.start_timeout_s + self.stage.timeout_s
             self.queue.popleft()
@@ -133,9 +134,9 @@ class Stage:
         """Tables given to the replicas and not finished when last looked at."""
         return sum(len(replica.queue) for replica in self.replicas)
 
-    def late(self, work: Work) -> RewardTimeoutError:
+    def late(self, work: Work, waited_s: float) -> RewardTimeoutError:
         return RewardTimeoutError(
-            f"reward {self.names} gave no answer for {work.groups()} within {self.timeout_s:g} s; "
+            f"reward {self.names} gave no answer for {work.groups()} within {waited_s:g} s; "
             f"{len(work.replica.queue)} tables wait for its actor. "
             "If it is slow and not stuck, raise its timeout_s or its replicas"
         )

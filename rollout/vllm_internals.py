@@ -41,6 +41,8 @@ RUNNER_NAMES = (
 PADDING_SLOT = -1
 """Where the key and value of a padding token go: nowhere."""
 
+COPY_BYTES = 256 * 2**20
+"""Most memory of the blocks of all layers that are on their way to their copies."""
 
 OTHER_VLLM = "install the vLLM that pyproject.toml names"
 """What helps where both engines need a name."""
@@ -230,7 +232,9 @@ class PagedModel:
         read, written = self._to_device(source.astype(np.int64)), self._to_device(destination.astype(np.int64))
         caches = list({cache.data_ptr(): cache for cache in self._runner.kv_caches}.values())  # layers may share one
         if self.device.type != "cpu" and (layers := stacked(caches)) is not None:  # on a GPU, launches are what costs
-            layers.index_copy_(1, written, layers.index_select(1, read))
+            at_once = max(1, COPY_BYTES // (layers[:, 0].numel() * layers.element_size()))
+            for some, to in zip(read.split(at_once), written.split(at_once), strict=True):
+                layers.index_copy_(1, to, layers.index_select(1, some))
             return
         first, last = int(destination[0]), int(destination[-1])
         neighbours = last - first == len(destination) - 1 and bool((np.diff(destination) == 1).all())

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rollout.config import RolloutConfig
 from rollout.engine import EngineDied
+from rollout.vllm_arguments import EngineError
 from rollout.weights import WeightBucket, checksum
 from rollout.worker_engine import WorkerEngine
 
@@ -26,6 +27,10 @@ def main(model: str, trie: str, tensor_parallel: str, prompts_file: str, out: st
     ]
     loaded = engine.load_weights([WeightBucket.pack(named)])
     groups = engine.generate(prompts, range(len(prompts)), [0] * len(prompts), group_size=8)
+    try:
+        engine.load_weights([WeightBucket.pack(named[:-1])])
+    except EngineError as error:
+        refused = str(error)
     os.kill(engine._llm.llm_engine.model_executor.workers[-1].proc.pid, signal.SIGKILL)
     deaths = []
     for _ in range(2):
@@ -35,7 +40,8 @@ def main(model: str, trie: str, tensor_parallel: str, prompts_file: str, out: st
             deaths.append(str(death))
     engine.shutdown()
     found = [{"item_class": group.item_class.tolist(), "score": group.score.tolist()} for group in groups]
-    Path(out).write_text(json.dumps({"loaded": loaded, "sent": checksum(named), "groups": found, "deaths": deaths}))
+    answer = {"loaded": loaded, "sent": checksum(named), "groups": found, "refused": refused, "deaths": deaths}
+    Path(out).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -161,6 +161,32 @@ def test_metrics_may_come_in_any_order(gangs, steps, tmp_path):
     assert found["aa"] == pytest.approx(found["b"] + 1)
 
 
+OWN_ADVANTAGES = """
+import numpy as np
+from torch.distributed import get_rank
+
+from learner.objectives import objective
+
+def drawn(rewards, normalize_std):
+    draw = np.random.default_rng(get_rank())
+    return [draw.standard_normal(len(group)) * (draw.random() < 0.5) for group in rewards]
+
+@objective(mean_over="completions", advantages=drawn)
+def mine(batch, config):
+    return -batch.token_mean(batch.logp) * batch.advantages, {}
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_ranks_whose_own_advantages_would_differ_take_those_of_rank_0(gangs, learner_data, steps, tmp_path, stage):
+    (tmp_path / "own.py").write_text(OWN_ADVANTAGES)
+    config = replace(CONFIG, objective=f"{tmp_path}/own.py:mine", beta=0.0)
+    alone = gangs[1]("train", config, steps)
+    together = gangs[2]("train", replace(config, zero_stage=stage), steps)
+    assert_same_training(together["weights"], alone["weights"], learner_data)
+    assert 0 < alone["metrics"][0]["frac_uninformative"] == together["metrics"][0]["frac_uninformative"] < 1
+
+
 def test_tree_and_padded_packing_make_the_same_step(gangs, learner_data, steps, expected):
     padded = gangs[1]("train", replace(CONFIG, packing="padded"), steps)
     assert_same_training(padded["weights"], expected["weights"], learner_data)

@@ -11,7 +11,7 @@ from pretended_gpu import CUDA, pretended_gpu
 from learner.config import LearnerConfig, SftConfig
 from learner.experience import Experience
 from learner.packing import PackedBatch, pack_groups
-from learner.sft import SupervisedWarmup
+from learner.sft import SupervisedFineTuning
 from learner.update import PolicyUpdate
 
 learner_data = learner_gang.learner_data
@@ -42,19 +42,19 @@ class Half:
         return values
 
 
-def warmup(data: learner_gang.Data, device: torch.device) -> tuple[Any, Half]:
+def fine_tuning(data: learner_gang.Data, device: torch.device) -> tuple[Any, Half]:
     stand_in: Any = Half(device)
-    return SupervisedWarmup(stand_in, stand_in, data.catalog, CONFIG), stand_in
+    return SupervisedFineTuning(stand_in, stand_in, data.catalog, CONFIG), stand_in
 
 
-def test_the_warm_up_reads_its_loss_once(learner_data: learner_gang.Data) -> None:
+def test_sft_reads_its_loss_once(learner_data: learner_gang.Data) -> None:
     batch = np.arange(32)
-    on_cpu, _ = warmup(learner_data, torch.device("cpu"))
+    on_cpu, _ = fine_tuning(learner_data, torch.device("cpu"))
     expected = on_cpu._update(batch, 0), on_cpu.valid_loss()
     assert expected[0][0] == 0.5 * expected[0][1]
     assert expected[1] == 0.5
     with pretended_gpu() as gpu:
-        on_gpu, stand_in = warmup(learner_data, CUDA)
+        on_gpu, stand_in = fine_tuning(learner_data, CUDA)
         assert (on_gpu._update(batch, 0), on_gpu.valid_loss()) == expected
         assert stand_in.micro_batches > 4
         assert gpu.waits == ["__float__", "__float__"]

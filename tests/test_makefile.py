@@ -1,5 +1,6 @@
 """What `make` takes and passes on."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,26 @@ def test_a_mistyped_make_variable_is_refused(words: list[str]) -> None:
     made = subprocess.run(["make", "-n", "launch", *words], cwd=REPOSITORY, capture_output=True, text=True)
     assert made.returncode == 2
     assert f"unknown: {words[0].partition('=')[0]}. Variables are CLUSTER DATA MODEL" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("says", "environment"),
+    [("GPU 0: NVIDIA H200 (UUID: GPU-1)", ".venv-gpu/"), ("NVIDIA-SMI has failed because it could not", ".venv/")],
+)
+def test_a_gpu_is_one_that_the_driver_lists(says: str, environment: str, tmp_path: Path) -> None:
+    driver, calls = tmp_path / "nvidia-smi", tmp_path / "calls"
+    driver.write_text(f"#!/bin/sh\necho call >> {calls}\necho '{says}'\n")
+    driver.chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for words, known in (
+        (["CLUSTER=8xA100"], environment),
+        (["CLUSTER=8xA100", "DEVICE=cpu"], ".venv/"),
+        ([], ".venv/"),
+    ):
+        command = ["make", "-n", "launch", *words]
+        made = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=True)
+        assert f" {known}bin/python -m launch.cli train" in made.stdout
+    assert calls.read_text() == "call\n"
 
 
 @pytest.mark.parametrize("flag", ["DRY_RUN", "RESUME", "OVERWRITE"])

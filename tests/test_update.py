@@ -100,5 +100,8 @@ class FakeEngine:
     def step(self, rate: float) -> float:
         return 0.0
 
+    def of_rank_0(self, make: Any) -> Any:
+        return make()
+
     def of_all_ranks(self, value: Any) -> list[Any]:
         return [value]

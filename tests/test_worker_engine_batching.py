@@ -108,6 +108,7 @@ def test_two_tensor_parallel_ranks_find_the_same_hold_all_weights_and_die_by_nam
     assert run.returncode == 0, run.stderr[-3000:]
     answer = json.loads(Path(files[1]).read_text())
     assert answer["loaded"] == answer["sent"]
+    assert answer["refused"].startswith("the weights that arrived are not those that the engine holds: missing ['")
     assert len(answer["deaths"]) == 2
     for found, expected in zip(answer["groups"], generate(worker_engine, prompts, 8), strict=True):
         assert found["item_class"] == expected.item_class.tolist()
