@@ -34,6 +34,8 @@ $(foreach flag,DRY_RUN RESUME OVERWRITE,$(if $(filter-out $(YES) $(NO),$($(flag)
 
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(DEVICE)
+# Modules are compiled where they are first imported: most never are, and pip would take minutes for all.
+PIP := $(RUN) -m pip install -q --no-deps --no-compile
 ENV := DS_ACCELERATOR=$(if $(filter gpu,$(DEVICE)),cuda,cpu)
 
 .PHONY: help setup launch test test-gpu .test-gpu lint format bench bench-rollout bench-learner bench-step bench-rewards \
@@ -55,11 +57,11 @@ $(VENV)/bin/python:
 $(VENV)/.ready-cpu: requirements-cpu.lock pyproject.toml | $(VENV)/bin/python
 	@echo "environment: installing $$(grep -c == requirements-cpu.lock) pinned packages (about 4 GB, a few minutes)"
 	@torch=$$(grep '^torch==' requirements-cpu.lock); \
-	  $(RUN) -m pip install -q --no-deps "$$torch" 2>/dev/null || \
-	  $(RUN) -m pip install -q --no-deps --extra-index-url $(TORCH_CPU_INDEX) "$$torch"
-	@$(RUN) -m pip install -q --no-deps -r requirements-cpu.lock 2> >(grep -v WARNING >&2)
+	  $(PIP) "$$torch" 2>/dev/null || \
+	  $(PIP) --extra-index-url $(TORCH_CPU_INDEX) "$$torch"
+	@$(PIP) -r requirements-cpu.lock 2> >(grep -v WARNING >&2)
 	@$(RUN) -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
-	@$(RUN) -m pip install -q --no-deps --no-build-isolation -e . 2> >(grep -v WARNING >&2)
+	@$(PIP) --no-build-isolation -e . 2> >(grep -v WARNING >&2)
 	@$(RUN) -c 'import torch, vllm, ray, deepspeed, transformers' >/dev/null 2>&1 || \
 	  { $(RUN) -c 'import torch, vllm, ray, deepspeed, transformers'; exit 1; }
 	@touch $@
@@ -69,8 +71,8 @@ $(VENV)/.ready-gpu: requirements-gpu.lock pyproject.toml | $(VENV)/bin/python
 	@$(RUN) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
 	  { echo "error: Triton compiles against Python.h, which is missing (Debian: python3-dev)"; exit 1; }
 	@echo "environment: installing $$(grep -c == requirements-gpu.lock) pinned packages for GPUs (about 10 GB)"
-	@$(RUN) -m pip install -q --no-deps -r requirements-gpu.lock
-	@$(RUN) -m pip install -q --no-deps --no-build-isolation -e .
+	@$(PIP) -r requirements-gpu.lock
+	@$(PIP) --no-build-isolation -e .
 	@$(RUN) -c 'import torch, vllm, ray, deepspeed, transformers' >/dev/null 2>&1 || \
 	  { $(RUN) -c 'import torch, vllm, ray, deepspeed, transformers'; exit 1; }
 	@touch $@

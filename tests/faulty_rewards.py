@@ -185,6 +185,15 @@ class DiesOnce(Constant):
         return super().__call__(groups)
 
 
+class DiesLoadingAgain(DiesOnce):
+    """The same, and then each time that it is made."""
+
+    def __init__(self, catalog: object, mark: str) -> None:
+        super().__init__(catalog, mark)
+        if self.mark.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class DiesAlways(Constant):
     def __call__(self, groups: Groups) -> Returned:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -95,17 +95,23 @@ def test_every_stage_and_number_of_ranks_gives_the_same_weights(gangs, learner_d
     assert found["sent"] == found["checksum"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bfloat16_keeps_float32_master_weights(gangs, steps, stage, ranks):
+SMALL_STEPS = OptimizerConfig(learning_rate=2e-5, warmup_ratio=0.0, schedule="constant")
+IN_BFLOAT16 = replace(CONFIG, dtype="bfloat16", zero_stage=1, optimizer=SMALL_STEPS)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(gangs, steps):
+    """Weights after one update and after twelve, of one rank under ZeRO-1."""
+    return [gangs[1]("train", IN_BFLOAT16, [steps[0]] * updates)["weights"] for updates in (1, 12)]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
+def test_bfloat16_keeps_float32_master_weights(gangs, steps, in_bfloat16, stage, ranks):
     """Updates far below bfloat16's resolution add up, so a stage without master weights would not move."""
-    small = OptimizerConfig(learning_rate=2e-5, warmup_ratio=0.0, schedule="constant")
-    config = replace(CONFIG, dtype="bfloat16", zero_stage=stage, optimizer=small)
-    many = [steps[0]] * 12
-    found, start = gangs[ranks]("train", config, many), gangs[1]("train", config, many[:1])
-    moved = sum(np.abs(found["weights"][n] - start["weights"][n]).sum() for n in start["weights"])
-    expected = gangs[1]("train", replace(config, zero_stage=1), many)
-    agree = sum(np.abs(found["weights"][n] - expected["weights"][n]).sum() for n in start["weights"])
+    start, expected = in_bfloat16
+    found = gangs[ranks]("train", replace(IN_BFLOAT16, zero_stage=stage), [steps[0]] * 12)["weights"]
+    moved = sum(np.abs(found[name] - start[name]).sum() for name in start)
+    agree = sum(np.abs(found[name] - expected[name]).sum() for name in start)
     assert moved > 0
     assert agree < 0.25 * moved
 

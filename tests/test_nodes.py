@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,12 +92,16 @@ def test_workers_share_the_cores_of_their_own_node() -> None:
 
 
 def test_a_run_with_a_ray_of_its_own_joins_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an address, Ray joins what RAY_ADDRESS or another program on the machine names."""
     given: dict[str, object] = {}
-    monkeypatch.setattr("ray.init", lambda **settings: given.update(settings))
-    connect(compose())
-    assert (
-        given["address"] == "local"
-    )  # without one, Ray joins what RAY_ADDRESS or another program on the machine names
+
+    def init(**settings: object) -> SimpleNamespace:
+        given.update(settings)
+        return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_1"})
+
+    monkeypatch.setattr("ray.init", init)
+    assert connect(compose()) == Path("/tmp/ray/session_1/logs")
+    assert given["address"] == "local"
 
 
 def test_a_cluster_that_wants_another_authentication_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +113,6 @@ def test_a_cluster_that_wants_another_authentication_says_so(monkeypatch: pytest
     monkeypatch.setattr("ray.init", refuse)
     with pytest.raises(ClusterUnreachable, match=r"cluster\.address=auto: .* RAY_AUTH_MODE"):
         connect(compose(overrides=["cluster.address=auto"]))
-
-
-def test_a_run_with_a_ray_of_its_own_joins_no_cluster_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr("ray.init", lambda **settings: asked.append(settings.get("address")))
-    connect(compose())
-    assert asked == ["local"]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere.invalid:6379"])

@@ -129,6 +129,16 @@ def test_a_restarted_actor_has_time_to_load_its_models_again(start_pool: StartPo
     assert (tmp_path / "died").exists()
 
 
+def test_an_actor_that_cannot_load_its_models_again_ends_the_run(start_pool: StartPool, tmp_path: Path) -> None:
+    pool = start_pool(
+        RewardTerm("rule"), faulty("DiesLoadingAgain", args={"mark": str(tmp_path / "died")}, timeout_s=1.0)
+    )
+    pool.ready(timeout_s=60)
+    pool._heavy[0].start_timeout_s = 1.0
+    with pytest.raises(RewardError, match=r"reward 'DiesLoadingAgain'.* (within 2 s|died 3 times over)"):
+        score(pool, [some_groups(4)])
+
+
 def test_the_actor_that_adds_up_may_be_killed_too(start_pool: StartPool) -> None:
     pool = start_pool(RewardTerm("rule"))
     score(pool, [some_groups(1)])
