@@ -75,9 +75,8 @@ def score(name: str, reward: Reward, groups: Groups) -> pa.ListArray:
     """
     try:
         returned = reward(groups)
-        returned = (
-            list(returned) if isinstance(returned, Iterator) else returned
-        )  # what is written with yield runs now
+        if isinstance(returned, Iterator):
+            returned = list(returned)  # what is written with yield runs only now
     except RewardError:
         raise
     except (Exception, SystemExit) as error:

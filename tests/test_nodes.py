@@ -91,16 +91,16 @@ def test_workers_share_the_cores_of_their_own_node() -> None:
     assert worker_environment(config, on_gpu=False, nodes=2 * cores)["OMP_NUM_THREADS"] == str(cores)
 
 
-def test_a_run_with_a_ray_of_its_own_joins_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_ray_of_its_own_joins_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an address, Ray joins what RAY_ADDRESS or another program on the machine names."""
     given: dict[str, object] = {}
 
     def init(**settings: object) -> SimpleNamespace:
         given.update(settings)
-        return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_1"})
+        return SimpleNamespace(address_info={"session_dir": str(tmp_path)})
 
     monkeypatch.setattr("ray.init", init)
-    assert connect(compose()) == Path("/tmp/ray/session_1/logs")
+    assert connect(compose()) == tmp_path / "logs"
     assert given["address"] == "local"
 
 
