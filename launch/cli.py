@@ -7,9 +7,18 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
+COMMANDS = {
+    "keys": "launch.keys",
+    "prepare": "catalog.prepare",
+    "evaluate": "launch.evaluate_run",
+    "recommend": "launch.recommend",
+    "compare": "launch.compare",
+}
+"""Those with a module of their own, which is imported only for them."""
 OWN_PACKAGES = ("catalog", "rollout", "rewards", "learner", "launch")
 
 
@@ -42,26 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["reward"]:
         return _reward(arguments[1:])
-    if arguments[:1] == ["prepare"]:
-        from catalog.prepare import main as prepare
-
-        return prepare(arguments[1:])
-    if arguments[:1] == ["evaluate"]:
-        from launch.evaluate_run import main as evaluate
-
-        return evaluate(arguments[1:])
-    if arguments[:1] == ["keys"]:
-        from launch.keys import main as keys
-
-        return keys(arguments[1:])
-    if arguments[:1] == ["recommend"]:
-        from launch.recommend import main as recommend
-
-        return recommend(arguments[1:])
-    if arguments[:1] == ["compare"]:
-        from launch.compare import main as compare
-
-        return compare(arguments[1:])
+    if module := COMMANDS.get(next(iter(arguments), "")):
+        return int(import_module(module).main(arguments[1:]))
     options = _parser().parse_args(arguments)
     overrides = [text for text in options.overrides if text != "--"]
     if options.steps is not None:

@@ -11,6 +11,9 @@ from launch.compose import load
 from launch.config import FIXED_IN_A_RUN, Config, ConfigError
 from rewards.config import RewardTerm
 
+TELLING = ("data.template", "learner.optimizer", "train.prompts_per_step")
+"""What a run seldom does in another way, by intention, than the run whose checkpoint it starts from."""
+
 
 def check_resumable(config: Config, saved: Config) -> None:
     """Raise ConfigError naming what differs between a run and the configuration that is to continue it.
@@ -25,10 +28,6 @@ def check_resumable(config: Config, saved: Config) -> None:
                 raise ConfigError(
                     f"{changed} is {new!r}, but the run was started with {old!r}; resume with the same, or use NAME="
                 )
-
-
-TELLING = ("data.template", "learner.optimizer", "train.prompts_per_step")
-"""What a run seldom does in another way, by intention, than the run whose checkpoint it starts from."""
 
 
 def changes(saved: Config, config: Config) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from whole_run import SMALL, actor_processes, finish, logged_steps, start, wait_for_step
 
 
@@ -23,6 +24,33 @@ def test_a_rollout_worker_that_dies_with_stale_flights_queued_comes_back(tmp_pat
     assert logged_steps(run, "train") == list(range(1, 9))
 
 
+def test_a_model_that_workers_and_learner_compute_differently_is_refused_before_sft(tmp_path: Path) -> None:
+    process = start(tmp_path, "--name", "differs", "--steps", "1", "learner.mismatch_limit=1e-12")
+    output = finish(process)
+    assert process.returncode == 1
+    assert "learner.mismatch_limit=1e-12" in output
+    assert "SFT  " not in output
+    assert not (tmp_path / "runs" / "differs").exists()
+
+
+def test_weights_that_ranks_of_a_worker_cannot_take_are_refused_before_sft(
+    tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    """vLLM holds GPT-2's matrices transposed, and two ranks of a worker hold parts of them."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    shape = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 1024}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    arguments = "--name", "gpt2", "--model", str(tmp_path / "gpt2"), "--steps", "1", "rollout.tensor_parallel=2"
+    process = start(tmp_path, *arguments)
+    output = finish(process)
+    assert process.returncode == 1
+    assert "set rollout.tensor_parallel=1" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs" / "gpt2").exists()
+
+
 def test_a_reward_that_fails_is_found_before_sft(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def short(group):\n    return [1.0] * (len(group.candidate_titles) - 1)\n")
     process = start(tmp_path, "--name", "short", "--steps", "1", "rewards=[{name: rule}, {name: 'mine.py:short'}]")
@@ -31,6 +59,16 @@ def test_a_reward_that_fails_is_found_before_sft(tmp_path: Path) -> None:
     assert "reward 'short' returned 15 values" in output
     assert "SFT  " not in output
     assert not (tmp_path / "runs" / "short").exists()
+
+
+def test_a_cache_too_small_for_the_evaluation_is_refused_before_sft(tmp_path: Path) -> None:
+    beams = ("train.eval_beams=60", "rollout.kv_cache_gib=0.00056")  # 72 blocks: enough for the 16 of training
+    process = start(tmp_path, "--name", "small", "--steps", "1", settings=(*SMALL, *beams))
+    output = finish(process)
+    assert process.returncode == 1
+    assert "with 60 beams needs" in output
+    assert "SFT  " not in output
+    assert not (tmp_path / "runs" / "small").exists()
 
 
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
