@@ -116,8 +116,8 @@ def test_lost_data_are_made_again_from_the_last_checkpoint(lost: ray.ObjectRef) 
 
 
 def test_a_late_reward_is_named_though_its_table_is_lost(lost: ray.ObjectRef) -> None:
-    stage = SimpleNamespace(names="'slow'", timeout_s=3.0)
-    late = Stage.late(stage, Work(SimpleNamespace(stage=stage, queue=[1]), lost, lost))
+    stage = SimpleNamespace(names="'slow'")
+    late = Stage.late(stage, Work(SimpleNamespace(stage=stage, queue=[1]), lost, lost), waited_s=3.0)
     assert "reward 'slow' gave no answer for groups whose table is lost within 3 s" in str(late)
 
 

@@ -72,4 +72,11 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int, phase: s
 
 def actor_processes(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if f"ray::{name}" in " ".join(child.cmdline())]
+    return [child for child in children if f"ray::{name}" in _command(child)]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended meanwhile, or is a zombie
+        return ""
