@@ -36,6 +36,8 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(DEVICE)
 # Modules are compiled where they are first imported: most never are, and pip would take minutes for all.
 PIP := $(RUN) -m pip install -q --no-deps --no-compile
+# Also where the environment, as that of many containers, forbids it: each process would compile all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 ENV := DS_ACCELERATOR=$(if $(filter gpu,$(DEVICE)),cuda,cpu)
 
 .PHONY: help setup launch test test-gpu .test-gpu lint format bench bench-rollout bench-learner bench-step bench-rewards \

@@ -52,3 +52,16 @@ def test_make_passes_what_it_is_given(value: str, resumes: bool) -> None:
     assert ("--resume" in line) == resumes
     assert '--name "mine"' in line
     assert line.rstrip().endswith("-- a.b=c")
+
+
+def test_what_is_imported_is_compiled_once(tmp_path: Path) -> None:
+    """pip has compiled nothing, so an environment that forbids bytecode would have each process compile everything."""
+    python, ready = tmp_path / "bin" / "python", tmp_path / ".ready-cpu"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "forbidden: ${PYTHONDONTWRITEBYTECODE:-no}"\n')
+    python.chmod(0o755)
+    ready.touch()
+    command = ["make", "launch", f"VENV={tmp_path}"]
+    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    made = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=True)
+    assert made.stdout == "forbidden: no\n"
