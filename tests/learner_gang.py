@@ -64,7 +64,7 @@ def with_settings(model_path: Path, to: Path, file: str, settings: dict[str, Any
 @pytest.fixture(scope="session")
 def learner_data(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Data:
     config = DataConfig(
-        cache=str(tmp_path_factory.mktemp("catalog")), generated=GeneratedConfig(items=40, users=40), template=SHORT
+        cache=str(tmp_path_factory.mktemp("catalog")), generated=GeneratedConfig(items=40, users=20), template=SHORT
     )
     return Data(tiny_model_dir, build_catalog(config, str(tiny_model_dir)))
 

@@ -13,7 +13,7 @@ import psutil
 
 SMALL = [
     "data.generated.items=60",
-    "data.generated.users=120",
+    "data.generated.users=60",
     "model.hidden=64",
     "model.heads=2",
     "model.kv_heads=1",
@@ -35,7 +35,9 @@ SMALL = [
 
 
 def start(cwd: Path, *arguments: str, settings: Sequence[str] = SMALL) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launch.cli", "train", *arguments, *settings]
+    """A run in `cwd`, a folder of pytest; runs of a session share the model and catalogue that the first makes."""
+    shared = [f"data.cache={cwd.parent / 'whole-runs'}"] if settings else []
+    command = [sys.executable, "-m", "launch.cli", "train", *arguments, *settings, *shared]
     others = {"RAY_ADDRESS": "127.0.0.1:9"}  # a cluster of somebody else's, which a run with a Ray of its own ignores
     return subprocess.Popen(
         command,
