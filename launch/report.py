@@ -25,6 +25,7 @@ CURVES = (
     ("reward", "mean reward of the candidates"),
     ("loss", "loss"),
     ("kl", "KL to the reference"),
+    ("rollout/group_probability", "probability that the policy gives to a group's candidates"),
     ("grad_norm", "gradient norm before clipping"),
     ("mismatch", "mean |rollout - learner| log-probability of a candidate"),
 )

@@ -14,8 +14,8 @@ from rollout_workers import CONFIG, IDS, TIMEOUT_S, give, published, started_wor
 
 from catalog.catalog import Catalog
 from rollout.actor import ChecksumMismatch, StaleWeights
-from rollout.groups import GROUP_SCHEMA, validate_groups
-from rollout.metrics import rollout_metrics
+from rollout.groups import GROUP_SCHEMA, Candidates, group_table, validate_groups
+from rollout.metrics import group_probability, rollout_metrics
 from rollout.streams import PublishedWeights, RolloutTimeout, collect, stream_rollout
 
 
@@ -139,6 +139,18 @@ def test_a_table_says_how_fast_it_was_generated(blank: ActorHandle, folder: Path
     assert 0.5 * len(IDS) / 0.8 < metrics["rollout/groups_per_s"] < len(IDS) / 0.8
     np.testing.assert_allclose(metrics["rollout/tokens_per_s"] / metrics["rollout/groups_per_s"], tokens / len(IDS))
     assert rollout_metrics([]) == {}
+
+
+def test_titles_count_once_in_the_probability_of_a_group() -> None:
+    half, quarter, eighth = (
+        np.array(logprobs, np.float32) for logprobs in ([-np.log(2)], [-np.log(2)] * 2, [-np.log(8)])
+    )
+    tokens = [np.ones(len(logprobs), np.int32) for logprobs in (half, quarter, quarter, eighth)]
+    twice = Candidates(tokens, [half, quarter, quarter, eighth], np.array([3, 5, 5, -1], np.int32), np.zeros(4))
+    alone = Candidates(tokens[3:], [eighth], np.array([5], np.int32), np.zeros(1))
+    table = group_table([0, 1], 0, [[1], [1]], [3, 3], [twice, alone])
+    np.testing.assert_allclose(group_probability(table), [0.75, 0.125], rtol=1e-6)
+    assert rollout_metrics([table]) == {"rollout/group_probability": pytest.approx(0.4375)}
 
 
 def test_time_in_which_the_driver_is_busy_is_not_held_against_a_worker(worker: ActorHandle) -> None:
