@@ -23,6 +23,7 @@ FIXED_IN_A_RUN = {
         "importance_cap",
         "inclusion_weights",
         "updates_per_batch",
+        "mini_batches",
         "reference_sync_every",
         "reference_sync_alpha",
         "lora",

@@ -34,6 +34,7 @@ POSITIVE = (
     "learner.importance_cap",
     "learner.mismatch_limit",
     "learner.updates_per_batch",
+    "learner.mini_batches",
     "learner.micro_batch_tokens",
     "learner.logit_mib",
     "learner.ranks",

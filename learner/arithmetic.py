@@ -23,7 +23,7 @@ class BatchArithmetic:
     candidates: int
     """Candidates per step: prompts x group size."""
     prompts_per_rank: int
-    """The largest share of a rank."""
+    """The largest share of a rank, of an update."""
     packed_tokens: int
     """Upper bound of the tokens of one group in the learner's packing."""
     micro_batches: int
@@ -40,7 +40,7 @@ class BatchArithmetic:
         """Readable lines for the start of a run."""
         rl = (
             f"RL: {self.prompts} prompts -> {self.candidates} candidates per step, "
-            f"{self.prompts_per_rank} prompts per rank in about {self.micro_batches} micro-batches "
+            f"{self.prompts_per_rank} prompts per rank and update in about {self.micro_batches} micro-batches "
             f"of groups of up to {self.packed_tokens} tokens; {self.rl_updates} updates, "
             f"{self.warmup_steps} of learning-rate warm-up"
         )
@@ -58,6 +58,11 @@ def check_batch(config: LearnerConfig, prompts_per_step: int) -> None:
             f"train.prompts_per_step={prompts_per_step} gives some of learner.ranks={config.ranks} no group: "
             "raise the one or lower the other"
         )
+    if prompts_per_step % config.mini_batches or prompts_per_step < config.ranks * config.mini_batches:
+        raise BatchError(
+            f"learner.mini_batches={config.mini_batches} must divide train.prompts_per_step={prompts_per_step} into "
+            f"parts with a group for each of learner.ranks={config.ranks}"
+        )
     if config.sft.epochs and config.sft.batch_size < config.ranks:
         raise BatchError(
             f"learner.sft.batch_size={config.sft.batch_size} is smaller than learner.ranks={config.ranks}: "
@@ -69,11 +74,12 @@ def check_batch(config: LearnerConfig, prompts_per_step: int) -> None:
 
 def batch_notes(config: LearnerConfig) -> tuple[str, ...]:
     """What works but is seldom meant, in a line each."""
-    several, unbounded = config.updates_per_batch > 1, config.clip_low is None and config.clip_high is None
-    if several and unbounded and config.objective in CLIPPING:
+    several = [name for name in ("updates_per_batch", "mini_batches") if getattr(config, name) > 1]
+    if several and config.clip_low is None and config.clip_high is None and config.objective in CLIPPING:
+        keys = " and ".join(f"learner.{name}={getattr(config, name)}" for name in several)
         return (
-            f"note: learner.updates_per_batch={config.updates_per_batch} without learner.clip_low and "
-            "learner.clip_high: nothing bounds the ratio to the policy before a batch's first update",
+            f"note: {keys} without learner.clip_low and learner.clip_high: nothing bounds the ratio to the policy "
+            "before a batch's first update",
         )
     return ()
 
@@ -105,8 +111,8 @@ def describe_batch(
             f"learner.micro_batch_tokens={config.micro_batch_tokens} is less than one prompt with one title "
             f"({prompt_tokens} + {title_tokens} tokens): raise it, or lower data.max_prompt_tokens"
         )
-    per_rank = math.ceil(prompts_per_step / config.ranks)
-    updates = steps * config.updates_per_batch
+    per_rank = math.ceil(prompts_per_step // config.mini_batches / config.ranks)
+    updates = steps * config.updates_per_step
     return BatchArithmetic(
         prompts=prompts_per_step,
         candidates=prompts_per_step * group_size,

@@ -80,7 +80,7 @@ class LearnerConfig:
     0. always: also where only rounding sets rollout workers and learner apart, which in bfloat16 is felt."""
     importance_cap: float | None = 2.0
     """Largest importance weight; null does not truncate. The weight is old / rollout. That of reinforce, which has no
-    ratio, is policy / rollout; without staleness, with updates_per_batch > 1, policy / old."""
+    ratio, is policy / rollout; without staleness, with several updates of a batch, policy / old."""
     mismatch_limit: float | None = None
     """Largest mean difference of a candidate's log-probability to that of a rollout with the same weights; beyond it
     the run ends, since its rollouts come from another policy. null: 0.1 in float32, 5 in bfloat16."""
@@ -88,7 +88,10 @@ class LearnerConfig:
     """With rollout.strategy=stochastic_beam: weigh every candidate by its inclusion weight instead of 1 / G, so that
     the mean over a group is an unbiased estimate of the mean over the policy (over titles, at temperature 1)."""
     updates_per_batch: int = 1
-    """Optimizer steps per batch of groups."""
+    """Passes over a batch of groups; an optimizer step each, or as many as it has mini-batches."""
+    mini_batches: int = 1
+    """Equal parts of a batch with an optimizer step each. Above 1, one more forward pass finds the old policy's
+    log-probabilities before the first of these steps."""
     reference_sync_every: int = 512
     """Optimizer steps between two updates of the reference model; 0 never."""
     reference_sync_alpha: float = 0.6
@@ -127,6 +130,11 @@ class LearnerConfig:
     """Longest wait for one call of the ranks: a step, a report of SFT, a checkpoint."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """More DeepSpeed configuration, merged over ours."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of an RL step."""
+        return self.updates_per_batch * self.mini_batches
 
 
 def objective_names() -> list[str]:

@@ -1,7 +1,8 @@
 """One step of reinforcement learning: advantages, micro-batches, reference, objective, optimizer."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from rollout.groups import INCLUSION_WEIGHT, GroupTableError
 TOTALS = ("loss", "completion_tokens", "packed_tokens")
 """Metrics of an update that are summed over all ranks; the others are means over the candidates that were fed."""
 MEANS = ("loss", "kl", "clipped", "grad_norm")
-"""Metrics that a step reports as the mean of its updates; of the others, those of its first update."""
+"""Metrics that a step reports as the mean of its updates; the others are those of its first pass over the groups."""
 
 
 @dataclass
@@ -43,6 +44,16 @@ class MicroBatch:
     """Of all of its contributions and metrics: 0 for a stand-in."""
     logp_ref: Tensor | None = None
     logp_old: Tensor | None = None
+
+
+@dataclass
+class MiniBatch:
+    """Groups that an optimizer step is made on."""
+
+    micro_batches: list[MicroBatch]
+    """This rank's share of them."""
+    count: int
+    """What the sum of all their contributions is divided by."""
 
 
 class PolicyUpdate:
@@ -67,13 +78,15 @@ class PolicyUpdate:
         self._engine, self._policy, self._reference = engine, policy, reference
         self._config = config
         self._objective = resolve(config.objective)
-        self._total = total_steps * config.updates_per_batch
+        self._total = total_steps * config.updates_per_step
         self._gets_rollout = gets_rollout(config, staleness)
         self._metric_names: set[frozenset[str]] = set()
         """That calls of the objective have returned; one set, or a mistake."""
 
     def step(self, experience: Experience) -> dict[str, float]:
-        """config.updates_per_batch optimizer steps on the same groups; returns metrics that are equal on all ranks.
+        """config.updates_per_batch passes over the groups, with an optimizer step on each of their mini-batches.
+
+        Returns metrics that are equal on all ranks.
 
         All ranks have the advantages that rank 0 computes, since a run's own may be random, and take their shares of
         the groups by a plan that they agree on.
@@ -84,48 +97,66 @@ class PolicyUpdate:
                 lambda: self._objective.advantages(experience.rewards, self._config.normalize_std)
             )
             with timer("pack"):
-                micro_batches = self._micro_batches(experience, advantages)
+                parts = self._mini_batches(experience, advantages)
+            micro_batches = [micro for part in parts for micro in part.micro_batches]
             if self._reference is not None:
                 with timer("reference"), self._reference.ready() as reference:
                     for micro in micro_batches:
                         micro.logp_ref = reference(micro.packed)
-            count = self._objective.count(experience.candidates)
-            updates = [
-                self._update(micro_batches, count, timer, keep_old=update == 0 and self._config.updates_per_batch > 1)
-                for update in range(self._config.updates_per_batch)
-            ]
+            if len(parts) > 1:  # the policy moves before it sees all of them
+                with timer("old"), self._frozen():
+                    for micro in micro_batches:
+                        micro.logp_old = self._engine(micro.packed)
+            updates = [self._update(part, timer) for _ in range(self._config.updates_per_batch) for part in parts]
         seconds = timer.seconds()
         return {
-            **updates[0],
-            **{name: float(np.mean([update[name] for update in updates])) for name in MEANS if name in updates[0]},
+            **_of_step(updates, updates[: len(parts)]),
             "groups": float(len(experience)),
             "frac_uninformative": float(1.0 - informative(advantages).mean()),
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "tokens_per_second": sum(update["packed_tokens"] for update in updates) / seconds["learn"],
         }
 
-    @torch.no_grad()
     def check_rollouts(self, experience: Experience) -> None:
         """Raise MismatchError unless these groups come from the policy as it is now; nothing is updated."""
         no_advantages = [np.zeros_like(rewards) for rewards in experience.rewards]
-        self._policy.eval()  # without the dropout of adapters
         sums: dict[str, float] = defaultdict(float)
-        for row in range(len(experience)):
-            micro = self._micro_batch(experience, no_advantages, [row], counts=True)
-            for name, value in _sums(micro, self._engine(micro.packed)).items():
-                sums[name] += float(value.sum())
-        self._policy.train()
+        with self._frozen():
+            for row in range(len(experience)):
+                micro = self._micro_batch(experience, no_advantages, [row], counts=True)
+                for name, value in _sums(micro, self._engine(micro.packed)).items():
+                    sums[name] += float(value.sum())
         check_mismatch(sums["mismatch"] / max(sums["candidates"], 1.0), self._config)
 
-    def _micro_batches(self, experience: Experience, advantages: list[np.ndarray]) -> list[MicroBatch]:
-        """This rank's share of the groups that can move the policy.
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """The policy without gradients and without the dropout of adapters."""
+        self._policy.eval()
+        with torch.no_grad():
+            yield
+        self._policy.train()
 
-        Every rank gets equally many. Where there are too few, the smallest of these groups stands in; where no group
-        can move the policy, the smallest of all.
+    def _mini_batches(self, experience: Experience, advantages: list[np.ndarray]) -> list[MiniBatch]:
+        parts = np.array_split(np.arange(len(experience)), self._config.mini_batches)
+        return [
+            MiniBatch(
+                self._micro_batches(experience, advantages, groups),
+                self._objective.count([experience.candidates[group] for group in groups]),
+            )
+            for groups in parts
+        ]
+
+    def _micro_batches(
+        self, experience: Experience, advantages: list[np.ndarray], groups: np.ndarray
+    ) -> list[MicroBatch]:
+        """This rank's share of those of some groups that can move the policy.
+
+        Every rank gets equally many. Where there are too few, the smallest of these stands in; where none can move
+        the policy, the smallest of all.
         """
         only_informative = self._config.beta == 0 or self._config.kl_on == "informative"
-        fed = informative(advantages) if only_informative else np.ones(len(experience), bool)
-        rows = np.flatnonzero(fed if fed.any() else ~fed)
+        fed = informative(advantages)[groups] if only_informative else np.ones(len(groups), bool)
+        rows = groups[fed if fed.any() else ~fed]
         sizes = self._policy.group_tokens(
             [experience.prompts[row] for row in rows], [experience.candidates[row] for row in rows]
         )
@@ -164,12 +195,10 @@ class PolicyUpdate:
         weights = [len(experience.inclusion_weights[row]) * experience.inclusion_weights[row] for row in rows]
         return to_device(torch.from_numpy(np.concatenate(weights)), self._engine.device)
 
-    def _update(
-        self, micro_batches: list[MicroBatch], count: int, timer: PhaseTimer, keep_old: bool
-    ) -> dict[str, float]:
+    def _update(self, part: MiniBatch, timer: PhaseTimer) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self._engine.device))
-        for index, micro in enumerate(micro_batches):
+        for index, micro in enumerate(part.micro_batches):
             with timer("forward"):
                 logp = self._engine(micro.packed)
                 batch = CompletionBatch(
@@ -181,22 +210,23 @@ class PolicyUpdate:
                     logp_rollout=micro.logp_rollout if self._gets_rollout else None,
                 )
                 contributions, metrics = self._objective(batch, self._config)
-                loss = (contributions * micro.candidate_weights).sum() / count
+                loss = (contributions * micro.candidate_weights).sum() / part.count
             with timer("backward"):
                 # The engine averages over ranks; the loss is a sum over them.
                 weighted = loss * (micro.weight * self._engine.world_size)
-                self._engine.backward(weighted, last=index == len(micro_batches) - 1)
+                self._engine.backward(weighted, last=index == len(part.micro_batches) - 1)
             self._metric_names.add(frozenset(metrics))
-            if keep_old:
-                micro.logp_old = logp.detach()
-            for name, value in {**_sums(micro, logp.detach()), **metrics, "loss": loss.detach()}.items():
+            old = logp.detach() if micro.logp_old is None else micro.logp_old
+            if self._config.updates_per_step > 1:
+                micro.logp_old = old
+            for name, value in {**_sums(micro, old), **metrics, "loss": loss.detach()}.items():
                 sums[name] += micro.weight * value.sum()  # stays on the device: nothing waits for it here
         rate = learning_rate(self._config.optimizer, self.updates_done, self._total)
         with timer("optimizer"):
             norm = self._engine.step(rate)
         self.updates_done += 1
         self._sync_reference()
-        return {**self._means(sums), "grad_norm": norm, "lr": rate, "micro_batches": len(micro_batches)}
+        return {**self._means(sums), "grad_norm": norm, "lr": rate, "micro_batches": len(part.micro_batches)}
 
     def _sync_reference(self) -> None:
         every = self._config.reference_sync_every
@@ -204,7 +234,8 @@ class PolicyUpdate:
             self._reference.follow(self._config.reference_sync_alpha)
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics over all ranks out of this rank's sums: totals of TOTALS, else means over fed candidates.
+        """Metrics over all ranks out of this rank's sums: totals of TOTALS, else means over the fed candidates, which
+        are counted.
 
         Raises ObjectiveError, on all ranks, where one's objective has returned other metrics than before or elsewhere.
         """
@@ -213,7 +244,22 @@ class PolicyUpdate:
         self._objective.check_names(set().union(*names))
         summed = {name: sum(of_rank[name] for of_rank in ranks) for name in own}
         candidates = max(summed.pop("candidates"), 1.0)
-        return {name: value if name in TOTALS else value / candidates for name, value in summed.items()}
+        means = {name: value if name in TOTALS else value / candidates for name, value in summed.items()}
+        return {**means, "candidates": candidates}
+
+
+def _of_step(updates: list[dict[str, float]], first_pass: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step out of those of its updates."""
+    candidates = [update["candidates"] for update in first_pass]
+
+    def over_updates(name: str) -> float:
+        if name in MEANS:
+            return float(np.mean([update[name] for update in updates]))
+        values = [update[name] for update in first_pass]
+        return sum(values) if name in TOTALS else float(np.average(values, weights=candidates))
+
+    of_step = {name: over_updates(name) for name in first_pass[0] if name != "candidates"}
+    return {**of_step, "lr": first_pass[0]["lr"]}
 
 
 def _padded(rows: Sequence[np.ndarray]) -> Tensor:

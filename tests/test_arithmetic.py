@@ -27,10 +27,11 @@ def test_the_published_batch():
     assert "512 candidates" in arithmetic.lines()[0]
 
 
-def test_updates_per_batch_multiply_the_optimizer_steps():
-    config = LearnerConfig(updates_per_batch=3, optimizer=OptimizerConfig(warmup_ratio=0.01))
-    arithmetic = describe_batch(config, **DATA)
-    assert (arithmetic.rl_updates, arithmetic.warmup_steps) == (300, 3)
+def test_passes_and_mini_batches_multiply_the_optimizer_steps():
+    optimizer = OptimizerConfig(warmup_ratio=0.01)
+    arithmetic = describe_batch(LearnerConfig(updates_per_batch=3, mini_batches=4, optimizer=optimizer), **DATA)
+    assert (arithmetic.rl_updates, arithmetic.warmup_steps) == (1200, 12)
+    assert arithmetic.prompts_per_rank == 8
 
 
 def test_a_lone_update_has_no_warm_up():
@@ -41,9 +42,12 @@ def test_a_lone_update_has_no_warm_up():
 def test_a_ratio_that_nothing_bounds_is_noted():
     (note,) = describe_batch(LearnerConfig(updates_per_batch=3), **DATA).lines()[2:]
     assert "learner.updates_per_batch=3 without learner.clip_low and learner.clip_high" in note
+    (note,) = batch_notes(LearnerConfig(mini_batches=2))
+    assert "learner.mini_batches=2 without" in note
     for config in (
         LearnerConfig(),  # its ratio is 1
         LearnerConfig(updates_per_batch=3, clip_low=0.2),
+        LearnerConfig(mini_batches=2, clip_low=0.2),
         LearnerConfig(updates_per_batch=3, clip_high=0.2),
         LearnerConfig(updates_per_batch=3, objective="reinforce"),
         LearnerConfig(updates_per_batch=3, objective="my.module:objective"),
@@ -71,6 +75,8 @@ def test_without_sft_nothing_is_said_about_it():
     ("config", "named"),
     [
         (LearnerConfig(ranks=64), "train.prompts_per_step=32"),
+        (LearnerConfig(mini_batches=5), "learner.mini_batches=5 must divide train.prompts_per_step=32"),
+        (LearnerConfig(mini_batches=16, ranks=4), "learner.mini_batches=16 .* learner.ranks=4"),
         (LearnerConfig(ranks=4, sft=SftConfig(batch_size=3)), "learner.sft.batch_size=3"),
         (LearnerConfig(micro_batch_tokens=100), "learner.micro_batch_tokens=100"),
         (LearnerConfig(offload_optimizer=True), "learner.zero_stage"),

@@ -39,42 +39,75 @@ def expected(gangs, steps):
     return gangs[1]("train", CONFIG, steps)
 
 
-def test_a_step_equals_plain_pytorch(learner_data, steps, expected):
+def plain_grpo(data, steps, config):
+    """Losses and gradient norms of all updates, and the weights after them, one sequence at a time."""
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(learner_data.model_path)
-    reference = AutoModelForCausalLM.from_pretrained(learner_data.model_path)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    for step, tables in enumerate(steps):
+    model, reference = (AutoModelForCausalLM.from_pretrained(data.model_path) for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.optimizer.weight_decay)
+
+    def logprobs(lm, groups, rows):
+        for row in rows:
+            for title in groups.candidates[row]:
+                ids = torch.tensor([[*groups.prompts[row], *title]])
+                of_all = lm(ids).logits[0, -len(title) - 1 : -1].log_softmax(-1)
+                yield of_all.gather(1, ids[0, -len(title) :, None])[:, 0]
+
+    updates = []
+    low, high = (1 - (config.clip_low or 1.0), 1 + (config.clip_high or 1e9))
+    for tables in steps:
         groups = Experience.from_tables(tables)
         advantages = group_advantages(groups.rewards)
-        losses = []
-        for prompt, ranked, advantage in zip(groups.prompts, groups.candidates, advantages, strict=True):
-            for title, weight in zip(ranked, advantage, strict=True):
-                ids = torch.tensor([[*prompt, *title]])
-                logp, ref = (
-                    lm(ids)
-                    .logits[0, len(prompt) - 1 : -1]
-                    .log_softmax(-1)
-                    .gather(1, ids[0, len(prompt) :, None])[:, 0]
-                    for lm in (model, reference)
-                )
-                ref = ref.detach()
-                kl = torch.exp(ref - logp) - (ref - logp) - 1
-                losses.append((CONFIG.beta * kl - torch.exp(logp - logp.detach()) * float(weight)).mean())
-        loss = torch.stack(losses).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.optimizer.gradient_clipping)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(CONFIG.optimizer, step, STEPS)
-        optimizer.step()
-        metrics = expected["metrics"][step]
-        assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
-        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-        assert metrics["lr"] == optimizer.param_groups[0]["lr"]
-    assert_same_training(
-        expected["weights"], {n: p.detach().numpy() for n, p in model.named_parameters()}, learner_data
-    )
+        parts = np.array_split(np.arange(len(groups)), config.mini_batches)
+        with torch.no_grad():
+            before = [list(logprobs(model, groups, part)) for part in parts]
+            refs = [list(logprobs(reference, groups, part)) for part in parts]
+        for _ in range(config.updates_per_batch):
+            for part, olds, of_reference in zip(parts, before, refs, strict=True):
+                weights, losses = np.concatenate([advantages[row] for row in part]).tolist(), []
+                for logp, old, ref, weight in zip(
+                    logprobs(model, groups, part), olds, of_reference, weights, strict=True
+                ):
+                    ratio, kl = torch.exp(logp - old), torch.exp(ref - logp) - (ref - logp) - 1
+                    gain = torch.minimum(ratio * weight, ratio.clamp(low, high) * weight)
+                    losses.append((config.beta * kl - gain).mean())
+                optimizer.zero_grad()
+                loss = torch.stack(losses).mean()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config.optimizer, len(updates), len(steps) * config.updates_per_step)
+                optimizer.step()
+                updates.append((loss.item(), norm.item()))
+    return updates, {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+
+
+SEVERAL_UPDATES = {"clip_low": 0.02, "clip_high": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changed"),
+    [
+        (1, {}),
+        (1, SEVERAL_UPDATES | {"updates_per_batch": 2}),
+        (1, SEVERAL_UPDATES | {"mini_batches": 3}),
+        (2, SEVERAL_UPDATES | {"mini_batches": 2, "updates_per_batch": 2, "zero_stage": 3}),
+    ],
+    ids=str,
+)
+def test_a_step_equals_plain_pytorch(gangs, learner_data, steps, expected, ranks, changed):
+    config = replace(CONFIG, **changed)
+    found = gangs[ranks]("train", config, steps) if changed else expected
+    updates, weights = plain_grpo(learner_data, steps, config)
+    assert_same_training(found["weights"], weights, learner_data)
+    each = config.updates_per_step
+    for step, metrics in enumerate(found["metrics"]):
+        loss, norm = np.mean(updates[step * each : (step + 1) * each], axis=0)
+        assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert metrics["lr"] == learning_rate(CONFIG.optimizer, step * each, STEPS * each)
+        assert metrics["completion_tokens"] == expected["metrics"][step]["completion_tokens"]
+        assert (metrics["clipped"] > 0) == bool(changed)
+    assert found["metrics"][0]["mismatch"] == pytest.approx(expected["metrics"][0]["mismatch"], rel=1e-4)
 
 
 def test_what_the_learner_measures_has_names_that_no_objective_may_take(expected):

@@ -301,6 +301,7 @@ def test_advantages_may_change_the_rewards_they_get_and_are_float32() -> None:
         ({}, 1, [{"ref", "rollout"}]),
         ({"importance_sampling": "always"}, 0, [{"ref", "rollout"}]),
         ({"updates_per_batch": 4}, 0, [{"ref"}, {"ref", "old"}]),
+        ({"mini_batches": 2}, 0, [{"ref"}, {"ref", "old"}]),
         ({"updates_per_batch": 2, "beta": 0.0}, 1, [{"rollout"}, {"old", "rollout"}]),
     ],
 )

@@ -41,7 +41,8 @@ def test_the_smallest_group_stands_in_for_a_rank_without_any(
         engine: Any = SimpleNamespace(rank=rank, world_size=2, device="cpu")
         update = PolicyUpdate(engine, policy, None, LearnerConfig(beta=0.0), total_steps=1, staleness=0)
         advantages = update._objective.advantages(groups.rewards, True)
-        (micro,) = update._micro_batches(groups, advantages)
+        (part,) = update._mini_batches(groups, advantages)
+        (micro,) = part.micro_batches
         found.append((micro.packed, micro.weight))
     assert found == fed
 

@@ -196,7 +196,7 @@ def check_objective(objective: Objective, config: LearnerConfig, staleness: int)
     reference = (logp.detach() * 1.1) if config.beta else None
     rollout = (logp.detach() * 0.9) if gets_rollout(config, staleness) else None
     first = CompletionBatch(logp, mask, torch.tensor([1.0, -0.5, 0.0, -0.5]), logp_ref=reference, logp_rollout=rollout)
-    later = [replace(first, logp_old=logp.detach() * 1.05)] if config.updates_per_batch > 1 else []
+    later = [replace(first, logp_old=logp.detach() * 1.05)] if config.updates_per_step > 1 else []
     objective.check_names([_try(objective, config, batch) for batch in (first, *later)])
 
 
