@@ -59,11 +59,10 @@ class RewardActor:
 
     def score(self, table: pa.Table, split: str) -> tuple[dict[str, pa.ListArray], dict[str, float]]:
         """list<float32> of one row per group and the seconds it took, both by term. Raises RewardError."""
-        groups = Groups(table, self.catalog, split)
         columns, seconds = {}, {}
         for key, reward in self.rewards.items():
             started = time.perf_counter()
-            columns[key] = score(key, reward, groups)
+            columns[key] = score(key, reward, Groups(table, self.catalog, split))  # its own, whatever it does to them
             seconds[key] = time.perf_counter() - started
         return columns, seconds
 

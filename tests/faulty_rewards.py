@@ -124,6 +124,18 @@ class AsyncCall(Constant):
         return [[0.0] * len(group.candidate_titles) for group in groups]
 
 
+class Meddles(Constant):
+    """Works in place on what it is given, in the actor of the light terms."""
+
+    light = True
+
+    def __call__(self, groups: Groups) -> Returned:
+        returned = super().__call__(groups)
+        np.negative(groups.layout.rank, out=groups.layout.rank)
+        groups.table = groups.table.take(list(range(len(groups)))[::-1])
+        return returned
+
+
 class Flat(Constant):
     def __call__(self, groups: Groups) -> Returned:
         return np.ones(groups.layout.num_candidates)

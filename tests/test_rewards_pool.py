@@ -15,6 +15,7 @@ from catalog.catalog import Catalog
 from launch.compose import compose
 from launch.config import ConfigError
 from launch.placement import check_devices, plan
+from rewards.actor import RewardActor
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError
 from rewards.metrics import reward_metrics
@@ -67,6 +68,14 @@ def test_scored_tables_hold_every_term_and_the_weighted_sum(start_pool: StartPoo
         np.testing.assert_allclose(ranking, ranking_rewards(table).to_pylist())
         assert length.min() > 0.1
         np.testing.assert_allclose(total, rule + 0.2 * length + 2 * ranking, atol=1e-6)
+
+
+def test_a_term_that_changes_its_groups_changes_no_other_term(catalog: Catalog) -> None:
+    table = some_groups(4, seed=1)
+    assert rule_rewards(table) != rule_rewards(table.take([3, 2, 1, 0]))
+    terms = [faulty("Meddles"), RewardTerm("rule"), RewardTerm("ranking")]
+    columns, _ = RewardActor(terms, str(catalog.path), str(Path.cwd())).score(table, "train")
+    assert [columns["rule"], columns["ranking"]] == [rule_rewards(table), ranking_rewards(table)]
 
 
 def test_metrics_and_what_terms_cost(start_pool: StartPool) -> None:
