@@ -20,6 +20,7 @@ FIXED_IN_A_RUN = {
         "normalize_std",
         "clip_low",
         "clip_high",
+        "importance_sampling",
         "importance_cap",
         "inclusion_weights",
         "updates_per_batch",

@@ -165,6 +165,7 @@ def test_workers_hold_weights_in_the_learners_precision() -> None:
     [
         "train.eval_beams=30",
         "learner.clip_high=0.3",
+        "learner.importance_sampling=always",
         "learner.reference_sync_every=5",
         "rewards=[{name: rule}]",
         "rewards=[{name: rule}, {name: ranking}, {name: diversity}]",
