@@ -208,6 +208,7 @@ def sampling_params(trie: Trie, request: TrieRequest, max_tokens: int, logprobs:
         presence_penalty=0.0,
         frequency_penalty=0.0,
         max_tokens=max_tokens,
+        ignore_eos=True,  # the ends of the model's defaults, which may be tokens of a title
         stop_token_ids=[trie.eos_token],
         logprobs=logprobs,
         flat_logprobs=True,

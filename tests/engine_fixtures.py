@@ -65,11 +65,12 @@ def node_logprobs(model: Any, trie: "Trie", prompts: list[list[int]]) -> "list[N
 
 
 @pytest.fixture(scope="session")
-def opinionated_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with sampling defaults that would ruin every search and every sample."""
+def opinionated_model_dir(tiny_model_dir: Path, trie: "Trie", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with defaults that would ruin every search and every sample: all titles begin with an end."""
     path = tmp_path_factory.mktemp("opinionated") / "model"
     shutil.copytree(tiny_model_dir, path)
     defaults = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "repetition_penalty": 5.0}
+    defaults["eos_token_id"] = [trie.eos_token, *trie.children(0)[0].tolist()]
     (path / "generation_config.json").write_text(json.dumps(defaults))
     return path
 
