@@ -81,8 +81,10 @@ def test_a_folder_that_another_process_made_meanwhile_is_kept(tmp_path: Path) ->
     assert names(tmp_path) == ["folder"]
 
 
-def test_a_folder_that_cannot_be_renamed_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["folder", "folder/in/a/file"])
+def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "folder").write_text("a file")
-    with pytest.raises(NotADirectoryError), atomic_folder(tmp_path / "folder"):
+    message = f"{path} cannot be written: .*Not a directory"
+    with pytest.raises(CannotWrite, match=message), atomic_folder(tmp_path / path):
         pass
     assert names(tmp_path) == ["folder"]
