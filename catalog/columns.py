@@ -61,7 +61,10 @@ class Columns:
                 convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys([*texts, *ids], pa.string())),
             )
         except (OSError, pa.ArrowException) as error:
-            raise CatalogError(f"{file}: not a readable CSV file ({error})") from error
+            raise CatalogError(
+                f"{file}: not a readable CSV file ({error}); write it as UTF-8 text with a header, commas, and as "
+                "many values in every row"
+            ) from error
         present = table.column_names
         _check_once(file, present, names)
         table = table.select([name for name in names if name in present])
