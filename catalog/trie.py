@@ -194,7 +194,7 @@ class Trie:
             )
         except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError) as error:
             raise TrieError(
-                f"{path}: not a readable trie ({error}); delete it and build the catalogue again"
+                f"{path}: not a readable trie ({error}); delete {path.parent} and build the catalogue again"
             ) from error
 
 
