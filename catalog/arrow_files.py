@@ -14,11 +14,13 @@ def write_arrow(path: Path, columns: dict[str, pa.Array]) -> None:
         writer.write_batch(batch)
 
 
-def read_arrow(path: Path) -> pa.RecordBatch:
-    """Map a file of write_arrow's. Raises CatalogError naming a file that is missing or damaged."""
+def read_arrow(path: Path, *names: str) -> pa.RecordBatch:
+    """Map a file of write_arrow's with columns `names`. Raises CatalogError naming one that is missing or damaged."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    except (OSError, pa.ArrowException) as error:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch.select(names)
+        return batch
+    except (OSError, pa.ArrowException, KeyError) as error:
         raise CatalogError(
             f"{path}: not a readable catalogue file ({error}); delete {path.parent} and build it again"
         ) from error

@@ -62,6 +62,7 @@ def build_catalog(config: DataConfig, tokenizer_path: str, report: Report = sile
             f"{path}: its titles were tokenised by {catalog.trie.tokenizer_fingerprint}, but the tokenizer of "
             f"{tokenizer_path} is {tokenizer}; delete {path} and {cache / TOKENIZERS} and build it again"
         )
+    catalog.check_whole(fingerprint)
     return catalog
 
 

@@ -17,6 +17,10 @@ from catalog.ragged import Ragged
 from catalog.trie import Trie
 
 DESCRIPTION = "catalog.json"
+DESCRIBED = ("fingerprint", "stats", "best_possible")
+"""What it holds."""
+EXAMPLE_COLUMNS = ("user_id", "history", "target", "target_class", "timestamp", "prompt_tokens")
+"""Of every split's file."""
 
 
 class Examples:
@@ -81,16 +85,20 @@ class Catalog:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._description: dict[str, Any] = json.loads((path / DESCRIPTION).read_text())
+            description = json.loads((path / DESCRIPTION).read_text())
+            self._description: dict[str, Any] = {key: description[key] for key in DESCRIBED}
         except FileNotFoundError:
             raise CatalogError(
                 f"{path}: not a built catalogue, there is no {DESCRIPTION}. Catalogues are the folders of data.cache, "
                 "named by the fingerprint in runs/NAME/catalogue.json; one that is damaged is built again once deleted"
             ) from None
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CatalogError(f"{path}: not a built catalogue ({error}); delete it and build it again") from error
         self.trie = Trie.load(path / "trie.arrow")
-        items, classes = read_arrow(path / "items.arrow"), read_arrow(path / "classes.arrow")
+        items, classes = (
+            read_arrow(path / "items.arrow", "item_id", "item_class"),
+            read_arrow(path / "classes.arrow", "title"),
+        )
         self.item_ids: pa.Array = items.column("item_id")
         """[items]: the ids of the data."""
         self.class_of_item: np.ndarray = items.column("item_class").to_numpy()
@@ -134,6 +142,19 @@ class Catalog:
         """HR@K and NDCG@K on the test split of ranking by the true probabilities; None where they are unknown."""
         return self._description["best_possible"]
 
+    def check_whole(self, fingerprint: str) -> None:
+        """Raise CatalogError unless it has this fingerprint, and files of the sizes with which it was built."""
+        stats = self.stats
+        built = [
+            stats["items"],
+            stats["classes"],
+            stats["trie"]["nodes"],
+            *(stats["examples"][split] for split in SPLITS),
+        ]
+        sizes = [len(self.item_ids), len(self.titles), self.trie.num_nodes, *map(len, self._splits.values())]
+        if self.fingerprint != fingerprint or sizes != built:
+            raise CatalogError(f"{self.path}: holds files of another catalogue; delete it and build it again")
+
     def title(self, item_class: int) -> str:
         return self.titles[item_class].as_py()
 
@@ -150,7 +171,10 @@ class Catalog:
 
     @cached_property
     def _splits(self) -> dict[str, Examples]:
-        return {split: Examples(read_arrow(self.path / f"{split}.arrow"), self.class_of_item) for split in SPLITS}
+        return {
+            split: Examples(read_arrow(self.path / f"{split}.arrow", *EXAMPLE_COLUMNS), self.class_of_item)
+            for split in SPLITS
+        }
 
     @cached_property
     def _items_by_class(self) -> tuple[np.ndarray, np.ndarray]:

@@ -219,6 +219,37 @@ def test_damaged_files_are_named(tmp_path: Path, tiny_tokenizer_dir: Path, name:
         Catalog.load(catalog.path).examples("train")
 
 
+@pytest.mark.parametrize("name", ["items.arrow", "classes.arrow", "train.arrow"])
+def test_files_of_another_kind_are_named(tmp_path: Path, built: Catalog, name: str) -> None:
+    damaged = Path(shutil.copytree(built.path, tmp_path / "damaged"))
+    shutil.copy(built.path / ("items.arrow" if name == "classes.arrow" else "classes.arrow"), damaged / name)
+    with pytest.raises(CatalogError, match=f"{name}: not a readable catalogue file .*delete {damaged} and build"):
+        Catalog.load(damaged).examples("train")
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"3", b"\xff\xfe"])
+def test_a_description_that_is_none_is_named(tmp_path: Path, built: Catalog, content: bytes) -> None:
+    damaged = Path(shutil.copytree(built.path, tmp_path / "damaged"))
+    (damaged / "catalog.json").write_bytes(content)
+    with pytest.raises(CatalogError, match=f"{damaged}: not a built catalogue .*delete it and build it again"):
+        Catalog.load(damaged)
+
+
+def test_files_of_another_catalogue_are_noticed(tmp_path: Path, tiny_tokenizer_dir: Path, built: Catalog) -> None:
+    mine = config(tmp_path / "cache", path=str(write_folder(tmp_path / "data", TITLES)))
+    own = build_catalog(mine, str(tiny_tokenizer_dir)).path
+    whole = shutil.copytree(own, tmp_path / "whole")
+    for name in ("catalog.json", "trie.arrow", "items.arrow", "classes.arrow", "train.arrow"):
+        shutil.copy(built.path / name, own / name)
+        with pytest.raises(CatalogError, match=f"{own}: holds files of another catalogue; delete it and build"):
+            build_catalog(mine, str(tiny_tokenizer_dir))
+        shutil.copy(whole / name, own / name)
+    shutil.rmtree(own)
+    shutil.copytree(built.path, own)
+    with pytest.raises(CatalogError, match=f"{own}: holds files of another catalogue"):
+        build_catalog(mine, str(tiny_tokenizer_dir))
+
+
 def test_a_trie_of_another_tokenizer_is_refused(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     train_byte_bpe(["Acme Bolt"] * 9, 280, tmp_path / "other")
     own, other = (build_catalog(config(tmp_path), str(path)) for path in (tiny_tokenizer_dir, tmp_path / "other"))
