@@ -17,6 +17,8 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 def check_model(path: Path) -> None:
     """Raise ConfigError naming what a Hugging Face directory lacks, without loading weights."""
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ConfigError(f"model {path}: adapters alone; merge them into their model (PEFT: merge_and_unload)")
         raise ConfigError(f"model {path}: config.json is missing; MODEL= takes a Hugging Face directory")
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
         raise ConfigError(f"model {path}: no weights (*.safetensors) in it")

@@ -72,6 +72,11 @@ def test_a_model_that_cannot_write_titles_is_named(
     assert reason in refused("train", "--data", str(data), "--model", str(model))
 
 
+def test_adapters_alone_are_no_model(data: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "merge_and_unload" in refused("train", "--data", str(data), "--model", str(tmp_path))
+
+
 def test_a_profile_without_its_gpus_is_refused(refused: Refused) -> None:
     message = refused("train", "--cluster", "8xA100")
     assert "8 GPU (found 0)" in message
