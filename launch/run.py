@@ -107,9 +107,9 @@ def _tell_how_to_go_on(
     directory: RunDirectory, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
     """Add to whatever ends a run that it can be continued."""
-    latest = checkpoint.latest(directory.checkpoints)
-    if error is not None and latest is not None:
-        error.add_note(f"RESUME=1 NAME={directory.path.name} goes on from {latest}")
+    newest = checkpoint.newest(directory.checkpoints)
+    if error is not None and newest is not None:
+        error.add_note(f"RESUME=1 NAME={directory.path.name} goes on from {newest}")
 
 
 def fine_tune(session: Session) -> dict[str, Any]:

@@ -110,8 +110,9 @@ def test_a_checkpoint_of_another_kind_is_refused_before_anything_starts(
     assert saved["learner"]["zero_stage"] == 1
 
 
+@pytest.mark.parametrize("name", ["step-4", "sft"])
 def test_whatever_ends_a_run_says_how_it_goes_on(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -120,7 +121,7 @@ def test_whatever_ends_a_run_says_how_it_goes_on(
             directory = RunDirectory(config, "none", overwrite=True)
             with ExitStack() as opened:
                 opened.push(partial(_tell_how_to_go_on, directory))
-                (directory.checkpoints / "step-4").mkdir()
+                (directory.checkpoints / name).mkdir()
                 raise stop
 
         return run
@@ -128,7 +129,7 @@ def test_whatever_ends_a_run_says_how_it_goes_on(
     for stop in (KeyboardInterrupt(), ConfigError("too late")):
         monkeypatch.setattr("launch.run.run", stopped(stop))
         assert main(["train", "--data", str(data), "--name", "mine"]) != 0
-        assert "RESUME=1 NAME=mine goes on from runs/mine/checkpoints/step-4\n" in capsys.readouterr().err
+        assert f"RESUME=1 NAME=mine goes on from runs/mine/checkpoints/{name}\n" in capsys.readouterr().err
 
 
 def test_resuming_what_never_was_is_refused(refused: Refused) -> None:
