@@ -1,11 +1,14 @@
 """What the pages link to is there, and what they tell to launch is a configuration."""
 
+import ast
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from launch.cli import OWN_PACKAGES
 from launch.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +30,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             there = (page.parent / file).resolve() if file else page
             assert there.exists(), target
             assert not anchor or anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_imports_what_is_there(page: Path) -> None:
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        for statement in ast.walk(ast.parse(code)):
+            match statement:
+                case ast.ImportFrom(module=str(module)) if module.partition(".")[0] in OWN_PACKAGES:
+                    for imported in statement.names:
+                        assert hasattr(import_module(module), imported.name), f"{module}.{imported.name}"
 
 
 def launches(page: Path) -> list[str]:
