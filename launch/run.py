@@ -82,10 +82,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         progress.line(line)
     with ExitStack() as opened, Actors(config, placement, catalog, model_path, steps) as actors:  # checks its devices
         progress.line(f"what rewards and other actors print: {actors.logs}/worker-*")
-        actors.rewards.ready(config.cluster.start_timeout_s)  # first, since they are up first, and their faults too
-        surviving(actors, progress, actors.learner.join)
-        actors.rollouts.ready(config.cluster.start_timeout_s)
-        surviving(actors, progress, partial(trial, actors, config, model_path))
+        start(actors, config, model_path, progress)
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite, say=progress.line)
         opened.callback(directory.close)
         opened.push(partial(_tell_how_to_go_on, directory))
@@ -101,6 +98,20 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     print_metrics(progress, config, summary)
     progress.line(f"{directory.path}: report.html, summary.json, metrics.jsonl, tensorboard, rollouts, checkpoints")
     return summary
+
+
+def start(actors: Actors, config: Config, model_path: Path, progress: Progress) -> None:
+    """Wait until all actors are up, and try what only shows when they run; say which of it is being waited for."""
+    with progress.stage("start") as stage:
+        stage.update(detail="waiting for rewards")  # first, since they are up first, and their faults too
+        actors.rewards.ready(config.cluster.start_timeout_s)
+        stage.update(detail="waiting for learner ranks")
+        surviving(actors, progress, actors.learner.join)
+        stage.update(detail="waiting for rollout workers")
+        actors.rollouts.ready(config.cluster.start_timeout_s)
+        stage.update(detail="trying weights, the longest prompts and rewards")
+        surviving(actors, progress, partial(trial, actors, config, model_path))
+        stage.update(detail="all actors are up and agree")
 
 
 def _tell_how_to_go_on(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from catalog.catalog import Catalog
-from launch import trial
+from launch import progress, run, trial
 from launch.compose import compose
 from launch.config import ConfigError
 from rollout.actor import ChecksumMismatch
@@ -90,3 +90,28 @@ def test_what_ranks_hold_of_a_matrix_that_a_file_fuses_is_not_guessed() -> None:
     held = HeldWeights(nn.Module(), by_place=True)
     with pytest.raises(UnsupportedModelError, match=r"set rollout\.tensor_parallel=1"):
         held.note("transformer.h.0.attn.c_attn", layer, "weight", torch.zeros(96, 64))
+
+
+def test_a_run_that_starts_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(run, "trial", lambda *_: print("trial"))
+    actors: Any = SimpleNamespace(
+        rewards=SimpleNamespace(ready=lambda _: print("rewards are ready")),
+        learner=SimpleNamespace(join=lambda: None),
+        rollouts=SimpleNamespace(ready=lambda _: print("workers are ready")),
+    )
+    run.start(actors, compose(), tmp_path, progress.Progress())
+    said = [" ".join(line.split()[:4]).partition(" [")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [
+        "start waiting for rewards",
+        "rewards are ready",
+        "start waiting for learner",
+        "start waiting for rollout",
+        "workers are ready",
+        "start trying weights, the",
+        "trial",
+        "start all actors are",
+        "start all actors are",
+    ]
