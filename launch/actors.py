@@ -28,6 +28,9 @@ from launch.waiting import fetch
 from rewards.pool import RewardPool
 from rollout.streams import RayLost
 
+RAY_LATE = "timed out during startup"
+"""Ray's words where its own processes are not up in the time that it gives them, which cannot be set."""
+
 
 def connect(config: Config) -> Path:
     """Start a Ray of this run's own, or join the cluster at config.cluster.address; where processes write, here."""
@@ -61,6 +64,13 @@ def _connect(config: Config) -> Path:
             )
         except ValueError as error:  # such as a large store with the small /dev/shm of a container
             raise ConfigError(f"cluster.object_store_gib={config.cluster.object_store_gib:g}: {error}") from error
+        except Exception as error:  # what Ray raises has no class of its own
+            if RAY_LATE not in str(error):
+                raise
+            raise RayNotStarted(
+                "Ray did not start within the time that it gives itself (30 s): this machine is too busy; start the "
+                "run again when less else runs here"
+            ) from error
     else:
         try:
             _check_somebody_listens(config.cluster.address)
@@ -89,6 +99,10 @@ def _check_somebody_listens(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
+
+
+class RayNotStarted(TimeoutError):
+    """Ray's own processes were not up in time."""
 
 
 class ClusterUnreachable(ConnectionError):

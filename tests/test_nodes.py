@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.actors import ClusterUnreachable, connect
+from launch.actors import ClusterUnreachable, RayNotStarted, connect
 from launch.compose import compose
 from launch.nodes import inherited_environment
 from rollout.actor import worker_environment
@@ -113,6 +113,15 @@ def test_a_cluster_that_wants_another_authentication_says_so(monkeypatch: pytest
     monkeypatch.setattr("ray.init", refuse)
     with pytest.raises(ClusterUnreachable, match=r"cluster\.address=auto: .* RAY_AUTH_MODE"):
         connect(compose(overrides=["cluster.address=auto"]))
+
+
+def test_a_ray_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**settings: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.init", late)
+    with pytest.raises(RayNotStarted, match=r"within the time .* too busy"):
+        connect(compose())
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere.invalid:6379"])
