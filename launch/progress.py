@@ -42,6 +42,13 @@ class Stage:
         return Text(str(self))
 
 
+class _Output(Console):
+    """Of a command. That nobody reads it any more is an error like others; rich would end the process at once."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Progress:
     """Stages with a line each.
 
@@ -51,7 +58,7 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = _Output(highlight=False)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = PLAIN_WIDTH
 
@@ -79,7 +86,7 @@ class Progress:
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
         """A stage of the run; its last line stays when it ends."""
         stage = Stage(name, total)
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             with Live(stage, console=self.console, refresh_per_second=8):
                 yield stage
         else:
