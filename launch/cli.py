@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded, 1 for an error that the user can mend, 130 when interrupted,
     141 when nobody reads its output any more."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _open_standard_streams()
     signal.signal(signal.SIGTERM, _interrupt)
     _quiet_libraries()
     try:
@@ -146,6 +147,15 @@ def _notes(error: BaseException) -> list[str]:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _open_standard_streams() -> None:
+    """Those that are closed lead nowhere from now on: other files would take their numbers, and be written to."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, so its own
+            os.set_inheritable(nowhere, True)
+            setattr(sys, name, open(nowhere, mode, closefd=False))  # noqa: SIM115
 
 
 def _quiet_libraries() -> None:

@@ -122,6 +122,16 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word(tmp_path: Path
     assert (ended.returncode, ended.stdout, ended.stderr) == (141, "", "")
 
 
+@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(tmp_path: Path, closed: str) -> None:
+    command = f"exec {sys.executable} -m launch.cli keys train.seed {closed}"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 def test_a_broken_pipe_of_something_else_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise BrokenPipeError
