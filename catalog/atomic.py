@@ -7,7 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+    errno.ESTALE,
+)
 """What a file system answers where nothing can be written, by no fault of the program."""
 
 
@@ -17,11 +29,11 @@ class CannotWrite(OSError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise CannotWrite naming `path` where the file system refuses what the body writes."""
+    """Raise CannotWrite naming `path` where the file system refuses what the body writes, or its folder is gone."""
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if error.errno not in REFUSALS and path.parent.is_dir():
             raise
         raise CannotWrite(f"{path} cannot be written: {error}") from error
 

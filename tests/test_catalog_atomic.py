@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from catalog.atomic import CannotWrite, atomic_file, atomic_folder
+from catalog.atomic import CannotWrite, atomic_file, atomic_folder, writing
 
 
 def names(folder: Path) -> list[str]:
@@ -46,6 +46,14 @@ def test_a_full_disk_is_named_with_what_was_to_be_written(tmp_path: Path, atomic
     with pytest.raises(CannotWrite, match=r"/name cannot be written: .*No space left"), atomic(tmp_path / "name"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_gone_is_named_with_what_was_to_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "gone" / "file"
+    with pytest.raises(CannotWrite, match=r"gone/file cannot be written"), writing(path):
+        path.write_text("")
+    with pytest.raises(FileNotFoundError), writing(tmp_path / "file"):
+        path.read_text()
 
 
 def test_the_last_of_two_writers_of_a_file_wins(tmp_path: Path) -> None:
