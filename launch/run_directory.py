@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
 METRICS = "metrics.jsonl"
+BEST = "best"
+"""Name of the checkpoint of the policy that validated best."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
 
@@ -114,7 +116,8 @@ class RunDirectory:
     def _writer(self, purge_step: int | None = None) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
+        with writing(self._events):
+            return SummaryWriter(str(self._events), purge_step=purge_step)
 
     @staticmethod
     def check(config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -126,9 +129,9 @@ class RunDirectory:
             raise ConfigError(f"run {path} does not exist; there is nothing to resume")
         if resume:
             _check_resumable(config, path)
-            learner = config.learner
+            _check_whole(path)
             if (last := checkpoint.newest(path / "checkpoints")) is not None:
-                checkpoint.check(last, contents=False)  # whoever loads it looks at every byte
+                learner = config.learner
                 ours = {"zero_stage": learner.zero_stage, "dtype": learner.dtype, "lora_rank": learner.lora.rank}
                 checkpoint.check_readers(last, ours)
         if overwrite and path.exists() and not _is_run(path):
@@ -171,6 +174,10 @@ class RunDirectory:
         return (self.path / file).is_file()
 
     @property
+    def _events(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def rollouts(self) -> Path:
         return self.path / "rollouts"
 
@@ -182,8 +189,9 @@ class RunDirectory:
         """Append one line to metrics.jsonl; the same values to TensorBoard, under `phase`/, and to the trackers."""
         with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
             file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
+        with writing(self._events):
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
         self._trackers.log(phase, step, metrics)
 
     def go_on_after(self, steps: int) -> None:
@@ -195,7 +203,8 @@ class RunDirectory:
         if self.best.is_dir() and checkpoint.read_state(self.best)["driver"]["steps_done"] > steps:
             checkpoint.remove(self.best)
         epochs = [line["step"] for line in self._lines() if line["phase"] == "sft"]
-        self._tensorboard.close()
+        with writing(self._events):
+            self._tensorboard.close()
         self._tensorboard = self._writer(max([steps, *epochs]) + 1)
 
     def metrics(self, phase: str, steps: int) -> list[dict[str, Any]]:
@@ -207,15 +216,14 @@ class RunDirectory:
     @property
     def best(self) -> Path:
         """The checkpoint of the policy that validated best."""
-        return self.checkpoints / "best"
+        return self.checkpoints / BEST
 
     def is_best(self, value: float) -> bool:
         """Whether a validation metric is above that of the policy that is kept as the best."""
         return not self.best.is_dir() or value > checkpoint.read_state(self.best)["driver"]["value"]
 
     def _lines(self) -> list[dict[str, Any]]:
-        path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return _logged_lines(self.path / METRICS)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file of the run, written whole or not at all."""
@@ -223,11 +231,19 @@ class RunDirectory:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        return json.loads((self.path / name).read_text())
+        """Raises ConfigError naming a file that is damaged."""
+        path = self.path / name
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete it: a resumed run makes it again") from error
 
     def close(self) -> None:
-        self._tensorboard.close()
-        self._trackers.close()
+        try:
+            with writing(self._events):
+                self._tensorboard.close()
+        finally:
+            self._trackers.close()
 
 
 def _check_resumable(config: Config, path: Path) -> None:
@@ -243,6 +259,14 @@ def _check_resumable(config: Config, path: Path) -> None:
             f"{error}; from its weights after SFT: MODEL={sft} with learner.sft.epochs=0 and what a folder does not "
             f"bring, this run's settings, such as learner.optimizer.learning_rate={rate:g}"
         ) from error
+
+
+def _check_whole(run: Path) -> None:
+    """Raise ConfigError or CheckpointError for what is damaged of a run that is to be continued."""
+    _logged_lines(run / METRICS)
+    for path in (checkpoint.newest(run / "checkpoints"), run / "checkpoints" / BEST):
+        if path is not None and path.is_dir():
+            checkpoint.check(path, contents=False)  # whoever loads it looks at every byte
 
 
 def _is_run(path: Path) -> bool:
@@ -274,6 +298,18 @@ def _cut_torn_line(path: Path) -> None:
         content = path.read_bytes()
         if not content.endswith(b"\n"):
             os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _logged_lines(path: Path) -> list[dict[str, Any]]:
+    """What was logged, but for a line that was torn off. Raises ConfigError naming a line that is damaged."""
+    content = path.read_bytes() if path.is_file() else b""
+    lines = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number} is damaged ({error}); delete that line") from error
+    return lines
 
 
 def versions() -> dict[str, str]:

@@ -119,7 +119,7 @@ def check(path: Path, *, contents: bool = True) -> None:
 def find_fault(path: Path, *, contents: bool = True) -> str | None:
     """What is wrong with a checkpoint, in words that name the file; None when every byte is as written.
 
-    contents: False reads no file, and only asks whether each is there and has its size.
+    contents: False asks of files other than the state only whether each is there and has its size.
     """
     if not path.is_dir():
         return "does not exist"
@@ -133,10 +133,9 @@ def find_fault(path: Path, *, contents: bool = True) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-    if not contents:
-        return None
+    read = [name for name in manifest if contents or name == STATE]
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(manifest, pool.map(_sha256, (path / name for name in manifest)), strict=True):
+        for name, digest in zip(read, pool.map(_sha256, (path / name for name in read)), strict=True):
             if digest != manifest[name]["sha256"]:
                 return f"{name} is damaged (its SHA-256 is not that of the manifest)"
     return None

@@ -131,6 +131,15 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path, da
         checkpoint.check(path)
 
 
+@pytest.mark.parametrize(("file", "fault"), [("state.json", "is damaged"), ("model.safetensors", None)])
+def test_only_the_state_is_read_where_contents_can_wait(tmp_path, file, fault):
+    path = write(tmp_path, "step-1")
+    size = (path / file).stat().st_size
+    (path / file).write_bytes(b"x" * size)
+    found = checkpoint.find_fault(path, contents=False)
+    assert fault in found if fault else found is None
+
+
 def test_when_all_are_damaged_none_is_offered(tmp_path):
     path = write(tmp_path, "step-1")
     (path / "state.json").unlink()

@@ -86,14 +86,18 @@ def test_a_run_is_not_resumed_on_changed_data(
     assert "catalogue.json is missing" in refused(*command, "--resume")
 
 
-def test_a_torn_checkpoint_is_refused_before_anything_starts(data: Path, tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize("torn", ["step-4", "best"])
+def test_a_torn_checkpoint_is_refused_before_anything_starts(
+    torn: str, data: Path, tmp_path: Path, refused: Refused
+) -> None:
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
-    path = tmp_path / "runs/mine/checkpoints/step-4"
-    (checkpoint.begin(path) / "model.safetensors").write_bytes(b"weights")
-    checkpoint.commit(path, {})
-    (path / "model.safetensors").write_bytes(b"weig")
+    path = tmp_path / "runs/mine/checkpoints"
+    for name in ("step-4", "best"):
+        (checkpoint.begin(path / name) / "model.safetensors").write_bytes(b"weights")
+        checkpoint.commit(path / name, {"zero_stage": 0, "dtype": "float32", "lora_rank": 0})
+    (path / torn / "model.safetensors").write_bytes(b"weig")
     message = refused("train", "--name", "mine", "--resume")
-    assert "step-4: model.safetensors has 4 bytes instead of 7" in message
+    assert f"{torn}: model.safetensors has 4 bytes instead of 7" in message
 
 
 @pytest.mark.parametrize("name", ["step-4", "sft"])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import socket
 import time
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pytest
 from command_line import Refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from catalog.atomic import CannotWrite
 from launch.compose import compose
 from launch.config import ConfigError
 from launch.run_directory import RunDirectory, in_use, lock_file
@@ -43,6 +45,39 @@ def test_a_line_that_was_torn_off_is_forgotten_on_resume(tmp_path: Path) -> None
     run.log("train", 2, {"loss": 2.0})
     run.close()
     assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 2.0]
+
+
+def test_what_is_damaged_of_a_run_is_named(tmp_path: Path, refused: Refused) -> None:
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
+    run.log("train", 1, {"loss": 1.0})
+    run.close()
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"phase": "train", "st\0\0\0\n')
+    message = refused("train", f"runs={tmp_path}", "--resume")
+    assert "default/metrics.jsonl, line 2 is damaged" in message
+    assert "delete that line" in message
+    (run.path / "eval-sft.json").write_text('{"example_ids": [')
+    with pytest.raises(ConfigError, match=r"eval-sft\.json is damaged"):
+        run.read_json("eval-sft.json")
+
+
+def test_a_run_whose_folder_is_removed_says_so(tmp_path: Path) -> None:
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
+    shutil.rmtree(run.path)
+    with pytest.raises(CannotWrite, match=r"default/metrics\.jsonl cannot be written"):
+        run.log("train", 1, {"loss": 1.0})
+
+
+def test_a_full_disk_is_named_that_tensorboard_meets_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
+    run.close()
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(run, "_tensorboard", Mock(add_scalar=full, close=full))
+    monkeypatch.setattr(run, "_trackers", trackers := Mock())
+    for call in (lambda: run.log("train", 1, {"loss": 1.0}), lambda: run.go_on_after(1), run.close):
+        with pytest.raises(CannotWrite, match=r"default/tensorboard cannot be written: .*No space left"):
+            call()
+    trackers.close.assert_called_once_with()
 
 
 def test_steps_that_a_shorter_resumed_run_no_longer_has_do_not_count(tmp_path: Path) -> None:
