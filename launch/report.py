@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 matplotlib.use("Agg")
@@ -16,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
 from launch.compose import to_yaml
-from launch.config import Config
+from launch.config import Config, ConfigError
 from launch.progress import Progress
 from launch.run_directory import RunDirectory
 
@@ -125,7 +126,10 @@ def _generated(run: RunDirectory, steps: int, catalog: Catalog) -> str:
     if not saved:
         return ""
     step = max(saved)
-    groups = pq.read_table(saved[step]).slice(0, GROUPS_SHOWN).to_pylist()
+    try:
+        groups = pq.read_table(saved[step]).slice(0, GROUPS_SHOWN).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"{saved[step]} is damaged ({error}); delete it: the report is made without it") from error
     return f"<h2>Generated in step {step}</h2>" + "".join(_group(group, catalog) for group in groups)
 
 

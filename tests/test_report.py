@@ -15,7 +15,7 @@ from catalog.config import DataConfig, GeneratedConfig
 from catalog.metrics import ndcg_at_k, ranking_metrics
 from launch.actors import with_titles
 from launch.compose import compose
-from launch.config import Config
+from launch.config import Config, ConfigError
 from launch.progress import Progress
 from launch.report import write_report
 from launch.run import sft_words, summarise
@@ -124,6 +124,17 @@ def test_the_report_shows_what_was_generated_last(catalog: Catalog, tmp_path: Pa
     assert rows[:5] == [(str(rank), title, "-1.25", "-0.500") for rank, title in enumerate(shown, 1)]
     assert rows[5:] == [("7", f"{catalog.title(7)} ✓", "-1.25", "+1.000")]
     assert all(catalog.title(c) in page for c in catalog.examples("train").history_classes(0)[-5:])
+
+
+def test_saved_groups_that_are_damaged_are_named(catalog: Catalog, tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}", "learner.sft.epochs=0"])
+    run = RunDirectory(config, catalog.fingerprint)
+    run.close()
+    (run.rollouts / "step-1.parquet").write_bytes(b"PAR1")
+    ranks = evaluated(config, [0, -1])
+    summary = summarise(config, catalog, run, ranks, ranks, 1, 3)
+    with pytest.raises(ConfigError, match=r"step-1\.parquet is damaged .*delete it"):
+        write_report(run, config, summary, catalog)
 
 
 def test_without_sft_the_gain_is_not_said_to_be_over_it(catalog: Catalog, tmp_path: Path) -> None:
