@@ -73,6 +73,7 @@ th:first-child, td:first-child {{ text-align: left }}
 figure {{ margin: 0 }} figure img {{ width: 100% }} figcaption {{ color: #57606a; font-size: .9rem }}
 .group {{ margin: 1.5rem 0 }} .group p {{ margin: 0 }} .group th, .group td {{ text-align: left }}
 .group th:nth-child(n + 3), .group td:nth-child(n + 3) {{ text-align: right }}
+h1, p, .group td:nth-child(2) {{ overflow-wrap: anywhere }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }}
 </style></head><body>
 <h1>{title}</h1>
@@ -155,11 +156,15 @@ def _candidate(item_class: int, target_class: int, catalog: Catalog) -> str:
     return catalog.title(item_class) + (" ✓" if item_class == target_class else "")
 
 
+def running_mean(values: np.ndarray, last: int) -> np.ndarray:
+    """float [n]: at each of n values the mean of the `last` up to it, or of as many as there are."""
+    return np.convolve(values, np.ones(last))[: len(values)] / np.minimum(np.arange(1, len(values) + 1), last)
+
+
 def _curve(steps: list[dict[str, Any]], name: str) -> str:
     """One metric over the steps, and its mean over the last tenth of all steps at each, as an inline PNG."""
     number, value = zip(*((step["step"], step[name]) for step in steps if name in step), strict=True)
-    last = max(1, len(value) // 10)
-    mean = np.convolve(np.pad(value, (last - 1, 0), "edge"), np.full(last, 1 / last), "valid")
+    mean = running_mean(np.array(value), max(1, len(value) // 10))
     figure, axes = plt.subplots(figsize=(4.2, 2.6), dpi=150, layout="constrained")
     axes.plot(number, value, lw=1, color="#9ecae1")
     axes.plot(number, mean, "." if len(number) == 1 else "-", lw=1.6, color="#1f77b4")  # a line of one point is none

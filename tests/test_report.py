@@ -17,7 +17,7 @@ from launch.actors import with_titles
 from launch.compose import compose
 from launch.config import Config, ConfigError
 from launch.progress import Progress
-from launch.report import write_report
+from launch.report import running_mean, write_report
 from launch.run import sft_words, summarise
 from launch.run_directory import RunDirectory
 from launch.train import step_words
@@ -124,6 +124,13 @@ def test_the_report_shows_what_was_generated_last(catalog: Catalog, tmp_path: Pa
     assert rows[:5] == [(str(rank), title, "-1.25", "-0.500") for rank, title in enumerate(shown, 1)]
     assert rows[5:] == [("7", f"{catalog.title(7)} ✓", "-1.25", "+1.000")]
     assert all(catalog.title(c) in page for c in catalog.examples("train").history_classes(0)[-5:])
+
+
+def test_the_mean_of_a_curve_begins_with_what_there_is() -> None:
+    values = np.array([8.0, 2.0, 5.0, 1.0, 6.0])
+    expected = [values[max(0, i - 2) : i + 1].mean() for i in range(5)]
+    np.testing.assert_allclose(running_mean(values, 3), expected)
+    np.testing.assert_array_equal(running_mean(values, 1), values)
 
 
 def test_saved_groups_that_are_damaged_are_named(catalog: Catalog, tmp_path: Path) -> None:
