@@ -64,6 +64,11 @@ def _connect(config: Config) -> Path:
             )
         except ValueError as error:  # such as a large store with the small /dev/shm of a container
             raise ConfigError(f"cluster.object_store_gib={config.cluster.object_store_gib:g}: {error}") from error
+        except OSError as error:  # such as a path too long for the name of a socket
+            raise ConfigError(
+                f"Ray cannot start here: {error}. It keeps its files in RAY_TMPDIR, else TMPDIR, else /tmp: set "
+                "RAY_TMPDIR to a folder that can be written, by a path of at most 40 characters"
+            ) from error
         except Exception as error:  # what Ray raises has no class of its own
             if RAY_LATE not in str(error):
                 raise

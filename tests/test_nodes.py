@@ -10,6 +10,7 @@ import pytest
 
 from launch.actors import ClusterUnreachable, RayNotStarted, connect
 from launch.compose import compose
+from launch.config import ConfigError
 from launch.nodes import inherited_environment
 from rollout.actor import worker_environment
 from rollout.config import RolloutConfig
@@ -102,6 +103,15 @@ def test_a_run_with_a_ray_of_its_own_joins_no_other(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("ray.init", init)
     assert connect(compose()) == tmp_path / "logs"
     assert given["address"] == "local"
+
+
+def test_a_ray_that_cannot_keep_its_files_says_where_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: object) -> None:
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes: /scratch/ray/session/sockets/plasma_store")
+
+    monkeypatch.setattr("ray.init", refuse)
+    with pytest.raises(ConfigError, match=r"Ray cannot start here: AF_UNIX path length .* set RAY_TMPDIR"):
+        connect(compose())
 
 
 def test_a_cluster_that_wants_another_authentication_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
