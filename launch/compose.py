@@ -79,7 +79,7 @@ def load(path: Path) -> Config:
 def save(config: Config, path: Path) -> None:
     """Write the resolved configuration, whole or not at all."""
     with atomic_file(path) as temporary:
-        temporary.write_text(to_yaml(config))
+        temporary.write_text(to_yaml(config), encoding="utf-8")
 
 
 def to_yaml(config: Config) -> str:

@@ -87,7 +87,7 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }
 </body></html>
 """
     with atomic_file(run.path / "report.html") as temporary:
-        temporary.write_text(page)
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _evaluated(summary: dict[str, Any]) -> str:

@@ -21,6 +21,13 @@ def test_later_groups_and_overrides_win() -> None:
     assert config.train.eval_ks == [1, 10]
 
 
+def test_a_config_is_saved_in_utf_8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "ascii")
+    config = compose(overrides=["name=Größe"])
+    save(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+
+
 @pytest.mark.parametrize("group", ["cluster", "data", "model", "algorithm"])
 def test_every_committed_group_composes(group: str) -> None:
     for path in (CONFIGS / group).glob("*.yaml"):

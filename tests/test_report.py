@@ -144,13 +144,16 @@ def test_saved_groups_that_are_damaged_are_named(catalog: Catalog, tmp_path: Pat
         write_report(run, config, summary, catalog)
 
 
-def test_without_sft_the_gain_is_not_said_to_be_over_it(catalog: Catalog, tmp_path: Path) -> None:
+def test_without_sft_the_gain_is_not_said_to_be_over_it(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = compose(overrides=[f"runs={tmp_path}", "learner.sft.epochs=0"])
     run = RunDirectory(config, catalog.fingerprint)
     summary = summarise(config, catalog, run, evaluated(config, [-1, 0]), evaluated(config, [0, 0]), 0, 3)
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "ascii")  # as some locales have it
     write_report(run, config, summary, catalog)
     run.close()
-    page = (run.path / "report.html").read_text()
+    page = (run.path / "report.html").read_text(encoding="utf-8")
     assert "gain of RL over the model before: +" in page
     assert "SFT" not in page.partition("<h2>Configuration")[0]
 
