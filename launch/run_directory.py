@@ -85,7 +85,7 @@ class RunDirectory:
         """say: shows a person a line. Raises ConfigError as `check`, or where a tracker cannot be made."""
         self.check(config, resume=resume, overwrite=overwrite)
         self.path = Path(config.runs) / config.name
-        replaced = _set_aside(self.path) if overwrite and self.path.exists() else None
+        replaced = _set_aside(self.path) if overwrite and os.path.lexists(self.path) else None
         new = not self.path.exists()
         try:
             self._open(config, fingerprint, say)
@@ -134,7 +134,7 @@ class RunDirectory:
                 learner = config.learner
                 ours = {"zero_stage": learner.zero_stage, "dtype": learner.dtype, "lora_rank": learner.lora.rank}
                 checkpoint.check_readers(last, ours)
-        if overwrite and path.exists() and not _is_run(path):
+        if overwrite and os.path.lexists(path) and not _is_run(path):
             raise ConfigError(
                 f"{path} is not the folder of a run (it has neither config.yaml nor {started_with.FILE}), so "
                 "OVERWRITE=1 does not delete it; use NAME= or another folder of runs"
@@ -146,7 +146,7 @@ class RunDirectory:
     def name_is_taken(config: Config) -> str | None:
         """What to do where a run of that name exists."""
         path = Path(config.runs) / config.name
-        if not path.exists():
+        if not os.path.lexists(path):  # a link may lead nowhere
             return None
         return f"run {path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
 

@@ -148,6 +148,17 @@ def test_a_run_that_is_a_link_is_replaced_and_what_it_links_to_stays(tmp_path: P
     assert {path.name for path in run.path.parent.iterdir()} == {"default"}
 
 
+def test_a_link_that_leads_nowhere_takes_the_name_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "default").symlink_to(tmp_path / "unmounted")
+    config = compose(overrides=[f"runs={tmp_path}"])
+    with pytest.raises(ConfigError, match="OVERWRITE=1 replaces it"):
+        RunDirectory.check(config, resume=False, overwrite=False)
+    run = RunDirectory(config, "0", overwrite=True)
+    run.close()
+    assert run.path.is_dir()
+    assert not run.path.is_symlink()
+
+
 def test_a_run_in_use_is_refused(tmp_path: Path, refused: Refused) -> None:
     config = compose(overrides=[f"runs={tmp_path / 'runs'}"])
     (tmp_path / "runs").mkdir()
