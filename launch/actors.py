@@ -66,8 +66,8 @@ def _connect(config: Config) -> Path:
             raise ConfigError(f"cluster.object_store_gib={config.cluster.object_store_gib:g}: {error}") from error
         except OSError as error:  # such as a path too long for the name of a socket
             raise ConfigError(
-                f"Ray cannot start here: {error}. It keeps its files in RAY_TMPDIR, else TMPDIR, else /tmp: set "
-                "RAY_TMPDIR to a folder that can be written, by a path of at most 40 characters"
+                f"Ray cannot start here: {error}. It writes to HOME/.ray and to RAY_TMPDIR (else TMPDIR, else /tmp), "
+                "whose path may have 40 characters at most: set HOME, or set RAY_TMPDIR, to where that can be"
             ) from error
         except Exception as error:  # what Ray raises has no class of its own
             if RAY_LATE not in str(error):
