@@ -34,6 +34,8 @@ from rollout.streams import DataLost, check_ray
 
 GANG_RESTARTS = 3
 """Of the learner ranks, while they start, in the trial of the weights, SFT, training and evaluation each."""
+EVALUATION = ("example_ids", "hit_ranks", "invalid", "metrics")
+"""What eval-sft.json and eval-rl.json hold."""
 T = TypeVar("T")
 
 
@@ -211,7 +213,7 @@ def evaluation(session: Session, phase: str, version: int | None = None) -> dict
     config, directory, rollouts = session.config, session.directory, session.actors.rollouts
     file = f"eval-{phase}.json"
     if directory.has(file) and phase == "sft":
-        return directory.read_json(file)
+        return directory.read_json(file, *EVALUATION)
     example_ids = eval_examples(config, session.catalog, "test")
     called = before(config) if phase == "sft" else "RL"
     with session.progress.stage(f"evaluate {called}", len(example_ids)) as stage:
@@ -222,7 +224,8 @@ def evaluation(session: Session, phase: str, version: int | None = None) -> dict
         k = max(config.train.eval_ks)
         stage.update(detail=f"NDCG@{k} {metrics[f'ndcg@{k}']:.4f}")
     directory.log("test", rollouts.version or 0, metrics)
-    result = {"example_ids": example_ids.tolist(), "hit_ranks": ranks.tolist(), "invalid": invalid, "metrics": metrics}
+    found = example_ids.tolist(), ranks.tolist(), invalid, metrics
+    result = dict(zip(EVALUATION, found, strict=True))
     directory.write_json(file, result)
     return result
 

@@ -18,6 +18,7 @@ from launch import started_with
 from launch.compose import load, save
 from launch.config import Config, ConfigError
 from launch.continuation import check_resumable
+from launch.metrics_file import append_line, cut_torn_line, logged_lines
 from launch.started_with import StartedWith
 from launch.trackers import Trackers
 from learner import checkpoint
@@ -107,7 +108,7 @@ class RunDirectory:
         try:
             self.write_json(started_with.FILE, asdict(StartedWith.now(config, fingerprint)))
             save(config, self.path / "config.yaml")
-            _cut_torn_line(self.path / METRICS)
+            cut_torn_line(self.path / METRICS)
             self._tensorboard = self._writer()
         except BaseException:
             self._trackers.close()
@@ -187,8 +188,7 @@ class RunDirectory:
 
     def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl; the same values to TensorBoard, under `phase`/, and to the trackers."""
-        with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
-            file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
+        append_line(self.path / METRICS, {"phase": phase, "step": step, **metrics})
         with writing(self._events):
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
@@ -223,20 +223,21 @@ class RunDirectory:
         return not self.best.is_dir() or value > checkpoint.read_state(self.best)["driver"]["value"]
 
     def _lines(self) -> list[dict[str, Any]]:
-        return _logged_lines(self.path / METRICS)
+        return logged_lines(self.path / METRICS)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file of the run, written whole or not at all."""
         with atomic_file(self.path / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Raises ConfigError naming a file that is damaged."""
+    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
+        """What write_json wrote under some keys. Raises ConfigError naming a file that is damaged."""
         path = self.path / name
         try:
-            return json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); delete it: a resumed run makes it again") from error
+            content = json.loads(path.read_bytes())
+            return {key: content[key] for key in keys}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged ({error!r}); delete it: a resumed run makes it again") from error
 
     def close(self) -> None:
         try:
@@ -263,7 +264,7 @@ def _check_resumable(config: Config, path: Path) -> None:
 
 def _check_whole(run: Path) -> None:
     """Raise ConfigError or CheckpointError for what is damaged of a run that is to be continued."""
-    _logged_lines(run / METRICS)
+    logged_lines(run / METRICS)
     for path in (checkpoint.newest(run / "checkpoints"), run / "checkpoints" / BEST):
         if path is not None and path.is_dir():
             checkpoint.check(path, contents=False)  # whoever loads it looks at every byte
@@ -290,26 +291,6 @@ def _delete(run: Path) -> None:
         run.unlink()
     else:
         shutil.rmtree(run)
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Drop the end of a file of lines that a killed process has not finished."""
-    if path.is_file():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
-
-
-def _logged_lines(path: Path) -> list[dict[str, Any]]:
-    """What was logged, but for a line that was torn off. Raises ConfigError naming a line that is damaged."""
-    content = path.read_bytes() if path.is_file() else b""
-    lines = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number} is damaged ({error}); delete that line") from error
-    return lines
 
 
 def versions() -> dict[str, str]:

@@ -125,18 +125,20 @@ def find_fault(path: Path, *, contents: bool = True) -> str | None:
         return "does not exist"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        written = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+        written[STATE]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return f"{MANIFEST} is missing or not readable"
-    for name, expected in manifest.items():
+    for name, (size, _) in written.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-    read = [name for name in manifest if contents or name == STATE]
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    read = [name for name in written if contents or name == STATE]
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(read, pool.map(_sha256, (path / name for name in read)), strict=True):
-            if digest != manifest[name]["sha256"]:
+            if digest != written[name][1]:
                 return f"{name} is damaged (its SHA-256 is not that of the manifest)"
     return None
 

@@ -119,7 +119,13 @@ def test_a_checkpoint_whose_removal_is_interrupted_is_none(tmp_path, monkeypatch
         (lambda path: (path / "model.safetensors").write_bytes(b"weig"), "model.safetensors has 4 bytes instead of 7"),
         (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda path: (path / "state.json").unlink(), "state.json is missing"),
-        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is missing or not readable"),
+        *(
+            (
+                lambda path, text=text: (path / "manifest.json").write_text(text),
+                "manifest.json is missing or not readable",
+            )
+            for text in ("{", "{}", "[]", "null", '{"state.json": {}}')
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path, damage, named):

@@ -47,18 +47,22 @@ def test_a_line_that_was_torn_off_is_forgotten_on_resume(tmp_path: Path) -> None
     assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 2.0]
 
 
-def test_what_is_damaged_of_a_run_is_named(tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize(
+    ("line", "evaluation"),
+    [(b'{"phase": "train", "st\0\0\0\n', '{"example_ids": ['), (b"[]\n", "[]"), (b"null\n", "null"), (b"{}\n", "{}")],
+)
+def test_what_is_damaged_of_a_run_is_named(tmp_path: Path, refused: Refused, line: bytes, evaluation: str) -> None:
     run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
     run.log("train", 1, {"loss": 1.0})
     run.close()
     with (run.path / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"phase": "train", "st\0\0\0\n')
+        file.write(line)
     message = refused("train", f"runs={tmp_path}", "--resume")
     assert "default/metrics.jsonl, line 2 is damaged" in message
     assert "delete that line" in message
-    (run.path / "eval-sft.json").write_text('{"example_ids": [')
+    (run.path / "eval-sft.json").write_text(evaluation)
     with pytest.raises(ConfigError, match=r"eval-sft\.json is damaged"):
-        run.read_json("eval-sft.json")
+        run.read_json("eval-sft.json", "example_ids")
 
 
 def test_a_run_whose_folder_is_removed_says_so(tmp_path: Path) -> None:
