@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from catalog.atomic import CannotWrite
 from launch import model
 from launch.config import ConfigError, ModelConfig
 from launch.model import HEAD_SIZES, check_shape, fresh_model
@@ -26,7 +27,7 @@ def test_a_fresh_model_that_cannot_be_renamed_is_an_error(tmp_path: Path, monkey
     monkeypatch.setattr(model, "_write_fresh", write_config)
     path = fresh_model(ModelConfig(), ["text"], tmp_path / "once")
     (tmp_path / path.name).write_text("a file where the folder should be")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(CannotWrite, match=rf"{path.name} cannot be written"):
         fresh_model(ModelConfig(), ["text"], tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["once", path.name]
 

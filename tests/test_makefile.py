@@ -61,7 +61,7 @@ def test_what_is_imported_is_compiled_once(tmp_path: Path) -> None:
     python.write_text('#!/bin/sh\necho "forbidden: ${PYTHONDONTWRITEBYTECODE:-no}"\n')
     python.chmod(0o755)
     ready.touch()
-    command = ["make", "launch", f"VENV={tmp_path}"]
+    command = ["make", "--no-print-directory", "launch", f"VENV={tmp_path}"]
     variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     made = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=True)
     assert made.stdout == "forbidden: no\n"
