@@ -84,9 +84,8 @@ class PolicyUpdate:
         """That calls of the objective have returned; one set, or a mistake."""
 
     def step(self, experience: Experience) -> dict[str, float]:
-        """config.updates_per_batch passes over the groups, with an optimizer step on each of their mini-batches.
-
-        Returns metrics that are equal on all ranks.
+        """config.updates_per_batch passes over the groups, with an optimizer step on each of their mini-batches;
+        returns metrics that are equal on all ranks.
 
         All ranks have the advantages that rank 0 computes, since a run's own may be random, and take their shares of
         the groups by a plan that they agree on.
@@ -149,10 +148,10 @@ class PolicyUpdate:
     def _micro_batches(
         self, experience: Experience, advantages: list[np.ndarray], groups: np.ndarray
     ) -> list[MicroBatch]:
-        """This rank's share of those of some groups that can move the policy.
+        """This rank's share of the groups of a mini-batch that can move the policy.
 
-        Every rank gets equally many. Where there are too few, the smallest of these stands in; where none can move
-        the policy, the smallest of all.
+        groups: int [n], their rows. Every rank gets equally many micro-batches. Where there are too few, the smallest
+        of these groups stands in; where no group can move the policy, the smallest of all.
         """
         only_informative = self._config.beta == 0 or self._config.kl_on == "informative"
         fed = informative(advantages)[groups] if only_informative else np.ones(len(groups), bool)
@@ -249,17 +248,17 @@ class PolicyUpdate:
 
 
 def _of_step(updates: list[dict[str, float]], first_pass: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step out of those of its updates."""
+    """Metrics of a step out of those of its updates; the learning rate is that of the first."""
     candidates = [update["candidates"] for update in first_pass]
 
-    def over_updates(name: str) -> float:
+    def of_all(name: str) -> float:
+        values = [update[name] for update in (updates if name in MEANS else first_pass)]
         if name in MEANS:
-            return float(np.mean([update[name] for update in updates]))
-        values = [update[name] for update in first_pass]
+            return float(np.mean(values))
         return sum(values) if name in TOTALS else float(np.average(values, weights=candidates))
 
-    of_step = {name: over_updates(name) for name in first_pass[0] if name != "candidates"}
-    return {**of_step, "lr": first_pass[0]["lr"]}
+    names = [name for name in first_pass[0] if name not in ("candidates", "lr")]
+    return {**{name: of_all(name) for name in names}, "lr": first_pass[0]["lr"]}
 
 
 def _padded(rows: Sequence[np.ndarray]) -> Tensor:
