@@ -100,7 +100,10 @@ class RolloutFleet:
         while waiting:
             done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not done:
-                raise RolloutTimeout(f"rollout workers {sorted(waiting.values())} not ready after {timeout_s:g} s")
+                raise RolloutTimeout(
+                    f"rollout workers {sorted(waiting.values())} not ready after {timeout_s:g} s; raise "
+                    "cluster.start_timeout_s if they are only slow (Ray's session_latest/logs/worker-* tell)"
+                )
             rank = waiting.pop(done[0])
             try:
                 ray.get(done[0])
@@ -197,8 +200,12 @@ class RolloutFleet:
                     ray.get(ref, timeout=self.config.timeout_s)
             except GetTimeoutError as error:
                 raise RolloutTimeout(
-                    f"rollout worker {rank} did not let go of its memory in {self.config.timeout_s:g} s"
+                    f"rollout worker {rank} did not let go of its memory in {self._patience}"
                 ) from error
+
+    @property
+    def _patience(self) -> str:
+        return f"{self.config.timeout_s:g} s; raise rollout.timeout_s if it is only slow"
 
     def abandon(self) -> None:
         """Forget flights that nobody will land: their workers start anew, which also empties their queues."""
@@ -224,7 +231,7 @@ class RolloutFleet:
             ray.get(load, timeout=self.config.timeout_s)
         except GetTimeoutError as error:
             raise RolloutTimeout(
-                f"rollout worker {rank} did not load version {version} in {self.config.timeout_s:g} s"
+                f"rollout worker {rank} did not load version {version} in {self._patience}"
             ) from error
         except (ObjectLostError, RayActorError) as error:
             if (lost := lost_data(error)) is not None:

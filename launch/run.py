@@ -1,5 +1,6 @@
 """One whole run: catalogue, SFT, evaluation, training, evaluation, report."""
 
+import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -122,7 +123,9 @@ def _tell_how_to_go_on(
     """Add to whatever ends a run that it can be continued."""
     newest = checkpoint.newest(directory.checkpoints)
     if error is not None and newest is not None:
-        error.add_note(f"RESUME=1 NAME={directory.path.name} goes on from {newest}")
+        name, runs = shlex.quote(directory.path.name), directory.path.parent
+        elsewhere = "" if runs == Path(Config().runs) else f" ARGS={shlex.quote(f'runs={runs}')}"
+        error.add_note(f"RESUME=1 NAME={name}{elsewhere} goes on from {newest}")
 
 
 def fine_tune(session: Session) -> dict[str, Any]:

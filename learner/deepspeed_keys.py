@@ -18,6 +18,7 @@ OWNED = {
     "bfloat16": "learner.dtype",
     "fp16": "learner.dtype",
     "zero_optimization.stage": "learner.zero_stage",
+    "zero_optimization.compute_grad_norm": "learner.optimizer.gradient_clipping",
 }
 """DeepSpeed's names of what the learner decides itself, and ours."""
 

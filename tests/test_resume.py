@@ -114,9 +114,23 @@ def test_a_checkpoint_of_another_kind_is_refused_before_anything_starts(
     assert saved["learner"]["zero_stage"] == 1
 
 
-@pytest.mark.parametrize("name", ["step-4", "sft"])
+@pytest.mark.parametrize(
+    ("name", "run_name", "more", "words"),
+    [
+        ("step-4", "mine", [], "NAME=mine goes on from runs/mine/checkpoints"),
+        ("sft", "mine", [], "NAME=mine goes on from runs/mine/checkpoints"),
+        ("sft", "my own", ["runs=else"], "NAME='my own' ARGS=runs=else goes on from else/my own/checkpoints"),
+    ],
+)
 def test_whatever_ends_a_run_says_how_it_goes_on(
-    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    run_name: str,
+    more: list[str],
+    words: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -132,8 +146,8 @@ def test_whatever_ends_a_run_says_how_it_goes_on(
 
     for stop in (KeyboardInterrupt(), ConfigError("too late")):
         monkeypatch.setattr("launch.run.run", stopped(stop))
-        assert main(["train", "--data", str(data), "--name", "mine"]) != 0
-        assert f"RESUME=1 NAME=mine goes on from runs/mine/checkpoints/{name}\n" in capsys.readouterr().err
+        assert main(["train", "--data", str(data), "--name", run_name, *more]) != 0
+        assert f"RESUME=1 {words}/{name}\n" in capsys.readouterr().err
 
 
 def test_resuming_what_never_was_is_refused(refused: Refused) -> None:

@@ -64,6 +64,7 @@ def test_gradients_are_clipped_in_one_place():
     [
         ({"gradient_clipping": 2.0}, "set learner.optimizer.gradient_clipping instead"),
         ({"zero_optimization": {"stage": 3}}, "set learner.zero_stage instead"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "set learner.optimizer.gradient_clipping instead"),
         ({"bf16": {"enabled": True}}, "set learner.dtype instead"),
         ({"bfloat16": {"enabled": True}}, "set learner.dtype instead"),
     ],
