@@ -150,8 +150,13 @@ class Actors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ray.shutdown()
-        if isinstance(error, LocalRayletDiedError):
+        lost = isinstance(error, LocalRayletDiedError)
+        try:
+            if not lost:
+                self.rollouts.close()
+        finally:
+            ray.shutdown()
+        if lost:
             raise RayLost from error
 
     def save_rollouts(self, groups: Sequence[ObjectRef], path: Path) -> None:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     histories = list(histories_of_file(options.file)) if options.file else [options.titles]
     if not histories:
         raise ConfigError(f"{options.file} is empty: a list of titles per line is needed")
-    catalog, groups = recommend(options.run, histories, options.count, options.checkpoint)
+    catalog, groups = recommend(options.run, histories, options.count, options.checkpoint, unseen=options.unseen)
     for history, group in zip(histories, groups, strict=True):
         if options.file:
             print(json.dumps(_line(group, catalog), ensure_ascii=False))
@@ -51,21 +51,26 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def recommend(
-    run: Path, histories: Sequence[Sequence[str]], count: int, step: str | None = None
+    run: Path, histories: Sequence[Sequence[str]], count: int, step: str | None = None, *, unseen: bool = False
 ) -> tuple[Catalog, list[Candidates]]:
     """The run's catalogue, and for each history of titles, oldest first, the `count` best by constrained beam search.
 
-    step: name of one of the run's checkpoints; by default the newest. Raises what PolicyOfRun.of raises. A title that
-    the catalogue does not have is read all the same, with a word on the error stream.
+    step: name of one of the run's checkpoints; by default the newest. unseen: leave out the titles of the history, by
+    as many more beams. Raises what PolicyOfRun.of raises. A title that the catalogue does not have is read all the
+    same, with a word on the error stream.
     """
     policy = PolicyOfRun.of(run, step)
     rollout, catalog = policy.config.rollout, policy.catalog
     _mention_unknown(histories, catalog)
-    rollout = replace(rollout, kv_cache_gib=min(rollout.kv_cache_gib, max(count, 16) * KV_CACHE_GIB))
+    beams = count + (max(len(set(history)) for history in histories) if unseen else 0)
+    rollout = replace(rollout, kv_cache_gib=min(rollout.kv_cache_gib, max(beams, 16) * KV_CACHE_GIB))
     with policy.engine(rollout) as engine:
         prompts = prompt_tokens(policy.config.data, str(policy.checkpoint), histories)
         nothing = [0] * len(prompts)
-        return catalog, engine.generate(prompts, nothing, nothing, group_size=count, strategy="beam")
+        groups = engine.generate(prompts, nothing, nothing, group_size=beams, strategy="beam")
+    if unseen:
+        groups = [_unseen(group, history, catalog, count) for group, history in zip(groups, histories, strict=True)]
+    return catalog, groups
 
 
 def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -73,6 +78,12 @@ def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Seq
     texts = prompt_texts(data.template, [history[-data.max_history :] for history in histories])
     prompts = encode_prompts(load_tokenizer(tokenizer_path), texts).last(data.max_prompt_tokens)
     return [prompts[row].tolist() for row in range(len(prompts))]
+
+
+def _unseen(group: Candidates, history: Sequence[str], catalog: Catalog, count: int) -> Candidates:
+    """The first `count` candidates whose titles the history does not have."""
+    new = [rank for rank, item_class in enumerate(group.item_class) if catalog.title(int(item_class)) not in history]
+    return group.take(np.array(new[:count], np.int64))
 
 
 def _mention_unknown(histories: Sequence[Sequence[str]], catalog: Catalog) -> None:
@@ -141,5 +152,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("titles", nargs="*", help="a history, oldest first")
     parser.add_argument("--file", type=Path, help="a JSON list of titles per line; prints a line of JSON for each")
     parser.add_argument("--count", type=int, default=10, help="titles to recommend (10)")
+    parser.add_argument("--unseen", action="store_true", help="leave out titles of the history")
     parser.add_argument("--checkpoint", help="one of the run's checkpoints, such as step-40 (the newest)")
     return parser

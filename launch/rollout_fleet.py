@@ -35,6 +35,9 @@ from rollout.streams import (
 RESTARTS = -1
 """Of a worker over a whole run: without limit, since rollout.streams gives up on one that dies again and again."""
 
+CLOSE_S = 10.0
+"""For engines to end in; an idle one takes 2 s."""
+
 
 @dataclass
 class Flight:
@@ -206,6 +209,15 @@ class RolloutFleet:
     @property
     def _patience(self) -> str:
         return f"{self.config.timeout_s:g} s; raise rollout.timeout_s if it is only slow"
+
+    def close(self) -> None:
+        """Have engines end that are several processes each: killed with their actors, they leave shared memory behind.
+
+        A worker that is not done in CLOSE_S, in the middle of a rollout say, is killed all the same.
+        """
+        if self.config.tensor_parallel > 1:
+            closing: list[ray.ObjectRef] = [worker.close.remote() for worker in self.workers]
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
 
     def abandon(self) -> None:
         """Forget flights that nobody will land: their workers start anew, which also empties their queues."""

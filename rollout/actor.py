@@ -191,6 +191,12 @@ class RolloutWorker:
             with self._that_ends_with_its_engine():
                 self._created.sleep()
 
+    def close(self) -> None:
+        """End the engine and its processes."""
+        if self._created is not None:
+            self._created.shutdown()
+            self._created = None
+
     @ray.method(concurrency_group="health")
     def health(self) -> dict[str, Any]:
         """What the worker is doing and for how long: {"rank", "process", "version", "doing", "seconds"}."""

@@ -176,6 +176,7 @@ def _set_environment(on_gpu: bool, first_runner: bool) -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # of 5 that it waits before it ends ranks, which do not end alone
     }
     if on_gpu:
         defaults["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # nobody samples with it, and it wants a CUDA compiler

@@ -20,7 +20,7 @@ class FakeEngine:
     `<model>/die_at` holds the number of the call at which the process ends, 0 for the start of the engine; it is
     removed first, so that the restarted worker lives, unless it says "always". `<model>/lost` does as if a process of
     the engine had ended, likewise once. `<model>/sleep` holds the seconds that a call takes. Calls are counted in
-    `<model>/calls`.
+    `<model>/calls`; at its shutdown it leaves `<model>/ended`.
     """
 
     def __init__(self, model_path: str, trie_path: Path, config: RolloutConfig) -> None:
@@ -73,4 +73,4 @@ class FakeEngine:
         pass
 
     def shutdown(self) -> None:
-        pass
+        (self.model_path / "ended").touch()

@@ -145,3 +145,23 @@ def test_a_worker_whose_engine_never_comes_up_is_named(
     with pytest.raises(WorkerLost, match="rollout worker 0 died 3 times while its engine started"):
         fleet.ready(TIMEOUT_S)
     ray.kill(fleet.workers[0])
+
+
+def test_engines_of_several_processes_end_before_their_workers_are_killed(
+    ray_session: None, small_catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, tensor_parallel=2)
+    fleet = RolloutFleet(config, small_catalog, tmp_path, [{"num_cpus": 0}] * 2, rollout_fakes.FakeEngine)
+    fleet.ready(TIMEOUT_S)
+    kill_process(fleet.workers[1])
+    fleet.close()
+    assert (tmp_path / "ended").exists()
+    (tmp_path / "ended").unlink()
+    fleet.publish(published, 1)
+    (tmp_path / "sleep").write_text("60")
+    fleet.launch("train", np.asarray(IDS), seed=0)
+    monkeypatch.setattr("launch.rollout_fleet.CLOSE_S", 0.1)
+    fleet.close()  # in the middle of a rollout it does not wait for the end of that
+    assert not (tmp_path / "ended").exists()
+    for worker in fleet.workers:
+        ray.kill(worker)

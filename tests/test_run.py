@@ -78,6 +78,12 @@ def test_its_policy_recommends_as_hugging_face_would_rank(finished_run: Path, mo
                 logits = policy(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens).long()[:, None]).sum()
             assert score == pytest.approx(float(expected), abs=1e-3)
+    repeated = [[catalog.title(int(item_class)) for item_class in groups[0].item_class[:2]]]
+    _, (new,) = recommend(finished_run, repeated, 57, unseen=True)
+    found = [catalog.title(int(item_class)) for item_class in new.item_class]
+    assert len(found) == min(57, len(catalog.titles) - 2)
+    assert not {*found} & {*repeated[0]}
+    assert [*new.score] == sorted(new.score, reverse=True)
 
 
 def test_its_checkpoints_can_be_evaluated(

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import psutil
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from whole_run import SMALL, actor_processes, finish, logged_steps, start, wait_for_step
+from whole_run import SMALL, actor_processes, finish, logged_steps, start, wait_for_actor, wait_for_step
 
 
 def test_a_rollout_worker_that_dies_with_stale_flights_queued_comes_back(tmp_path: Path) -> None:
@@ -73,10 +72,7 @@ def test_a_cache_too_small_for_the_evaluation_is_refused_before_sft(tmp_path: Pa
 
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
     process = start(tmp_path, "--name", "ended", "--steps", "1000")
-    deadline = time.monotonic() + 300
-    while not actor_processes(process, "RolloutWorker"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_actor(process, "RolloutWorker")
     started = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     output = finish(process)

@@ -72,6 +72,14 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int, phase: s
         time.sleep(0.1)
 
 
+def wait_for_actor(process: subprocess.Popen[str], name: str) -> None:
+    deadline = time.monotonic() + 300
+    while not actor_processes(process, name):
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, f"no {name} has started"
+        time.sleep(0.1)
+
+
 def actor_processes(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
     return [child for child in children if f"ray::{name}" in _command(child)]
