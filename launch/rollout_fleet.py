@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from catalog.catalog import Catalog
 from launch.placement import alive_nodes
@@ -213,11 +213,13 @@ class RolloutFleet:
     def close(self) -> None:
         """Have engines end that are several processes each: killed with their actors, they leave shared memory behind.
 
-        A worker that is not done in CLOSE_S, in the middle of a rollout say, is killed all the same.
+        A worker that is not done in CLOSE_S, in the middle of a rollout say, is killed all the same; so are all where
+        Ray is broken, whose error is not this one's to tell.
         """
         if self.config.tensor_parallel > 1:
-            closing: list[ray.ObjectRef] = [worker.close.remote() for worker in self.workers]
-            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
+            with suppress(RayError):
+                closing: list[ray.ObjectRef] = [worker.close.remote() for worker in self.workers]
+                ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
 
     def abandon(self) -> None:
         """Forget flights that nobody will land: their workers start anew, which also empties their queues."""

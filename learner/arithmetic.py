@@ -39,16 +39,20 @@ class BatchArithmetic:
     def lines(self) -> list[str]:
         """Readable lines for the start of a run."""
         rl = (
-            f"RL: {self.prompts} prompts -> {self.candidates} candidates per step, "
-            f"{self.prompts_per_rank} prompts per rank and update in about {self.micro_batches} micro-batches "
-            f"of groups of up to {self.packed_tokens} tokens; {self.rl_updates} updates, "
-            f"{self.warmup_steps} of learning-rate warm-up"
+            f"RL: {_count(self.prompts, 'prompt')} -> {self.candidates} candidates per step, "
+            f"{_count(self.prompts_per_rank, 'prompt')} per rank and update in about "
+            f"{_count(self.micro_batches, 'micro-batch', 'es')} of groups of up to {self.packed_tokens} tokens; "
+            f"{_count(self.rl_updates, 'update')}, {self.warmup_steps} of learning-rate warm-up"
         )
         sft = (
-            f"SFT: {self.sft_examples_per_rank} examples per rank and update, "
-            f"{self.sft_updates_per_epoch} updates per epoch"
+            f"SFT: {_count(self.sft_examples_per_rank, 'example')} per rank and update, "
+            f"{_count(self.sft_updates_per_epoch, 'update')} per epoch"
         )
         return [rl, *([sft] if self.sft_updates_per_epoch else []), *self.notes]
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def check_batch(config: LearnerConfig, prompts_per_step: int) -> None:
