@@ -36,7 +36,7 @@ def test_passes_and_mini_batches_multiply_the_optimizer_steps():
 
 def test_a_lone_update_has_no_warm_up():
     arithmetic = describe_batch(LearnerConfig(), **DATA | {"steps": 1})
-    assert "1 updates, 0 of learning-rate warm-up" in arithmetic.lines()[0]
+    assert "1 update, 0 of learning-rate warm-up" in arithmetic.lines()[0]
 
 
 def test_a_ratio_that_nothing_bounds_is_noted():

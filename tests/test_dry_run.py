@@ -95,7 +95,7 @@ def test_a_dry_run_knows_the_arithmetic_of_a_catalogue_that_is_built(
     printed = capsys.readouterr().out
     assert "3 steps" in printed
     assert "RL: 32 prompts -> 512 candidates per step, 32 prompts per rank and update in about" in printed
-    assert "SFT: 128 examples per rank and update, 1 updates per epoch" in printed
+    assert "SFT: 128 examples per rank and update, 1 update per epoch" in printed
     assert main([*command, "train.prompts_per_step=41"]) == 1
     assert "the training split has 40 examples" in capsys.readouterr().err
     assert main([*command, "learner.micro_batch_tokens=20"]) == 1
