@@ -24,7 +24,7 @@ from launch.progress import Progress
 from rollout.groups import Candidates
 
 KV_CACHE_GIB = 1 / 16
-"""For each title asked for, at most; a run's own cache may be sized for hundreds of groups at once, and histories that
+"""For each beam, at most; a run's own cache may be sized for hundreds of groups at once, and histories that
 do not fit together go in turn."""
 UNKNOWN_SHOWN = 3
 PIECE, COMPARED = 4, 1000
@@ -55,22 +55,22 @@ def recommend(
 ) -> tuple[Catalog, list[Candidates]]:
     """The run's catalogue, and for each history of titles, oldest first, the `count` best by constrained beam search.
 
-    step: name of one of the run's checkpoints; by default the newest. unseen: leave out the titles of the history, by
-    as many more beams. Raises what PolicyOfRun.of raises. A title that the catalogue does not have is read all the
-    same, with a word on the error stream.
+    The beams are those of the run's evaluation, train.eval_beams, or `count` where that is more: a narrow beam loses
+    titles. step: name of one of the run's checkpoints; by default the newest. unseen: leave out the titles of the
+    history, by as many more beams. Raises what PolicyOfRun.of raises. A title that the catalogue does not have is read
+    all the same, with a word on the error stream.
     """
     policy = PolicyOfRun.of(run, step)
     rollout, catalog = policy.config.rollout, policy.catalog
     _mention_unknown(histories, catalog)
-    beams = count + (max(len(set(history)) for history in histories) if unseen else 0)
+    left_out = [set(history) if unseen else set() for history in histories]
+    beams = max(count, policy.config.train.eval_beams) + max(map(len, left_out))
     rollout = replace(rollout, kv_cache_gib=min(rollout.kv_cache_gib, max(beams, 16) * KV_CACHE_GIB))
     with policy.engine(rollout) as engine:
         prompts = prompt_tokens(policy.config.data, str(policy.checkpoint), histories)
         nothing = [0] * len(prompts)
         groups = engine.generate(prompts, nothing, nothing, group_size=beams, strategy="beam")
-    if unseen:
-        groups = [_unseen(group, history, catalog, count) for group, history in zip(groups, histories, strict=True)]
-    return catalog, groups
+    return catalog, [_best(group, count, titles, catalog) for group, titles in zip(groups, left_out, strict=True)]
 
 
 def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -80,10 +80,10 @@ def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Seq
     return [prompts[row].tolist() for row in range(len(prompts))]
 
 
-def _unseen(group: Candidates, history: Sequence[str], catalog: Catalog, count: int) -> Candidates:
-    """The first `count` candidates whose titles the history does not have."""
-    new = [rank for rank, item_class in enumerate(group.item_class) if catalog.title(int(item_class)) not in history]
-    return group.take(np.array(new[:count], np.int64))
+def _best(group: Candidates, count: int, left_out: set[str], catalog: Catalog) -> Candidates:
+    """The first `count` candidates that are none of some titles."""
+    ranks = [rank for rank, found in enumerate(group.item_class) if catalog.title(int(found)) not in left_out]
+    return group.take(np.array(ranks[:count], np.int64))
 
 
 def _mention_unknown(histories: Sequence[Sequence[str]], catalog: Catalog) -> None:
