@@ -41,7 +41,7 @@ class Actors:
 try:
     surviving(Actors(), Progress(), lambda: None)
 except RayLost as error:
-    print(error)
+    print(error, flush=True)
 os._exit(0)
 """
 

@@ -1,5 +1,6 @@
 """What rollout workers stream, what they refuse, and how long the driver waits."""
 
+import operator
 import re
 import time
 from collections.abc import Iterator
@@ -161,8 +162,11 @@ def test_time_in_which_the_driver_is_busy_is_not_held_against_a_worker(worker: A
 def test_the_queue_is_bounded(worker: ActorHandle) -> None:
     tables = collect([stream_rollout(worker, 0, "train", IDS * 4, 0, 0, CONFIG)], TIMEOUT_S)
     next(tables)
-    time.sleep(0.5)
-    doing = ray.get(worker.health.remote())["doing"]
+    deadline, doing, seconds = time.monotonic() + TIMEOUT_S, "", 0.0
+    while not (doing.startswith("waiting") and seconds > 0.5):  # since when it has not gone on
+        assert time.monotonic() < deadline, doing
+        time.sleep(0.1)
+        doing, seconds = operator.itemgetter("doing", "seconds")(ray.get(worker.health.remote()))
     waiting = re.fullmatch(r"waiting for room in the queue \(train, (\d+) of 28 groups done\)", doing)
     assert waiting is not None
     assert int(waiting[1]) <= (1 + CONFIG.queue_tables + 1) * CONFIG.groups_per_table
