@@ -24,8 +24,8 @@ from launch.progress import Progress
 from rollout.groups import Candidates
 
 KV_CACHE_GIB = 1 / 16
-"""For each beam, at most; a run's own cache may be sized for hundreds of groups at once, and histories that
-do not fit together go in turn."""
+"""For each beam, at most; a run's own cache may be sized for hundreds of groups at once, and histories that do not fit
+together go in turn."""
 UNKNOWN_SHOWN = 3
 PIECE, COMPARED = 4, 1000
 """Characters of a piece of a title; titles that are compared whole."""
