@@ -1,10 +1,11 @@
 """Who sees whom in a packed row, in the forms that attention kernels want."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 RUN = 96
@@ -65,8 +66,7 @@ class TreeMask:
         """
         arguments = window, sharing, rounded
         if arguments not in self._cache:
-            starts = range(0, len(self.subtree_end), RUN)
-            self._cache[arguments] = [self._run(start, window, sharing, rounded) for start in starts]
+            self._cache[arguments] = list(self._all_runs(window, sharing, rounded))
         runs = self._cache[arguments]
         return [run for run in runs if run.has_target] if self.only_rows else runs
 
@@ -104,24 +104,33 @@ class TreeMask:
         visible = (key <= query) & (query < self.subtree_end[key])
         return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
 
-    def _run(self, start: int, window: int | None, sharing: int, rounded: bool) -> MaskedRun:
-        """Of the tokens before a run, which is cut out of the row anywhere, it sees the ancestors of its first one."""
-        stop = min(start + RUN, len(self.subtree_end))
-        key = torch.cat([(self.subtree_end[:start] > start).nonzero().flatten(), torch.arange(start, stop)])
-        visible = self._visible(torch.arange(start, stop)[:, None], key, window)
-        used = visible.any(0)
-        keys, hidden = _ranges(key[used]), ~visible[:, used]
-        if rounded and (missing := min(-hidden.shape[1] % KEYS_STEP, len(self.subtree_end))):
-            keys, hidden = [*keys, slice(0, missing)], nn.functional.pad(hidden, (0, missing), value=True)
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat_interleave(sharing, 0)
-        has_target = self.rows is None or bool(((self.rows >= start) & (self.rows < stop)).any())
-        return MaskedRun(slice(start, stop), keys, mask[None], has_target)
+    def _all_runs(self, window: int | None, sharing: int, rounded: bool) -> Iterator[MaskedRun]:
+        """Of the tokens before a run, which is cut out of the row anywhere, it sees the ancestors of its first one.
+
+        In numpy, whose calls take less time than torch's, and small models have many short runs.
+        """
+        end, position, size = self.subtree_end.numpy(), self.positions.numpy(), len(self.subtree_end)
+        with_target = None if self.rows is None else {*np.unique(self.rows.numpy() // RUN).tolist()}
+        for start in range(0, size, RUN):
+            query = np.arange(start, min(start + RUN, size))
+            key = np.concatenate([np.flatnonzero(end[:start] > start), query])
+            hidden = (key > query[:, None]) | (query[:, None] >= end[key])
+            if window is not None:
+                hidden |= position[query, None] - position[key] >= window
+                used = ~hidden.all(0)
+                key, hidden = key[used], hidden[:, used]
+            keys = _ranges(key)
+            if rounded and (missing := min(-len(key) % KEYS_STEP, size)):
+                keys, hidden = [*keys, slice(0, missing)], np.pad(hidden, ((0, 0), (0, missing)), constant_values=True)
+            mask = torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0)).repeat(sharing, 0))
+            has_target = with_target is None or start // RUN in with_target
+            yield MaskedRun(slice(start, start + len(query)), keys, mask[None], has_target)
 
 
-def _ranges(indices: torch.Tensor) -> list[slice]:
+def _ranges(indices: np.ndarray) -> list[slice]:
     """The runs of neighbours in ascending indices [K]."""
-    ends = (indices.diff() != 1).nonzero().flatten() + 1
-    return [slice(int(part[0]), int(part[-1]) + 1) for part in indices.tensor_split(ends)]
+    ends = np.flatnonzero(np.diff(indices) != 1) + 1
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in np.split(indices, ends)]
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
