@@ -23,16 +23,27 @@ class Stage:
     def __init__(self, name: str, total: int | None) -> None:
         self.name, self.total = name, total
         self.done, self.detail, self.started = 0, "", time.monotonic()
-        self.printed_at = self.started
         self.plain = False
+        self.printed_at = self.started
+        self._printed: tuple[int, str] | None = None
 
     def update(self, done: int | None = None, detail: str | None = None) -> None:
         """`done` of the total units, and a few words on the latest one."""
         self.done = self.done if done is None else done
         self.detail = self.detail if detail is None else detail
         if self.plain and time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
-            self.printed_at = time.monotonic()
-            print(self, flush=True)
+            self.print()
+
+    def print(self) -> None:
+        """A plain line."""
+        self.printed_at, self._printed = time.monotonic(), (self.done, self.detail)
+        print(self, flush=True)
+
+    def end(self) -> None:
+        """Print where it stands, unless that has just been printed."""
+        just_now = time.monotonic() - self.printed_at < PLAIN_INTERVAL_S
+        if not (just_now and self._printed == (self.done, self.detail)):
+            self.print()
 
     def __str__(self) -> str:
         count = f"{self.done}/{self.total}" if self.total else ""
@@ -92,4 +103,4 @@ class Progress:
         else:
             stage.plain = True
             yield stage
-            print(stage, flush=True)
+            stage.end()

@@ -1,5 +1,6 @@
 """The driver's side of rollouts: start streams on the workers and gather their tables, whatever dies meanwhile."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from ray.experimental import get_local_object_locations
 
 from rollout.actor import StaleWeights
 from rollout.config import RolloutConfig, Strategy
+
+logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0
 RAY_TIMEOUT_S = 60.0
@@ -280,6 +283,7 @@ def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s:
     Raises RolloutTimeout naming it, WorkerLost when it stays dead, DataLost when its weights are gone, or RayLost.
     """
     check_ray()
+    logger.warning("%s: its process has ended; waiting for a new one", name)
     deadline = time.monotonic() + timeout_s
     _retry_until(deadline, lambda: worker.ready.remote(), name, "restart")
     if weights is not None:
@@ -292,6 +296,7 @@ def await_restart(worker: ActorHandle, timeout_s: float, name: str) -> None:
     Raises RolloutTimeout naming it, WorkerLost when it stays dead, or RayLost.
     """
     check_ray()
+    logger.warning("%s: its process has ended; waiting for a new one", name)
     _retry_until(time.monotonic() + timeout_s, lambda: worker.health.remote(), name, "restart")
 
 

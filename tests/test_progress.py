@@ -2,6 +2,7 @@
 
 import io
 import os
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -28,3 +29,22 @@ def test_a_terminal_that_cannot_redraw_shows_lines_as_they_come(
     with Progress().stage("train", 60) as stage:
         stage.update(7, "reward 0.21")
         assert "7/60  reward 0.21" in capsys.readouterr().out
+
+
+def test_the_last_line_of_a_stage_is_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    with Progress().stage("train", 2) as stage:
+        stage.update(1)
+        clock.now = progress.PLAIN_INTERVAL_S
+        stage.update(2)
+        clock.now += 1.0
+    with Progress().stage("start") as stage:
+        stage.update(detail="waiting")
+        clock.now += progress.PLAIN_INTERVAL_S
+        stage.update()
+        clock.now += progress.PLAIN_INTERVAL_S
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["train 2/2 [10.0 s]", "start waiting [10.0 s]", "start waiting [20.0 s]"]

@@ -34,6 +34,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = finish(process)
     assert process.returncode == 0, output
     assert "starting all ranks again (1 of 3 times at most)" in output
+    assert "its process has ended; waiting for a new one" in output
     return run
 
 
@@ -189,9 +190,12 @@ def test_a_run_that_has_gone_further_is_not_cut_short(finished_run: Path) -> Non
 
 
 def test_a_run_is_only_replaced_by_one_that_starts(finished_run: Path) -> None:
+    """Its cache holds the beams of training, but not those of the evaluation, which is found before SFT."""
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
-    settings = (*SMALL, "rollout.kv_cache_gib=0.0001")
+    settings = (*SMALL, "train.eval_beams=60", "rollout.kv_cache_gib=0.00056")  # 72 blocks
     process = start(finished_run.parent.parent, "--name", "whole", "--overwrite", settings=settings)
-    assert "rollout.kv_cache_gib=0.0001" in finish(process)
+    output = finish(process)
     assert process.returncode == 1
+    assert "with 60 beams needs" in output
+    assert "SFT  " not in output
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before

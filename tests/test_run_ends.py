@@ -23,15 +23,6 @@ def test_a_rollout_worker_that_dies_with_stale_flights_queued_comes_back(tmp_pat
     assert logged_steps(run, "train") == list(range(1, 9))
 
 
-def test_a_model_that_workers_and_learner_compute_differently_is_refused_before_sft(tmp_path: Path) -> None:
-    process = start(tmp_path, "--name", "differs", "--steps", "1", "learner.mismatch_limit=1e-12")
-    output = finish(process)
-    assert process.returncode == 1
-    assert "learner.mismatch_limit=1e-12" in output
-    assert "SFT  " not in output
-    assert not (tmp_path / "runs" / "differs").exists()
-
-
 def test_weights_that_ranks_of_a_worker_cannot_take_are_refused_before_sft(
     tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
@@ -58,16 +49,6 @@ def test_a_reward_that_fails_is_found_before_sft(tmp_path: Path) -> None:
     assert "reward 'short' returned 15 values" in output
     assert "SFT  " not in output
     assert not (tmp_path / "runs" / "short").exists()
-
-
-def test_a_cache_too_small_for_the_evaluation_is_refused_before_sft(tmp_path: Path) -> None:
-    beams = ("train.eval_beams=60", "rollout.kv_cache_gib=0.00056")  # 72 blocks: enough for the 16 of training
-    process = start(tmp_path, "--name", "small", "--steps", "1", settings=(*SMALL, *beams))
-    output = finish(process)
-    assert process.returncode == 1
-    assert "with 60 beams needs" in output
-    assert "SFT  " not in output
-    assert not (tmp_path / "runs" / "small").exists()
 
 
 def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
