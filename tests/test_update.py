@@ -9,6 +9,7 @@ import torch
 
 from learner.config import LearnerConfig
 from learner.experience import Experience
+from learner.mismatch import MismatchError
 from learner.update import PolicyUpdate
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7], [8], [9, 10]]
@@ -75,6 +76,33 @@ def test_gains_are_weighted_off_policy_or_where_that_is_asked_for(
     advantage = torch.tensor([[0.5], [-0.5]])
     assert policy.grad is not None
     torch.testing.assert_close(policy.grad, -advantage * weight / 4)
+
+
+def test_rollouts_of_another_policy_are_refused_and_nothing_is_learned() -> None:
+    policy = torch.tensor([[-0.5, -1.0], [-2.0, -0.25]], requires_grad=True)
+    modes: list[str] = []
+    fake: Any = SimpleNamespace(
+        pack=lambda *_: FakePacked(), eval=lambda: modes.append("eval"), train=lambda: modes.append("train")
+    )
+
+    def check(rollout: list[list[float]], limit: float) -> None:
+        group = Experience(
+            prompts=[[1]],
+            candidates=[[np.array([2, 3], np.int32), np.array([4, 5], np.int32)]],
+            logprobs=[list(np.array(rollout, np.float32))],
+            rewards=[np.array([1.0, 0.0], np.float32)],
+        )
+        engine: Any = FakeEngine(policy)
+        config = LearnerConfig(mismatch_limit=limit)
+        PolicyUpdate(engine, fake, None, config, total_steps=1, staleness=0).check_rollouts(group)
+
+    check([[-0.5, -1.0], [-2.0, -0.25]], 1e-6)
+    other = [[-0.4, -1.0], [-2.0, -0.55]]  # sums of -1.4 for -1.5 and -2.55 for -2.25
+    check(other, 0.21)
+    with pytest.raises(MismatchError, match=r"differ by 0\.2 on average \(learner\.mismatch_limit=0\.19\)"):
+        check(other, 0.19)
+    assert policy.grad is None
+    assert modes == ["eval", "train"] * 3
 
 
 class FakePacked:
