@@ -24,26 +24,25 @@ class Stage:
         self.name, self.total = name, total
         self.done, self.detail, self.started = 0, "", time.monotonic()
         self.plain = False
-        self.printed_at = self.started
+        self._printed_at = self.started
         self._printed: tuple[int, str] | None = None
 
     def update(self, done: int | None = None, detail: str | None = None) -> None:
         """`done` of the total units, and a few words on the latest one."""
         self.done = self.done if done is None else done
         self.detail = self.detail if detail is None else detail
-        if self.plain and time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
-            self.print()
-
-    def print(self) -> None:
-        """A plain line."""
-        self.printed_at, self._printed = time.monotonic(), (self.done, self.detail)
-        print(self, flush=True)
+        if self.plain and time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S:
+            self._print()
 
     def end(self) -> None:
         """Print where it stands, unless that has just been printed."""
-        just_now = time.monotonic() - self.printed_at < PLAIN_INTERVAL_S
+        just_now = time.monotonic() - self._printed_at < PLAIN_INTERVAL_S
         if not (just_now and self._printed == (self.done, self.detail)):
-            self.print()
+            self._print()
+
+    def _print(self) -> None:
+        self._printed_at, self._printed = time.monotonic(), (self.done, self.detail)
+        print(self, flush=True)
 
     def __str__(self) -> str:
         count = f"{self.done}/{self.total}" if self.total else ""
