@@ -76,7 +76,7 @@ class TreeMask:
             some, every = self._blocks(window)
 
             def visible(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-                return self._visible(query, key, window)
+                return _visible(query, key, self.subtree_end, self.positions, window)
 
             size = len(self.subtree_end)
             partial, full = _listed(some & ~every), _listed(every)
@@ -100,10 +100,6 @@ class TreeMask:
             every &= position.amax(1)[:, None] - position.amin(1) < window
         return some.fill_diagonal_(True), every
 
-    def _visible(self, query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
-        visible = (key <= query) & (query < self.subtree_end[key])
-        return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
-
     def _all_runs(self, window: int | None, sharing: int, rounded: bool) -> Iterator[MaskedRun]:
         """Of the tokens before a run, which is cut out of the row anywhere, it sees the ancestors of its first one.
 
@@ -114,9 +110,8 @@ class TreeMask:
         for start in range(0, size, RUN):
             query = np.arange(start, min(start + RUN, size))
             key = np.concatenate([np.flatnonzero(end[:start] > start), query])
-            hidden = (key > query[:, None]) | (query[:, None] >= end[key])
+            hidden = ~_visible(query[:, None], key, end, position, window)
             if window is not None:
-                hidden |= position[query, None] - position[key] >= window
                 used = ~hidden.all(0)
                 key, hidden = key[used], hidden[:, used]
             keys = _ranges(key)
@@ -125,6 +120,12 @@ class TreeMask:
             mask = torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0)).repeat(sharing, 0))
             has_target = with_target is None or start // RUN in with_target
             yield MaskedRun(slice(start, start + len(query)), keys, mask[None], has_target)
+
+
+def _visible(query: Any, key: Any, subtree_end: Any, positions: Any, window: int | None) -> Any:
+    """bool: whether tokens see others, by their places in the row; all tensors, or all numpy arrays."""
+    visible = (key <= query) & (query < subtree_end[key])
+    return visible if window is None else visible & (positions[query] - positions[key] < window)
 
 
 def _ranges(indices: np.ndarray) -> list[slice]:

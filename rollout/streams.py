@@ -278,12 +278,11 @@ def _revive(stream: RolloutStream, timeout_s: float, death: Exception) -> None:
 
 
 def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s: float, name: str) -> None:
-    """Wait for a dead worker's restart and give it its weights.
+    """Wait for a dead worker's restart, which the log is told of, and give it its weights.
 
     Raises RolloutTimeout naming it, WorkerLost when it stays dead, DataLost when its weights are gone, or RayLost.
     """
-    check_ray()
-    logger.warning("%s: its process has ended; waiting for a new one", name)
+    _announce_restart(name)
     deadline = time.monotonic() + timeout_s
     _retry_until(deadline, lambda: worker.ready.remote(), name, "restart")
     if weights is not None:
@@ -291,13 +290,18 @@ def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s:
 
 
 def await_restart(worker: ActorHandle, timeout_s: float, name: str) -> None:
-    """Wait until a dead worker's new process answers: before, every call fails as if it had died once more.
+    """Wait until a dead worker's new process answers, as `bring_back`: before, every call fails as if it died anew.
 
     Raises RolloutTimeout naming it, WorkerLost when it stays dead, or RayLost.
     """
+    _announce_restart(name)
+    _retry_until(time.monotonic() + timeout_s, lambda: worker.health.remote(), name, "restart")
+
+
+def _announce_restart(name: str) -> None:
+    """Raises RayLost where nothing can be restarted."""
     check_ray()
     logger.warning("%s: its process has ended; waiting for a new one", name)
-    _retry_until(time.monotonic() + timeout_s, lambda: worker.health.remote(), name, "restart")
 
 
 def _retry_until(deadline: float, call: Callable[[], ray.ObjectRef], name: str, what: str) -> None:

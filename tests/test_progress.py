@@ -35,7 +35,7 @@ def test_the_last_line_of_a_stage_is_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
     with Progress().stage("train", 2) as stage:
         stage.update(1)
         clock.now = progress.PLAIN_INTERVAL_S

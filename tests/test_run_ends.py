@@ -23,6 +23,15 @@ def test_a_rollout_worker_that_dies_with_stale_flights_queued_comes_back(tmp_pat
     assert logged_steps(run, "train") == list(range(1, 9))
 
 
+def test_a_model_that_workers_and_learner_compute_differently_is_refused_before_sft(tmp_path: Path) -> None:
+    process = start(tmp_path, "--name", "differs", "--steps", "1", "learner.mismatch_limit=1e-12")
+    output = finish(process)
+    assert process.returncode == 1
+    assert "learner.mismatch_limit=1e-12" in output
+    assert "SFT  " not in output
+    assert not (tmp_path / "runs" / "differs").exists()
+
+
 def test_weights_that_ranks_of_a_worker_cannot_take_are_refused_before_sft(
     tmp_path: Path, tiny_tokenizer_dir: Path
 ) -> None:
