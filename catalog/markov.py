@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from catalog.product_titles import DEPARTMENTS, Titles
 from catalog.ragged import Ragged
@@ -53,6 +52,8 @@ class Markov:
     @cached_property
     def stationary(self) -> np.ndarray:
         """float64 [Z, C]: how often each title occurs in a user's sequence; the chain forgets at rate FOLLOW."""
+        from scipy.sparse import csr_array  # every command imports this module, and only new data needs that one
+
         titles, slots = self.successors.shape
         follow = csr_array(
             (np.tile(SUCCESSOR_WEIGHTS, titles), self.successors.ravel(), np.arange(titles + 1) * slots),

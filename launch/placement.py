@@ -98,18 +98,24 @@ def check_devices(config: Config, placement: Placement, resources: dict[str, flo
 def check_this_machine(config: Config, placement: Placement) -> None:
     """check_devices for a profile that starts its own Ray here, without starting it."""
     if config.cluster.address == "local":
-        import torch
-
-        gpus = torch.cuda.device_count()  # also counts those that an old driver keeps from CUDA
-        if gpus and placement.total("GPU") and not torch.cuda.is_available():
-            try:
-                torch.cuda.init()
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"CLUSTER={config.cluster.name}: torch cannot use the GPUs of this machine (CUDA "
-                    f"{torch.version.cuda}): {error}"
-                ) from error
+        gpus = _usable_gpus(config) if placement.total("GPU") else 0
         check_devices(config, placement, {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)})
+
+
+def _usable_gpus(config: Config) -> int:
+    """How many this machine has. Raises ConfigError where CUDA cannot use them."""
+    import torch  # takes seconds
+
+    gpus = torch.cuda.device_count()  # also counts those that an old driver keeps from CUDA
+    if gpus and not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"CLUSTER={config.cluster.name}: torch cannot use the GPUs of this machine (CUDA "
+                f"{torch.version.cuda}): {error}"
+            ) from error
+    return gpus
 
 
 def reserve(placement: Placement, timeout_s: float) -> PlacementGroup | None:

@@ -5,14 +5,9 @@ import html
 import io
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
 
 from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
@@ -163,9 +158,13 @@ def running_mean(values: np.ndarray, last: int) -> np.ndarray:
 
 def _curve(steps: list[dict[str, Any]], name: str) -> str:
     """One metric over the steps, and its mean over the last tenth of all steps at each, as an inline PNG."""
+    from matplotlib.figure import Figure  # takes half a second, and only the end of a run needs it
+    from matplotlib.ticker import MaxNLocator
+
     number, value = zip(*((step["step"], step[name]) for step in steps if name in step), strict=True)
     mean = running_mean(np.array(value), max(1, len(value) // 10))
-    figure, axes = plt.subplots(figsize=(4.2, 2.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.2, 2.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
     axes.plot(number, value, lw=1, color="#9ecae1")
     axes.plot(number, mean, "." if len(number) == 1 else "-", lw=1.6, color="#1f77b4")  # a line of one point is none
     axes.set_xlabel("step")
@@ -173,5 +172,4 @@ def _curve(steps: list[dict[str, Any]], name: str) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    plt.close(figure)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -19,6 +19,7 @@ from learner.config import LearnerConfig, OptimizerConfig
 from learner.lost_peer import Rank0Failed
 from learner.master_weights import step_master_weights
 from learner.zero_config import adamw_arguments, clips_itself, zero_config
+from rollout.imports import collector_at_rest
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def quiet_deepspeed() -> Any:
     """Import DeepSpeed without its banner, its compiled CPU all-reduce (80 s to build) and its progress lines."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), collector_at_rest():
         warnings.simplefilter("ignore")
         import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

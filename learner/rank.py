@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import psutil
 import pyarrow as pa
@@ -13,7 +13,10 @@ import ray
 from learner.config import LearnerConfig
 from rollout.config import LogprobSpace
 from rollout.host_memory import host_environment
-from rollout.weights import WeightBucket
+from rollout.imports import collector_at_rest
+
+if TYPE_CHECKING:
+    from rollout.weights import WeightBucket
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -117,12 +120,13 @@ class LearnerRank:
 
         master_host, master_port: rank 0's address. ranks_here: ranks on this node, which share its cores.
         """
-        import torch
-        from transformers.utils.logging import disable_progress_bar
+        with collector_at_rest():
+            import torch
+            from transformers.utils.logging import disable_progress_bar
 
-        from catalog.catalog import Catalog
-        from learner.engine import join_process_group
-        from learner.learner import Learner
+            from catalog.catalog import Catalog
+            from learner.engine import join_process_group
+            from learner.learner import Learner
 
         disable_progress_bar()
         torch.set_num_threads(self._config.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
@@ -156,7 +160,7 @@ class LearnerRank:
         self._learner.check_rollouts(tables)
 
     @_named_stream
-    def export_weights(self) -> Iterator[WeightBucket]:
+    def export_weights(self) -> Iterator["WeightBucket"]:
         """All weights in buckets from rank 0; the other ranks yield nothing."""
         if self._config.sleep:  # workers wake next
             self._learner.return_freed_memory()

@@ -1,11 +1,13 @@
 """What every rollout engine offers."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rollout.config import Strategy
 from rollout.groups import Candidates
-from rollout.weights import WeightBucket
+
+if TYPE_CHECKING:
+    from rollout.weights import WeightBucket
 
 
 class EngineDied(RuntimeError):
@@ -36,7 +38,7 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, buckets: Iterable[WeightBucket]) -> int:
+    def load_weights(self, buckets: Iterable["WeightBucket"]) -> int:
         """Load all weights, drop every cached key and value, return the checksum of what the engine then holds.
 
         Raises WeightsError for a tensor that is missing, unknown, or not of the engine's dtype.

@@ -5,8 +5,10 @@ import mmap
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 WORTH_RETURNING = 2**28
 """Bytes of weights from which on memory that rests is worth the time that touching it anew takes."""
@@ -46,7 +48,7 @@ def return_freed_memory() -> None:
         process.malloc_trim(0)
 
 
-def discard_contents(tensor: torch.Tensor) -> None:
+def discard_contents(tensor: "torch.Tensor") -> None:
     """Give the system the whole pages of a CPU tensor's storage; it stays where it is, but what it holds is lost."""
     storage = tensor.untyped_storage()
     first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

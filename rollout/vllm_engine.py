@@ -15,6 +15,7 @@ import torch
 from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.host_memory import return_freed_memory
+from rollout.imports import collector_at_rest
 from rollout.vllm_arguments import EngineError, check_vllm, max_model_len, read_model_config
 from rollout.vllm_kernels import OP_PRIORITY, register_kernels
 
@@ -93,7 +94,8 @@ def create_llm(
     model_config = read_model_config(model_path)
     on_gpu = torch.cuda.is_available()
     _set_environment(on_gpu, first_runner)
-    from vllm import LLM
+    with collector_at_rest():
+        from vllm import LLM
 
     if not on_gpu:
         register_kernels()
