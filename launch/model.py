@@ -45,7 +45,7 @@ def parameters(path: Path) -> int:
 
     total = 0
     for file in path.glob("model*.safetensors"):
-        with safe_open(file, "pt") as weights:
+        with safe_open(file, "numpy") as weights:
             total += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return total
 

@@ -11,20 +11,18 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from catalog.atomic import atomic_file, writing
 from launch import started_with
 from launch.compose import load, save
 from launch.config import Config, ConfigError
 from launch.continuation import check_resumable
+from launch.event_files import EventFile
 from launch.metrics_file import append_line, cut_torn_line, logged_lines
 from launch.started_with import StartedWith
 from launch.trackers import Trackers
 from learner import checkpoint
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 VERSIONED = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "omegaconf")
 METRICS = "metrics.jsonl"
@@ -109,16 +107,14 @@ class RunDirectory:
             self.write_json(started_with.FILE, asdict(StartedWith.now(config, fingerprint)))
             save(config, self.path / "config.yaml")
             cut_torn_line(self.path / METRICS)
-            self._tensorboard = self._writer()
+            self._event_file = self._new_event_file()
         except BaseException:
             self._trackers.close()
             raise
 
-    def _writer(self, purge_step: int | None = None) -> "SummaryWriter":
-        from torch.utils.tensorboard import SummaryWriter
-
+    def _new_event_file(self, forget_from: int | None = None) -> EventFile:
         with writing(self._events):
-            return SummaryWriter(str(self._events), purge_step=purge_step)
+            return EventFile(self._events, forget_from)
 
     @staticmethod
     def check(config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -190,8 +186,7 @@ class RunDirectory:
         """Append one line to metrics.jsonl; the same values to TensorBoard, under `phase`/, and to the trackers."""
         append_line(self.path / METRICS, {"phase": phase, "step": step, **metrics})
         with writing(self._events):
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(f"{phase}/{name}", value, step)
+            self._event_file.add(step, {f"{phase}/{name}": value for name, value in metrics.items()})
         self._trackers.log(phase, step, metrics)
 
     def go_on_after(self, steps: int) -> None:
@@ -204,8 +199,8 @@ class RunDirectory:
             checkpoint.remove(self.best)
         epochs = [line["step"] for line in self._lines() if line["phase"] == "sft"]
         with writing(self._events):
-            self._tensorboard.close()
-        self._tensorboard = self._writer(max([steps, *epochs]) + 1)
+            self._event_file.close()
+        self._event_file = self._new_event_file(forget_from=max([steps, *epochs]) + 1)
 
     def metrics(self, phase: str, steps: int) -> list[dict[str, Any]]:
         """Logged lines of the first `steps` steps of a phase; one that was logged again after a resume counts once,
@@ -242,7 +237,7 @@ class RunDirectory:
     def close(self) -> None:
         try:
             with writing(self._events):
-                self._tensorboard.close()
+                self._event_file.close()
         finally:
             self._trackers.close()
 

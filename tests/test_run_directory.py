@@ -76,7 +76,7 @@ def test_a_full_disk_is_named_that_tensorboard_meets_first(tmp_path: Path, monke
     run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
     run.close()
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(run, "_tensorboard", Mock(add_scalar=full, close=full))
+    monkeypatch.setattr(run, "_event_file", Mock(add=full, close=full))
     monkeypatch.setattr(run, "_trackers", trackers := Mock())
     for call in (lambda: run.log("train", 1, {"loss": 1.0}), lambda: run.go_on_after(1), run.close):
         with pytest.raises(CannotWrite, match=r"default/tensorboard cannot be written: .*No space left"):
