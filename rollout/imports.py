@@ -1,5 +1,6 @@
 """Imports of libraries that take seconds."""
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,5 +19,6 @@ def collector_at_rest() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # libraries that count what they leak would count all of it
         if not rested:
             gc.enable()
