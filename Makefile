@@ -29,8 +29,10 @@ $(error unknown: $(UNKNOWN). Variables are $(KNOWN); keys of the configuration g
 endif
 NO := 0 no No NO n false False FALSE off Off OFF
 YES := 1 yes Yes YES y true True TRUE on On ON
-$(foreach flag,DRY_RUN RESUME OVERWRITE,$(if $(filter-out $(YES) $(NO),$($(flag))),\
+$(foreach flag,DRY_RUN OVERWRITE,$(if $(filter-out $(YES) $(NO),$($(flag))),\
   $(error $(flag)=$($(flag)): write 1 for yes, 0 for no)))
+$(if $(filter-out $(YES) $(NO) auto,$(RESUME)),\
+  $(error RESUME=$(RESUME): write 1 for yes, 0 for no, auto for yes where there is a run of that name))
 
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(DEVICE)
@@ -79,11 +81,11 @@ $(VENV)/.ready-gpu: requirements-gpu.lock pyproject.toml | $(VENV)/bin/python
 	  { $(RUN) -c 'import torch, vllm, ray, deepspeed, transformers'; exit 1; }
 	@touch $@
 
-launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="a.b=c" DRY_RUN=1 RESUME=1 OVERWRITE=1
+launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="a.b=c" DRY_RUN=1 RESUME=1|auto OVERWRITE=1
 	@$(ENV) $(RUN) -m launch.cli train $(if $(CLUSTER),--cluster "$(CLUSTER)") \
 	  $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(ALGORITHM),--algorithm "$(ALGORITHM)") $(if $(NAME),--name "$(NAME)") $(if $(STEPS),--steps "$(STEPS)") \
-	  $(if $(filter $(YES),$(DRY_RUN)),--dry-run) $(if $(filter $(YES),$(RESUME)),--resume) \
+	  $(if $(filter $(YES),$(DRY_RUN)),--dry-run) $(if $(filter $(YES),$(RESUME)),--resume) $(if $(filter auto,$(RESUME)),--auto-resume) \
 	  $(if $(filter $(YES),$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
 
 # Two files at a time, since many tests wait for processes; passive, so that threads do not burn each other's cores.

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from benchmarks.harness import REPOSITORY
 from catalog.atomic import atomic_folder
 from catalog.build import build_catalog
@@ -19,7 +17,6 @@ from launch.config import Config
 from launch.model import prepare_model
 from launch.placement import plan
 from learner.config import SftConfig
-from learner.products import has_bfloat16
 
 
 class ShapeAbsentError(Exception):
@@ -52,6 +49,8 @@ def _on_gpus() -> tuple[str, ...]:
     """SCALE=gpu: one GPU rolls out and another learns, or the only one does both in turn; batches fill them."""
     if not ON_GPU:
         return ()
+    import torch
+
     alone = torch.cuda.device_count() < 2
     in_turn = ("cluster.colocate=true", "rollout.sleep=true", "learner.sleep=true")
     sizes = ("rollout.kv_cache_gib=16", "rollout.max_batched_tokens=16384")
@@ -59,12 +58,12 @@ def _on_gpus() -> tuple[str, ...]:
     return (f"cluster.gpus={1 if alone else 2}", "cluster.device=gpu", *(in_turn if alone else ()), *sizes, *batches)
 
 
-BFLOAT16_HERE = ON_GPU or has_bfloat16()
-
-
 def measurable(shapes: Iterable[str]) -> tuple[tuple[str, ...], str]:
     """Those of some shapes that this machine can measure in reasonable time, and a remark on the others."""
-    kept = tuple(shape for shape in shapes if BFLOAT16_HERE or not shape.endswith("bf16"))
+    from learner.products import has_bfloat16  # imports torch, which the driver of a run does not hold
+
+    here = ON_GPU or has_bfloat16()
+    kept = tuple(shape for shape in shapes if here or not shape.endswith("bf16"))
     left_out = [shape for shape in shapes if shape not in kept]
     remark = (
         f"Left out: {', '.join(left_out)}. This CPU has no bfloat16 instructions, torch emulates them, and the "

@@ -10,6 +10,10 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.config import Config
 
 COMMANDS = {
     "keys": "launch.keys",
@@ -55,31 +59,43 @@ def _run(arguments: list[str]) -> int:
     if module := COMMANDS.get(next(iter(arguments), "")):
         return int(import_module(module).main(arguments[1:]))
     options = _parser().parse_args(arguments)
-    overrides = [text for text in options.overrides if text != "--"]
-    if options.steps is not None:
-        overrides.append(f"train.steps={options.steps}")
-    from launch.compose import compose
-    from launch.config import check
-
-    groups = options.cluster, options.data, options.model, options.algorithm
-    named = [text for text in overrides if text.startswith(("name=", "runs="))]
-    config = compose(*groups, named if options.resume else overrides)
-    config.name = options.name or config.name  # no override: YAML would read a number in 007
-    check(config)
-    started = Path(config.runs) / config.name / "config.yaml"
-    if options.resume and started.is_file():  # a copied run holds the name of another
-        config = replace(compose(*groups, overrides, started=started), name=config.name, runs=config.runs)
+    config, resume = _composed(options)
     if config.model.path is None or os.path.isdir(config.model.path):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing has to be fetched, so no library needs to ask
     if options.dry_run:
         from launch.dry_run import dry_run
 
-        dry_run(config, resume=options.resume, overwrite=options.overwrite)
+        dry_run(config, resume=resume, overwrite=options.overwrite)
         return 0
     from launch.run import run
 
-    run(config, resume=options.resume, overwrite=options.overwrite)
+    run(config, resume=resume, overwrite=options.overwrite)
     return 0
+
+
+def _composed(options: argparse.Namespace) -> tuple["Config", bool]:
+    """The configuration that the options of `rere train` mean, and whether it is that of a run to be continued."""
+    from launch.compose import compose
+    from launch.config import check
+
+    groups = options.cluster, options.data, options.model, options.algorithm
+    overrides = [text for text in options.overrides if text != "--"]
+    if options.steps is not None:
+        overrides.append(f"train.steps={options.steps}")
+
+    def new(overrides: list[str]) -> "Config":
+        config = compose(*groups, overrides)
+        config.name = options.name or config.name  # no override: YAML would read a number in 007
+        check(config)
+        return config
+
+    if not options.resume:
+        return new(overrides), False
+    named = new([text for text in overrides if text.startswith(("name=", "runs="))])
+    started = Path(named.runs) / named.name / "config.yaml"
+    if started.is_file():  # a copied run holds the name of another
+        return replace(compose(*groups, overrides, started=started), name=named.name, runs=named.runs), True
+    return (new(overrides), False) if options.resume == "auto" else (named, True)
 
 
 def _reward(arguments: list[str]) -> int:
@@ -118,7 +134,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--name", help="name of the run; its folder is runs/NAME")
     train.add_argument("--steps", type=int, help="RL steps")
     train.add_argument("--dry-run", action="store_true", help="print placement, batch arithmetic and configuration")
-    train.add_argument("--resume", action="store_true", help="continue the run of this name, with its configuration")
+    resume = train.add_mutually_exclusive_group()
+    resume.add_argument(
+        "--resume", action="store_const", const="yes", help="continue the run of this name, with its configuration"
+    )
+    resume.add_argument(
+        "--auto-resume",
+        action="store_const",
+        const="auto",
+        dest="resume",
+        help="the same where there is a run of this name, else start it",
+    )
     train.add_argument("--overwrite", action="store_true", help="replace the run of this name")
     train.add_argument("overrides", nargs="*", help="section.key=value; `rere keys` lists them")
     return parser

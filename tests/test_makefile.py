@@ -44,12 +44,15 @@ def test_what_is_neither_yes_nor_no_is_refused(flag: str) -> None:
     assert f"{flag}=perhaps: write 1 for yes, 0 for no" in made.stderr
 
 
-@pytest.mark.parametrize(("value", "resumes"), [("1", True), ("yes", True), ("0", False), ("False", False)])
-def test_make_passes_what_it_is_given(value: str, resumes: bool) -> None:
+@pytest.mark.parametrize(
+    ("value", "flags"),
+    [("1", ["--resume"]), ("yes", ["--resume"]), ("auto", ["--auto-resume"]), ("0", []), ("False", [])],
+)
+def test_make_passes_what_it_is_given(value: str, flags: list[str]) -> None:
     command = ["make", "-n", "launch", "NAME=mine", f"RESUME={value}", "ARGS=a.b=c"]
     made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     (line,) = [line for line in made.stdout.replace("\\\n", " ").splitlines() if "launch.cli train" in line]
-    assert ("--resume" in line) == resumes
+    assert [word for word in line.split() if "resume" in word] == flags
     assert '--name "mine"' in line
     assert line.rstrip().endswith("-- a.b=c")
 

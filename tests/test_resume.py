@@ -51,6 +51,23 @@ def test_what_changes_in_a_continued_run_need_only_fit_its_own_configuration(
     assert yaml.safe_load(capsys.readouterr().out)["rollout"]["dtype"] == "bfloat16"
 
 
+def test_a_run_is_started_the_first_time_and_continued_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--name", "mine", "--auto-resume", "--dry-run", "train.steps=7"]
+    assert main(command) == 0
+    new = capsys.readouterr().out
+    assert yaml.safe_load(new)["train"]["steps"] == 7
+    RunDirectory(compose(overrides=["name=mine", "train.steps=5", "train.seed=3"]), "0").close()
+    assert main(command) == 0
+    continued = capsys.readouterr().out
+    assert yaml.safe_load(continued)["train"]["seed"] == 3  # of the run
+    assert "train.steps" in continued.partition("placement")[0]  # what is said to differ
+    assert main(["train", "--name", "mine", "--auto-resume", "--dry-run", "--overwrite"]) == 1
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_to_resume_and_to_replace_is_refused(data: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
     assert "give one of them" in refused("train", "--data", str(data), "--name", "mine", "--resume", "--overwrite")
