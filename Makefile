@@ -88,9 +88,10 @@ launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="
 	  $(if $(filter $(YES),$(DRY_RUN)),--dry-run) $(if $(filter $(YES),$(RESUME)),--resume) $(if $(filter auto,$(RESUME)),--auto-resume) \
 	  $(if $(filter $(YES),$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
 
-# Two files at a time, since many tests wait for processes; passive, so that threads do not burn each other's cores.
+# Two files at a time, since many tests wait for processes, and by name, since those of few tests take longest; passive,
+# so that threads do not burn each other's cores.
 test: $(READY)  ## run the tests
-	@$(ENV) OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n 2 --dist loadfile
+	@$(ENV) OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu:  ## run the tests that need a GPU
 	@$(MAKE) --no-print-directory DEVICE=gpu .test-gpu
