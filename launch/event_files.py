@@ -10,7 +10,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class EventFile:
-    """A new event file in a folder; what it cannot write it raises as OSError, at the latest when it is closed."""
+    """A new event file in a folder; what it cannot write it raises as OSError, in that call or in a later one."""
 
     def __init__(self, folder: Path, forget_from: int | None = None) -> None:
         """forget_from: the step from which on TensorBoard is to hide what older files of the folder show."""
