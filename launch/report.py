@@ -168,7 +168,7 @@ def _curve(steps: list[dict[str, Any]], name: str) -> str:
     axes.plot(number, value, lw=1, color="#9ecae1")
     axes.plot(number, mean, "." if len(number) == 1 else "-", lw=1.6, color="#1f77b4")  # a line of one point is none
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
