@@ -42,12 +42,15 @@ class GroupBeam:
         """Of the running beams."""
 
     def score(self, node: int, logprobs: dict[int, float]) -> None:
-        """The children of `node` by token: all of them, or the 2G best and whatever else (it is ignored)."""
+        """The children of `node` by token: all of them, or the 2G best and whatever else (it is ignored).
+
+        One of log-probability -inf never comes.
+        """
         tokens, targets = self._trie.children(node)
         self._children[node] = [
             (logprobs[token], target)
             for token, target in zip(tokens.tolist(), targets.tolist(), strict=True)
-            if token in logprobs
+            if logprobs.get(token, -np.inf) != -np.inf
         ]
 
     def running_nodes(self) -> set[int]:

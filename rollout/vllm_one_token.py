@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 _LOGITS_ELEMENTS = 1 << 24
 """Numbers of one piece of the logits that are put together from the answers."""
-_IMPOSSIBLE = -1e30
-"""The logit of a token without probability; finite, as logits are."""
 
 
 def search_by_requests(
@@ -33,8 +31,10 @@ def search_by_requests(
     size = max(1, _LOGITS_ELEMENTS // vocabulary)
     while (frontier := search.frontier()).size:
         answers = _ask(llm, trie, prompts, frontier, search.beams)
+        allowed = [trie.children(node)[0] for node in frontier.node.tolist()]
         pieces = [slice(start, start + size) for start in range(0, len(answers), size)]
-        scored = [search.children(frontier, piece, _logits(answers[piece], vocabulary)) for piece in pieces]
+        logits = (_logits(answers[piece], allowed[piece], vocabulary) for piece in pieces)
+        scored = [search.children(frontier, piece, rows) for piece, rows in zip(pieces, logits, strict=True)]
         search.advance(frontier, Children.cat(scored))
     return search.results()
 
@@ -42,7 +42,10 @@ def search_by_requests(
 def _ask(
     llm: "LLM", trie: Trie, prompts: Sequence[Sequence[int]], frontier: Frontier, beams: int
 ) -> list[dict[int, float]]:
-    """Log-probabilities of all children of every node of the frontier, by token."""
+    """As many log-probabilities as every node of the frontier has children, by token.
+
+    Those of all children, but that other tokens without probability may stand for a child that has none.
+    """
     requests = []
     for slot, node, fanout in zip(frontier.slot, frontier.node.tolist(), frontier.fanout, strict=True):
         path = trie.path(node)
@@ -54,14 +57,18 @@ def _ask(
     return answers
 
 
-def _logits(answers: Sequence[dict[int, float]], vocabulary: int) -> torch.Tensor:
-    """Logits [R, V] with these log-probabilities: what the children leave of probability 1 lies on one other token."""
-    logits = torch.full((len(answers), vocabulary), _IMPOSSIBLE)
-    for row, answer in zip(logits, answers, strict=True):
+def _logits(answers: Sequence[dict[int, float]], allowed: Sequence[np.ndarray], vocabulary: int) -> torch.Tensor:
+    """Logits [R, V] with these log-probabilities: what the children leave of probability 1 lies on one other token.
+
+    answers: of `_ask`. allowed: the tokens of each node's children.
+    """
+    logits = torch.full((len(answers), vocabulary), -torch.inf)
+    for row, answer, tokens_allowed in zip(logits, answers, allowed, strict=True):
+        children = set(tokens_allowed.tolist())
         tokens, logprobs = np.array(list(answer)), np.array(list(answer.values()))
         row[torch.from_numpy(tokens)] = torch.from_numpy(logprobs).float()
         rest = 1.0 - np.exp(logprobs).sum()
-        other = next((token for token in range(len(answer) + 1) if token not in answer), vocabulary)
+        other = next((token for token in range(len(children) + 1) if token not in children), vocabulary)
         if rest > 0 and other < vocabulary:
             row[other] = float(np.log(rest))
     return logits

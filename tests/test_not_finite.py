@@ -10,10 +10,13 @@ from pretended_gpu import pretended_gpu
 from search_oracle import random_trie
 from test_pretended_gpu import GROUPS, SEARCHES, WIDTH, search
 
+from catalog.trie import Trie
 from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
 from rollout.finite import LogitsError
+from rollout.group_beam import GroupBeam
 from rollout.groups import Candidates, GroupTableError, group_table, validate_groups
+from rollout.search import BeamSearch
 from rollout.weights import WeightBucket
 
 TRIE = random_trie(0, 60, WIDTH, 10)
@@ -76,6 +79,22 @@ def test_tokens_that_cannot_come_are_left_out(strategy: str, space: LogprobSpace
     found = search(SEARCHES[strategy](DeviceTrie.of(TRIE), space), logits)
     assert all(tokens[0] != never for group in found for tokens in group.tokens)
     assert all(np.isfinite(group.score).all() and len(group.score) for group in found)
+
+
+def test_both_engines_find_fewer_titles_than_beams_where_others_cannot_come() -> None:
+    end = 9
+    trie = Trie.from_titles([[5, end], [5, 7, end], [0, 1, end], [2, 1, end]], eos_token=end, tokenizer_fingerprint="")
+    logits = torch.zeros(1, trie.num_nodes, end + 1)
+    logits[..., [0, 2]] = -torch.inf
+    logits[..., end] = 1.0
+    (by_tensors,) = search(BeamSearch(DeviceTrie.of(trie), 1, 4), logits)
+    by_requests = GroupBeam(trie, 4)
+    while nodes := by_requests.advance():
+        for node in nodes:
+            by_requests.score(node, dict(enumerate(logits[0, node].log_softmax(-1).tolist())))
+    for group in (by_tensors, by_requests.result()):
+        assert [tokens.tolist() for tokens in group.tokens] == [[5, end], [5, 7, end]]
+        assert np.isfinite(group.score).all()
 
 
 def test_a_beam_without_a_way_on_ends_where_others_go_on() -> None:

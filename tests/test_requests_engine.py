@@ -60,10 +60,19 @@ def test_new_weights_change_the_groups(requests_engine: Any, model: Any, trie: T
 
 
 def test_a_forced_token_of_probability_1_leaves_finite_log_probabilities() -> None:
-    logits = _logits([{5: 0.0}, {0: -1.0, 3: -0.5}], 8)
+    logits = _logits([{5: 0.0}, {0: -1.0, 3: -0.5}], [np.array([5]), np.array([0, 3])], 8)
     normalised = logits - logsumexp(logits)[:, None]
     np.testing.assert_allclose(normalised[0, 5], 0.0, atol=1e-6)
     np.testing.assert_allclose(normalised[1, [0, 3]], [-1.0, -0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize("instead", [{0: -np.inf}, {7: -np.inf}], ids=["itself", "another"])
+def test_a_child_without_probability_is_not_given_what_other_tokens_have(instead: dict[int, float]) -> None:
+    """vLLM answers with the likeliest tokens, among which one of none may stand for another."""
+    logits = _logits([{2: -2.0, 3: -1.0} | instead], [np.array([0, 2, 3])], 8)
+    normalised = logits - logsumexp(logits)[:, None]
+    np.testing.assert_allclose(normalised[0, [0, 2, 3]], [-np.inf, -2.0, -1.0], atol=1e-6)
+    np.testing.assert_allclose(normalised.exp().sum(), 1.0, atol=1e-6)
 
 
 def test_what_cannot_be_generated_is_refused(requests_engine: Any, prompts: list[list[int]]) -> None:
