@@ -58,7 +58,11 @@ def _run(arguments: list[str]) -> int:
         return _reward(arguments[1:])
     if module := COMMANDS.get(next(iter(arguments), "")):
         return int(import_module(module).main(arguments[1:]))
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if stray := [text for text in more if text.startswith("-") or "=" not in text]:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    options.overrides += more  # argparse takes overrides only before the last option or behind it
     config, resume = _composed(options)
     if config.model.path is None or os.path.isdir(config.model.path):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing has to be fetched, so no library needs to ask

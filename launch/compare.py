@@ -3,12 +3,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from catalog.catalog import Catalog
@@ -19,6 +21,8 @@ from launch.compose import load
 from launch.config import ConfigError
 from launch.progress import Progress
 from launch.started_with import StartedWith
+
+EVALUATED = "eval-rl.json"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,19 +55,32 @@ class FinishedRun:
         if not path.is_dir():
             raise ConfigError(f"there is no run {path}")
         self.name, self._path = path.resolve().name, path
-        self.summary, self._after = self._read("summary.json"), self._read("eval-rl.json")
+        with self._reading("summary.json") as summary:
+            self._metrics = {phase: dict(summary["metrics"][phase]) for phase in ("sft", "rl")}
+            self.model, self.steps = Path(summary["model"]).name, int(summary["steps"])
+            self.step_s = float(summary["timing_s"]["step"])
+        with self._reading(EVALUATED) as after:
+            self._ids, self._hit_ranks = (np.array(after[key], np.int64) for key in ("example_ids", "hit_ranks"))
+            if self._ids.ndim != 1 or self._ids.shape != self._hit_ranks.shape:
+                raise ValueError(f"{self._ids.shape} examples have {self._hit_ranks.shape} ranks")
         self.config = replace(load(path / "config.yaml"), name=path.resolve().name, runs=str(path.resolve().parent))
         self.k = max(self.config.train.eval_ks)
 
-    def _read(self, file: str) -> dict[str, Any]:
+    @contextmanager
+    def _reading(self, file: str) -> Iterator[dict[str, Any]]:
+        """The content of a file; ConfigError naming it where it is not what the block takes it for."""
         try:
-            return json.loads((self._path / file).read_text())
-        except (OSError, ValueError) as error:
+            yield json.loads((self._path / file).read_text())
+        except OSError as error:
             raise ConfigError(f"{self._path / file}: {error}; only finished runs can be compared") from error
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise ConfigError(
+                f"{self._path / file} is damaged ({error!r}); only finished runs can be compared"
+            ) from error
 
     def metric(self, phase: str, name: str) -> float | None:
         """phase: "sft" or "rl". None where the run has not measured it."""
-        return self.summary["metrics"][phase].get(name)
+        return self._metrics[phase].get(name)
 
     @cached_property
     def examples(self) -> list[tuple[Any, Any]] | None:
@@ -75,7 +92,9 @@ class FinishedRun:
             return None
         if catalog is None:
             return None
-        test, ids = catalog.examples("test"), self._after["example_ids"]
+        test, ids = catalog.examples("test"), self._ids
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(test):
+            raise ConfigError(f"{self._path / EVALUATED} is damaged: the test split has {len(test)} examples")
         targets = catalog.item_ids.take(pa.array(test.target_item[ids])).to_pylist()
         return [(test.user_id(example_id), target) for example_id, target in zip(ids, targets, strict=True)]
 
@@ -87,7 +106,7 @@ class FinishedRun:
             return "catalogue not found"
         if self.examples != other.examples:
             return "other examples"
-        before, after = (ndcg_per_example(run._after["hit_ranks"], k) for run in (other, self))
+        before, after = (ndcg_per_example(run._hit_ranks, k) for run in (other, self))
         return paired_bootstrap(before, after, [user for user, _ in self.examples], seed=0)
 
 
@@ -103,12 +122,12 @@ def _row(run: FinishedRun, first: FinishedRun, k: int) -> list[str]:
     before, after = (run.metric(phase, f"ndcg@{k}") for phase in ("sft", "rl"))
     return [
         run.name,
-        Path(run.summary["model"]).name,
-        str(run.summary["steps"]),
+        run.model,
+        str(run.steps),
         "not measured" if before is None else f"{before:.4f}",
         "not measured" if after is None else f"{after:.4f}",
         *_gain_words(gain),
-        f"{run.summary['timing_s']['step']:.2f}",
+        f"{run.step_s:.2f}",
     ]
 
 

@@ -148,7 +148,7 @@ def check(config: Config) -> None:
     _require(rollout.group_size > 1, "rollout.group_size", rollout.group_size, "a group needs 2 candidates or more")
     _require(rollout.oversample >= 1, "rollout.oversample", rollout.oversample, "must be 1 or more")
     _require(
-        bool(train.eval_ks) and min(train.eval_ks) >= 1 and max(train.eval_ks) <= train.eval_beams,
+        bool(train.eval_ks) and all(isinstance(k, int) and 1 <= k <= train.eval_beams for k in train.eval_ks),
         "train.eval_ks",
         train.eval_ks,
         f"each cut-off must lie between 1 and train.eval_beams ({train.eval_beams})",
@@ -157,6 +157,7 @@ def check(config: Config) -> None:
     _require(bool(config.rewards), "rewards", config.rewards, "at least one reward is needed, such as [{name: rule}]")
     plain = config.name == Path(config.name).name and config.name[:1] not in ("", ".")
     _require(plain, "name", config.name, "must be a plain folder name that does not begin with a dot")
+    _require(len(config.name.encode()) <= 200, "name", config.name, "is too long for the name of a folder")
     _require(
         not learner.inclusion_weights or rollout.strategy == "stochastic_beam",
         "learner.inclusion_weights",

@@ -65,11 +65,12 @@ def catalogue(config: Config, tokenizer_path: Path) -> Catalog:
 
 def _intact(folder: Path, name: str | None) -> Path:
     """A checkpoint that can be read."""
+    there = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     path = checkpoint.newest(folder) if name is None else folder / name
-    if path is None:
+    if path is None or not there:
         raise ConfigError(f"{folder} has no checkpoint yet: there is no policy to ask")
-    if not path.is_dir():
-        raise ConfigError(f"{folder} has no {name}, only {', '.join(sorted(p.name for p in folder.glob('[!.]*')))}")
+    if name is not None and name not in there:
+        raise ConfigError(f"{folder} has no {name}, only {', '.join(there)}")
     checkpoint.check(path)
     return path
 

@@ -83,6 +83,8 @@ SHARES = (
     "learner.clip_low",
     "learner.reference_sync_alpha",
 )
+TIMES = ("cluster.start_timeout_s", "rollout.timeout_s", "learner.timeout_s")
+COUNTS = ("data.max_history", "data.generated.items", "data.generated.users")
 SHARES_BELOW_1 = ("learner.lora.dropout",)
 """Keys by the range that their values lie in, where they are set."""
 
@@ -92,6 +94,8 @@ Range = tuple[Callable[[float], bool], str]
 ABOVE_0: Range = (lambda value: value > 0, "must be greater than 0")
 NOT_INFINITE: Range = (lambda value: value < inf, "must be finite")
 AT_LEAST_0: Range = (lambda value: value >= 0, "must not be negative")
+A_TIME: Range = (lambda value: value <= 1e8, "must be 1e8 (three years) or less")
+A_COUNT: Range = (lambda value: value <= 10**8, "must be 10^8 or less")
 A_SEED: Range = (lambda value: 0 <= value < 2**62, "must be at least 0 and less than 2^62")
 FROM_0_TO_1: Range = (lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 FROM_0_BELOW_1: Range = (lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
@@ -102,6 +106,8 @@ def out_of_range(config: Any) -> Iterator[tuple[str, Any, str]]:
     for keys, allowed in (
         (POSITIVE, ABOVE_0),
         (FINITE, NOT_INFINITE),
+        (TIMES, A_TIME),
+        (COUNTS, A_COUNT),
         (NOT_NEGATIVE, AT_LEAST_0),
         (SEEDS, A_SEED),
         (SHARES, FROM_0_TO_1),

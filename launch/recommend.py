@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--count must be 1 or more, got {options.count}")
     if bool(options.titles) == (options.file is not None):
         raise ConfigError("give the titles of one history, oldest first, or --file with a list of titles per line")
+    if not all(map(_is_text, options.titles)):
+        raise ConfigError("a title of the command line is not UTF-8")
     histories = list(histories_of_file(options.file)) if options.file else [options.titles]
     if not histories:
         raise ConfigError(f"{options.file} is empty: a list of titles per line is needed")
@@ -114,7 +116,9 @@ def close_titles(title: str, titles: pa.LargeStringArray, count: int = 3) -> lis
 def histories_of_file(file: Path) -> Iterator[list[str]]:
     """A list of titles of each line. Raises ConfigError naming the line that is no list of titles."""
     try:
-        lines = list(io.StringIO(file.read_text(encoding="utf-8")))  # splitlines() also cuts within titles, at U+2028
+        lines = list(
+            io.StringIO(file.read_text(encoding="utf-8-sig"))
+        )  # splitlines() also cuts within titles, at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -122,11 +126,17 @@ def histories_of_file(file: Path) -> Iterator[list[str]]:
             raise ConfigError(f"{file}, line {number} is empty; leave it out, so that every line has its answer")
         try:
             history = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}, line {number}: not JSON ({error})") from error
         if not isinstance(history, list) or not history or not all(isinstance(title, str) for title in history):
             raise ConfigError(f'{file}, line {number}: a list of titles is needed, such as ["one", "two"]')
+        if not all(map(_is_text, history)):
+            raise ConfigError(f"{file}, line {number}: a title is half of a character (a lone surrogate)")
         yield history
+
+
+def _is_text(title: str) -> bool:
+    return title == title.encode(errors="ignore").decode()
 
 
 def _line(group: Candidates, catalog: Catalog) -> dict[str, Any]:

@@ -98,19 +98,26 @@ class RunDirectory:
             _delete(replaced)
 
     def _open(self, config: Config, fingerprint: str, say: Callable[[str], None]) -> None:
-        for folder in (self.path, self.rollouts, self.checkpoints):
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if not self.has("config.yaml"):  # before trackers, which may take long: from here on it can be continued
+            self._write_start(config, fingerprint)
+        for folder in (self.rollouts, self.checkpoints):
             with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-        # Trackers first: where one cannot be made, the run stays as it was.
+                folder.mkdir(exist_ok=True)
+        # Trackers before anything changes: where one cannot be made, the run stays as it was.
         self._trackers = Trackers(config.train.trackers, self.path, asdict(config), say)
         try:
-            self.write_json(started_with.FILE, asdict(StartedWith.now(config, fingerprint)))
-            save(config, self.path / "config.yaml")
+            self._write_start(config, fingerprint)
             cut_torn_line(self.path / METRICS)
             self._event_file = self._new_event_file()
         except BaseException:
             self._trackers.close()
             raise
+
+    def _write_start(self, config: Config, fingerprint: str) -> None:
+        self.write_json(started_with.FILE, asdict(StartedWith.now(config, fingerprint)))
+        save(config, self.path / "config.yaml")
 
     def _new_event_file(self, forget_from: int | None = None) -> EventFile:
         with writing(self._events):
@@ -143,8 +150,10 @@ class RunDirectory:
     def name_is_taken(config: Config) -> str | None:
         """What to do where a run of that name exists."""
         path = Path(config.runs) / config.name
-        if not os.path.lexists(path):  # a link may lead nowhere
+        if not os.path.lexists(path) or _is_blank(path):  # a link may lead nowhere
             return None
+        if not path.is_symlink() and not (path / "config.yaml").is_file():
+            return f"{path} exists and is no run (it has no config.yaml): NAME= names another"
         return f"run {path} exists: RESUME=1 continues it, OVERWRITE=1 replaces it, NAME= names another"
 
     @staticmethod
@@ -271,6 +280,11 @@ def _is_run(path: Path) -> bool:
         path.is_dir()
         and (any((path / file).is_file() for file in ("config.yaml", started_with.FILE)) or not any(path.iterdir()))
     )
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a folder is empty, or holds only the first file of a run that was killed as it made its folder."""
+    return path.is_dir() and not path.is_symlink() and {file.name for file in path.iterdir()} <= {started_with.FILE}
 
 
 def _set_aside(run: Path) -> Path:

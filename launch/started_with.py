@@ -34,9 +34,10 @@ class StartedWith:
         file = Path(config.runs) / config.name / FILE
         try:
             content: dict[str, Any] = json.loads(file.read_text())
-            return StartedWith(
-                str(content["fingerprint"]), str(content.get("cache", config.data.cache)), content.get("data")
-            )
+            started = StartedWith(content["fingerprint"], content.get("cache", config.data.cache), content.get("data"))
+            if not all(isinstance(value, str) for value in (started.fingerprint, started.cache, started.data or "")):
+                raise TypeError(started)
+            return started
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{file} is missing or damaged, so nobody can tell whether the run was started with the same data; "

@@ -168,7 +168,7 @@ def steps_done(folder: Path) -> int:
 def _numbered(folder: Path) -> Iterator[tuple[Path, int]]:
     for path in folder.glob(f"{PREFIX}*"):
         number = path.name.removeprefix(PREFIX)
-        if number.isdigit() and path.is_dir():
+        if number.isascii() and number.isdigit() and path.is_dir():
             yield path, int(number)
 
 

@@ -48,9 +48,9 @@ def _check(terms: Sequence[RewardTerm]) -> None:
             raise RewardError(
                 f"reward {term.key!r}: num_gpus={term.num_gpus} must be a whole number where it is above 1"
             )
-        if term.replicas < 1 or term.timeout_s <= 0:
+        if term.replicas < 1 or not 0 < term.timeout_s <= 1e8:
             raise RewardError(
                 f"reward {term.key!r}: replicas={term.replicas} must be 1 or more and timeout_s={term.timeout_s} "
-                "greater than 0"
+                "greater than 0 and at most 1e8 (three years)"
             )
         check_written(term.key, resolve(term.name), dict(term.args))

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command_line import Refused
 
+from catalog.build import build_catalog
 from launch.cli import main
 from launch.compose import compose
 from launch.run_directory import RunDirectory
@@ -87,7 +89,8 @@ def test_what_cannot_be_recommended_is_refused(data: Path, tmp_path: Path, refus
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
     assert "has no checkpoint yet" in refused("recommend", "runs/mine", "Acme Bolt M1, Steel")
     (tmp_path / "runs/mine/checkpoints/sft").mkdir()
-    assert "has no step-3, only sft" in refused("recommend", "runs/mine", "Acme Bolt", "--checkpoint", "step-3")
+    for name in ("step-3", "..", "", "/tmp"):
+        assert f"has no {name}, only sft" in refused("recommend", "runs/mine", "Acme Bolt", "--checkpoint", name)
     (tmp_path / "runs/mine/checkpoints/step-1").mkdir()
     assert "step-1: manifest.json is missing" in refused("recommend", "runs/mine", "Acme Bolt")
     assert "give the titles of one history" in refused("recommend", "runs/mine")
@@ -104,6 +107,37 @@ def test_what_cannot_be_compared_is_refused(data: Path, refused: Refused) -> Non
     RunDirectory(compose(data=str(data), overrides=["name=mine"]), "none").close()
     assert "only finished runs can be compared" in refused("compare", "runs/mine")
     assert "there is no run runs/ghost" in refused("compare", "runs/ghost", "runs/mine")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *(("summary.json", change) for change in (None, [], {"metrics": {"sft": None, "rl": {}}}, {"timing_s": {}})),
+        *(("eval-rl.json", change) for change in (None, [], {"hit_ranks": [1]}, {"example_ids": [0, 99_999]})),
+    ],
+)
+def test_a_damaged_file_of_a_run_that_is_compared_is_named(
+    data: Path, tiny_model_dir: Path, refused: Refused, file: str, change: Any
+) -> None:
+    config = compose(data=str(data), overrides=["name=mine"])
+    catalog = build_catalog(config.data, str(tiny_model_dir))
+    run = RunDirectory(config, catalog.fingerprint)
+    run.close()
+    metrics = {f"ndcg@{k}": 0.5 for k in config.train.eval_ks}
+    whole = {
+        "summary.json": {
+            "metrics": {"sft": metrics, "rl": metrics},
+            "model": "m",
+            "steps": 1,
+            "timing_s": {"step": 1},
+        },
+        "eval-rl.json": {"example_ids": [0, 1], "hit_ranks": [0, -1]},
+    }
+    for name, content in whole.items():
+        run.write_json(name, content)
+    assert main(["compare", "runs/mine", "runs/mine"]) == 0
+    run.write_json(file, {**whole[file], **change} if isinstance(change, dict) else change or {})
+    assert f"mine/{file} is damaged" in refused("compare", "runs/mine", "runs/mine")
 
 
 def test_a_sasrec_model_needs_a_file_before_it_is_trained(data: Path, refused: Refused) -> None:

@@ -21,6 +21,8 @@ from launch.run_directory import RunDirectory
 def test_options_may_stand_between_the_run_and_the_titles() -> None:
     with pytest.raises(ConfigError, match="--count must be 1 or more, got 0"):
         main(["runs/mine", "--count", "0", "Steel Bolt", "Steel Nut"])
+    with pytest.raises(ConfigError, match="a title of the command line is not UTF-8"):
+        main(["runs/mine", "Steel Bolt", "--count", "3", "Steel N\udcff"])
 
 
 def test_a_line_of_a_file_ends_nowhere_within_a_title(tmp_path: Path) -> None:
@@ -28,6 +30,8 @@ def test_a_line_of_a_file_ends_nowhere_within_a_title(tmp_path: Path) -> None:
     lines = [json.dumps(history, ensure_ascii=False) for history in histories]
     (tmp_path / "histories.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert list(histories_of_file(tmp_path / "histories.jsonl")) == histories
+    (tmp_path / "histories.jsonl").write_text('["Bolt"]\n', encoding="utf-8-sig")  # as some editors write it
+    assert list(histories_of_file(tmp_path / "histories.jsonl")) == [["Bolt"]]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,8 @@ def test_a_line_of_a_file_ends_nowhere_within_a_title(tmp_path: Path) -> None:
         ("Bolt", "line 2: not JSON"),
         ('"Bolt"', "line 2: a list of titles is needed"),
         ('["Bolt", 7]', "line 2: a list of titles is needed"),
+        ("[" * 100_000, "line 2: not JSON"),
+        (r'["Bolt \ud800"]', "line 2: a title is half of a character"),
     ],
 )
 def test_a_line_that_is_no_history_is_named(tmp_path: Path, line: str, message: str) -> None:

@@ -34,6 +34,17 @@ def test_a_damaged_catalogue_file_is_named(tmp_path: Path) -> None:
             RunDirectory.check_catalogue(config, "0")
 
 
+@pytest.mark.parametrize("left", [[], ["catalogue.json"]])
+def test_what_a_run_leaves_that_was_killed_as_it_made_its_folder_is_no_run(tmp_path: Path, left: list[str]) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    (tmp_path / "default").mkdir()
+    for name in left:
+        (tmp_path / "default" / name).write_text("{")
+    RunDirectory(config, "0").close()
+    with pytest.raises(ConfigError, match="RESUME=1 continues it"):
+        RunDirectory(config, "0")
+
+
 def test_a_line_that_was_torn_off_is_forgotten_on_resume(tmp_path: Path) -> None:
     config = compose(overrides=[f"runs={tmp_path}"])
     run = RunDirectory(config, "0")
@@ -188,10 +199,12 @@ def test_a_run_may_not_end_before_the_steps_it_has_done(tmp_path: Path) -> None:
 
 
 def test_a_run_of_the_same_name_is_kept(data: Path, tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    RunDirectory(compose(data=str(data), overrides=["name=mine"]), "0").close()
     message = refused("train", "--data", str(data), "--name", "mine")
     assert "RESUME=1" in message
     assert "OVERWRITE=1" in message
+    (tmp_path / "runs" / "other" / "checkpoints").mkdir(parents=True)
+    assert "runs/other exists and is no run" in refused("train", "--data", str(data), "--name", "other")
 
 
 def test_a_run_is_replaced_only_when_the_new_one_can_start(data: Path, tmp_path: Path, refused: Refused) -> None:

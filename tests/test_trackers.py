@@ -111,6 +111,24 @@ def test_a_tracker_that_cannot_be_made_leaves_no_run_and_none_of_the_others_open
     assert (tmp_path / "outside").read_text() == "closed 0 {}\n"
 
 
+def test_a_run_that_is_killed_while_its_trackers_are_made_can_be_continued(
+    tracked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    config = tracked("Lines")
+    monkeypatch.setattr("launch.run_directory.Trackers", killed)
+    monkeypatch.setattr("launch.run_directory.shutil.rmtree", lambda *_, **__: None)  # nothing is tidied up any more
+    with pytest.raises(Killed):
+        RunDirectory(config, "0")
+    monkeypatch.undo()
+    RunDirectory(config, "0", resume=True).close()
+
+
 def test_what_is_no_tracker_is_refused_before_anything_starts(tmp_path: Path, tracked: Any, refused: Refused) -> None:
     tracked()
     assert "'missing.py:Wandb': there is no file" in refused("train", "train.trackers=[missing.py:Wandb]")
