@@ -85,8 +85,8 @@ launch: $(READY)  ## train: CLUSTER= DATA= MODEL= ALGORITHM= NAME= STEPS= ARGS="
 	@$(ENV) $(RUN) -m launch.cli train $(if $(CLUSTER),--cluster "$(CLUSTER)") \
 	  $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(ALGORITHM),--algorithm "$(ALGORITHM)") $(if $(NAME),--name "$(NAME)") $(if $(STEPS),--steps "$(STEPS)") \
-	  $(if $(filter $(YES),$(DRY_RUN)),--dry-run) $(if $(filter $(YES),$(RESUME)),--resume) $(if $(filter auto,$(RESUME)),--auto-resume) \
-	  $(if $(filter $(YES),$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
+	  $(if $(filter $(YES),$(DRY_RUN)),--dry-run) $(if $(filter $(YES),$(RESUME)),--resume) \
+	  $(if $(filter auto,$(RESUME)),--auto-resume) $(if $(filter $(YES),$(OVERWRITE)),--overwrite) $(if $(ARGS),-- $(ARGS))
 
 # Two files at a time, since many tests wait for processes, and by name, since those of few tests take longest; passive,
 # so that threads do not burn each other's cores.

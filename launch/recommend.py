@@ -116,9 +116,8 @@ def close_titles(title: str, titles: pa.LargeStringArray, count: int = 3) -> lis
 def histories_of_file(file: Path) -> Iterator[list[str]]:
     """A list of titles of each line. Raises ConfigError naming the line that is no list of titles."""
     try:
-        lines = list(
-            io.StringIO(file.read_text(encoding="utf-8-sig"))
-        )  # splitlines() also cuts within titles, at U+2028
+        text = io.StringIO(file.read_text(encoding="utf-8-sig"))
+        lines = list(text)  # splitlines() also cuts within titles, at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -85,7 +85,7 @@ class RunDirectory:
         self.check(config, resume=resume, overwrite=overwrite)
         self.path = Path(config.runs) / config.name
         replaced = _set_aside(self.path) if overwrite and os.path.lexists(self.path) else None
-        new = not self.path.exists()
+        new = not self.path.exists() or _is_blank(self.path)
         try:
             self._open(config, fingerprint, say)
         except BaseException:

@@ -55,10 +55,11 @@ def test_a_run_is_started_the_first_time_and_continued_from_then_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["train", "--name", "mine", "--auto-resume", "--dry-run", "train.steps=7"]
+    command = ["train", "train.eval_beams=30", "--name", "mine", "--auto-resume", "--dry-run", "train.steps=7"]
     assert main(command) == 0
     new = capsys.readouterr().out
-    assert yaml.safe_load(new)["train"]["steps"] == 7
+    assert [yaml.safe_load(new)["train"][key] for key in ("steps", "eval_beams")] == [7, 30]
+    del command[1]
     RunDirectory(compose(overrides=["name=mine", "train.steps=5", "train.seed=3"]), "0").close()
     assert main(command) == 0
     continued = capsys.readouterr().out
