@@ -183,6 +183,7 @@ def test_terms_are_checked_before_any_actor_starts(catalog: Catalog) -> None:
         ([RewardTerm("rul")], "did you mean 'rule'"),
         ([RewardTerm("rule"), RewardTerm("rule")], "two rewards are called 'rule'"),
         ([RewardTerm("rule", weight=float("nan"))], "weight=nan must be finite"),
+        ([RewardTerm("rule", timeout_s=1e30)], "at most 1e8"),
         ([RewardTerm("rule", replicas=0)], "replicas=0 must be 1 or more"),
         ([RewardTerm("rule", num_gpus=-1)], "num_gpus=-1 must not be negative"),
         ([RewardTerm("rule", num_gpus=1.5)], "num_gpus=1.5 must be a whole number where it is above 1"),

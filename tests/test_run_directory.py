@@ -28,7 +28,7 @@ def test_a_runs_folder_that_cannot_be_is_named(tmp_path: Path, refused: Refused)
 def test_a_damaged_catalogue_file_is_named(tmp_path: Path) -> None:
     config = compose(overrides=[f"runs={tmp_path}"])
     RunDirectory(config, "0").close()
-    for content in ("", "{}", "[1]"):
+    for content in ("", "{}", "[1]", '{"fingerprint": "0", "cache": null}', '{"fingerprint": "0", "data": 3}'):
         (tmp_path / "default" / "catalogue.json").write_text(content)
         with pytest.raises(ConfigError, match=r"catalogue\.json is missing or damaged"):
             RunDirectory.check_catalogue(config, "0")
@@ -102,6 +102,12 @@ def test_steps_that_a_shorter_resumed_run_no_longer_has_do_not_count(tmp_path: P
     run.log("sft", 1, {"loss": 9.0})
     run.close()
     assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 4.0]
+
+
+def test_only_plain_numbers_are_steps(tmp_path: Path) -> None:
+    for name in ("step-3", "step-²", "step-x"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps_done(tmp_path) == 3
 
 
 def test_the_best_policy_is_one_of_the_run(tmp_path: Path) -> None:
