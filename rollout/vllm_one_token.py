@@ -60,15 +60,14 @@ def _ask(
 def _logits(answers: Sequence[dict[int, float]], allowed: Sequence[np.ndarray], vocabulary: int) -> torch.Tensor:
     """Logits [R, V] with these log-probabilities: what the children leave of probability 1 lies on one other token.
 
-    answers: of `_ask`. allowed: the tokens of each node's children.
+    answers: of `_ask`. allowed: the tokens of each node's children, ascending.
     """
     logits = torch.full((len(answers), vocabulary), -torch.inf)
-    for row, answer, tokens_allowed in zip(logits, answers, allowed, strict=True):
-        children = set(tokens_allowed.tolist())
+    for row, answer, children in zip(logits, answers, allowed, strict=True):
         tokens, logprobs = np.array(list(answer)), np.array(list(answer.values()))
         row[torch.from_numpy(tokens)] = torch.from_numpy(logprobs).float()
         rest = 1.0 - np.exp(logprobs).sum()
-        other = next((token for token in range(len(children) + 1) if token not in children), vocabulary)
+        other = int(np.append(children != np.arange(len(children)), True).argmax())  # the lowest that is no child
         if rest > 0 and other < vocabulary:
             row[other] = float(np.log(rest))
     return logits

@@ -1,10 +1,14 @@
 """Trackers are given what a run logs, and can neither stop it nor be forgotten when it ends."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import Refused
+from conftest import REPOSITORY
 
 from launch.compose import compose, load
 from launch.config import Config, ConfigError
@@ -111,22 +115,19 @@ def test_a_tracker_that_cannot_be_made_leaves_no_run_and_none_of_the_others_open
     assert (tmp_path / "outside").read_text() == "closed 0 {}\n"
 
 
-def test_a_run_that_is_killed_while_its_trackers_are_made_can_be_continued(
-    tracked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    def killed(*_: Any) -> None:
-        raise Killed
-
-    config = tracked("Lines")
-    monkeypatch.setattr("launch.run_directory.Trackers", killed)
-    monkeypatch.setattr("launch.run_directory.shutil.rmtree", lambda *_, **__: None)  # nothing is tidied up any more
-    with pytest.raises(Killed):
-        RunDirectory(config, "0")
-    monkeypatch.undo()
-    RunDirectory(config, "0", resume=True).close()
+def test_a_run_that_is_killed_while_its_trackers_are_made_can_be_continued(tmp_path: Path) -> None:
+    (tmp_path / "kills.py").write_text(
+        "import os\nclass Kills:\n    log = close = print\n    def __init__(self, run, config):\n        os._exit(9)\n"
+    )
+    overrides = [f"runs={tmp_path}/runs", f"train.trackers=[{tmp_path}/kills.py:Kills]"]
+    code = (
+        "from launch.compose import compose; from launch.run_directory import RunDirectory; "
+        f"RunDirectory(compose(overrides={overrides}), '0')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert killed.returncode == 9
+    RunDirectory(compose(overrides=overrides[:1]), "0", resume=True).close()
 
 
 def test_what_is_no_tracker_is_refused_before_anything_starts(tmp_path: Path, tracked: Any, refused: Refused) -> None:
