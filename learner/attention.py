@@ -5,7 +5,7 @@ run in matrices that stay in the cache: torch's fused kernel takes longer for so
 attention call whose block mask skips what nobody sees. Windows go by position, not by index.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from learner.products import best_products, compiles_every_length
-from learner.tree_mask import MaskedRun, TreeMask
+from learner.tree_mask import RunBatch, TreeMask
 
 IMPLEMENTATION = "tree"
 
@@ -59,7 +59,7 @@ def tree_attention(
         raise NotImplementedError("tree attention has no dropout: train with learner.packing=padded")
     if query.is_cuda:
         return flex_tree_attention(query, key, value, tree.block_mask(window), scaling, softcap), None
-    runs = tree.runs(window, query.shape[1] // key.shape[1], rounded=compiles_every_length(torch.float32))
+    runs = tree.runs(window, query.shape[1], key.shape[1], rounded=compiles_every_length(torch.float32))
     return _RunAttention.apply(query, key, value, runs, scaling or query.shape[-1] ** -0.5, softcap), None
 
 
@@ -121,7 +121,7 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 
 
 class _RunAttention(torch.autograd.Function):
-    """Attention run by run, in float32; the backward pass computes the weights of a run again.
+    """Attention some runs at a time, in float32; the backward pass computes their weights again.
 
     The output is 0 for queries of no run.
     """
@@ -132,62 +132,70 @@ class _RunAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        runs: list[MaskedRun],
+        runs: Sequence[RunBatch],
         scaling: float,
         softcap: float | None,
     ) -> torch.Tensor:
         """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
         ctx.save_for_backward(query, key, value)
         ctx.runs, ctx.scaling, ctx.softcap = runs, scaling, softcap
-        queries, context = _by_key_head(query, key.shape[1]) * scaling, torch.cat([key[0], value[0]]).float()
-        output = query.new_zeros(query.shape[2], key.shape[1], queries.shape[2], query.shape[3])
+        queries, keys, values = _rows(query) * scaling, _rows(key), _rows(value)
+        output = torch.zeros_like(queries)
         with best_products(queries):
             for run in runs:
-                keys, values = run.seen(context).chunk(2)
-                weights, _ = _weights(queries[:, run.queries].flatten(1, 2), keys, run.mask, softcap)
-                output[run.queries] = torch.bmm(weights, values).unflatten(1, (-1, queries.shape[2])).transpose(0, 1)
-        return output.flatten(1, 2)[None]
+                own, seen, theirs = run.of_queries(queries), run.of_keys(keys), run.of_keys(values)
+                weights, _ = _weights(own, seen, run.mask, softcap)
+                output.index_copy_(0, run.queries, torch.bmm(weights, theirs).flatten(0, 1))
+        return output.view(1, query.shape[2], query.shape[1], -1).to(query.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        queries, context = _by_key_head(query, key.shape[1]) * ctx.scaling, torch.cat([key[0], value[0]]).float()
-        incoming = _by_key_head(gradients[0].transpose(1, 2), key.shape[1])
-        to_query, to_context = torch.zeros_like(queries), torch.zeros_like(context)
+        queries, keys, values = _rows(query) * ctx.scaling, _rows(key), _rows(value)
+        incoming = gradients[0].float().reshape(queries.shape)
+        to_queries, to_keys, to_values = (torch.zeros_like(rows) for rows in (queries, keys, values))
         with best_products(queries):
             for run in ctx.runs:
-                seen = run.seen(context)
-                of_seen = torch.empty_like(seen)
-                (keys, values), (of_keys, of_values) = seen.chunk(2), of_seen.chunk(2)
-                own, of_output = queries[:, run.queries].flatten(1, 2), incoming[:, run.queries].flatten(1, 2)
-                weights, slope = _weights(own, keys, run.mask, ctx.softcap)
-                torch.bmm(weights.transpose(1, 2), of_output, out=of_values)
-                of_scores = torch.bmm(of_output, values.transpose(1, 2))
+                own, seen, theirs = run.of_queries(queries), run.of_keys(keys), run.of_keys(values)
+                of_output = run.of_queries(incoming)
+                weights, slope = _weights(own, seen, run.mask, ctx.softcap)
+                to_values.index_add_(0, run.keys, torch.bmm(weights.transpose(1, 2), of_output).flatten(0, 1))
+                of_scores = torch.bmm(of_output, theirs.transpose(1, 2))
                 of_scores = torch.ops.aten._softmax_backward_data(of_scores, weights, -1, weights.dtype)
                 if slope is not None:
                     of_scores.mul_(slope)
-                torch.bmm(of_scores.transpose(1, 2), own, out=of_keys)
-                run.add_seen(to_context, of_seen)
-                to_query[:, run.queries] = torch.bmm(of_scores, keys).unflatten(1, (-1, queries.shape[2]))
-        to_query = to_query.mul_(ctx.scaling).transpose(1, 2).flatten(0, 1)
-        return *(rows[None].to(query.dtype) for rows in (to_query, *to_context.chunk(2))), None, None, None
+                to_keys.index_add_(0, run.keys, torch.bmm(of_scores.transpose(1, 2), own).flatten(0, 1))
+                to_queries.index_copy_(0, run.queries, torch.bmm(of_scores, seen).flatten(0, 1))
+        to_queries.mul_(ctx.scaling)
+        pairs = (to_queries, query), (to_keys, key), (to_values, value)
+        return *(_heads(rows, like) for rows, like in pairs), None, None, None
 
 
-def _by_key_head(rows: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """float32 [H_kv, N, sharing, D] of rows [1, H, N, D]: a token's heads of one key head are neighbours."""
-    return rows[0].float().unflatten(0, (key_heads, -1)).transpose(1, 2).contiguous()
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    """float32 [N * H, D] of [1, H, N, D]: the heads of a token are neighbours."""
+    return heads[0].transpose(0, 1).float().reshape(-1, heads.shape[-1])
+
+
+def _heads(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What _rows has made its rows of, in the precision and the shape of `like`."""
+    _, heads, tokens, _ = like.shape
+    return rows.view(1, tokens, heads, -1).transpose(1, 2).to(like.dtype)
 
 
 def _weights(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention weights [H, Q, K] of scaled queries [H, Q, D] and keys [H, K, D], and the softcap's derivative."""
+    """Attention weights [M, Q * sharing, K] of scaled queries [M, Q * sharing, D] and keys [M, K, D], M = R * H_kv.
+
+    Besides, the softcap's derivative. mask: of RunBatch.
+    """
     scores, slope = torch.bmm(query, key.transpose(1, 2)), None
-    if softcap is None:
-        scores.add_(mask)
-    else:
-        bent = scores.div_(softcap).tanh_()
-        scores, slope = torch.addcmul(mask, bent, bent.new_tensor(softcap)), 1.0 - bent**2
+    by_run = scores.view(len(mask), -1, mask.shape[2], scores.shape[1] // mask.shape[2], mask.shape[4])
+    if softcap is not None:
+        scores.div_(softcap).tanh_()
+        slope = 1.0 - scores**2
+        scores.mul_(softcap)
+    by_run.add_(mask)
     return torch.softmax(scores, -1, out=scores), slope
 
 

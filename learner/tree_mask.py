@@ -1,6 +1,6 @@
 """Who sees whom in a packed row, in the forms that attention kernels want."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,37 +8,50 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-RUN = 96
-# Queries of a run: longer runs compute more that is masked, shorter ones take more calls.
+RUN = 64
+# Queries of a run: longer runs compute more that is masked, shorter ones look at their keys more often.
 KEYS_STEP = 32
-# Keys of a run are a multiple of it where the machine compiles code for every shape and the row is long enough.
+# Keys of a run are a multiple of it where the machine compiles code for every shape.
+SCORES = 1 << 19
+# Of a batch of runs, at most: so many that calls take little of the time, so few that they stay in the cache.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 
 
 @dataclass(frozen=True)
-class MaskedRun:
-    """A run of Q queries and K keys that hold all that they see, as attention takes them."""
+class RunBatch:
+    """R runs of Q queries and K keys each that hold all that they see: R * H_kv matrices of the packed row.
 
-    queries: slice
-    """Of the packed row."""
-    keys: list[slice]
-    """Of the packed row; K keys in all."""
+    They are taken from rows [N * H, D] and [N * H_kv, D], in which the heads of a token are neighbours.
+    """
+
+    queries: torch.Tensor
+    """int64 [R * H_kv * Q * sharing]: the places of the matrices' rows, matrix after matrix."""
+    keys: torch.Tensor
+    """int64 [R * H_kv * K]: likewise."""
     mask: torch.Tensor
-    """float32 [1, Q * sharing, K]: 0 where a query sees a key, else -inf; a query's heads are neighbours."""
+    """float32 [R, 1, Q, 1, K]: 0 where a query sees a key, else -inf; scores are [R, H_kv, Q, sharing, K]."""
+    sharing: int
+    """Query heads of a key head."""
     has_target: bool
-    """Whether one of the queries is among TreeMask.rows."""
+    """Whether every run has a query that is among TreeMask.rows; else none has."""
 
-    def seen(self, rows: torch.Tensor) -> torch.Tensor:
-        """[H, K, D], what the run sees of rows [H, N, D]."""
-        parts = [rows[:, keys] for keys in self.keys]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    def of_queries(self, rows: torch.Tensor) -> torch.Tensor:
+        """[R * H_kv, Q * sharing, D] of rows [N * H, D]."""
+        return rows.index_select(0, self.queries).view(-1, self.mask.shape[2] * self.sharing, rows.shape[1])
 
-    def add_seen(self, total: torch.Tensor, values: torch.Tensor) -> None:
-        """Add values [H, K, D] to the rows of `total` [H, N, D] that they belong to."""
-        parts = values.split([keys.stop - keys.start for keys in self.keys], 1)
-        for keys, part in zip(self.keys, parts, strict=True):
-            total[:, keys] += part
+    def of_keys(self, rows: torch.Tensor) -> torch.Tensor:
+        """[R * H_kv, K, D] of rows [N * H_kv, D]."""
+        return rows.index_select(0, self.keys).view(-1, self.mask.shape[4], rows.shape[1])
+
+
+@dataclass(frozen=True)
+class _Run:
+    query: np.ndarray
+    """int64 [Q], of the packed row."""
+    key: np.ndarray
+    """int64 [K]: what they see."""
+    has_target: bool
 
 
 @dataclass
@@ -59,16 +72,16 @@ class TreeMask:
         """The same, with `only_rows`."""
         return replace(self, only_rows=True)  # which shares the cache
 
-    def runs(self, window: int | None, sharing: int, rounded: bool = False) -> list[MaskedRun]:
-        """The queries of the row, in order, on the CPU; with `only_rows`, no runs without any of these.
+    def runs(self, window: int | None, heads: int, key_heads: int, rounded: bool = False) -> list[RunBatch]:
+        """All queries of the row, each in one run, on the CPU; with `only_rows`, no runs without any of these.
 
-        sharing: query heads for each key head. rounded: keys are as KEYS_STEP says.
+        rounded: keys are as KEYS_STEP says, and the number of runs is a power of two.
         """
-        arguments = window, sharing, rounded
+        arguments = window, heads, key_heads, rounded
         if arguments not in self._cache:
-            self._cache[arguments] = list(self._all_runs(window, sharing, rounded))
-        runs = self._cache[arguments]
-        return [run for run in runs if run.has_target] if self.only_rows else runs
+            self._cache[arguments] = list(self._batches(window, heads, key_heads, rounded))
+        batches = self._cache[arguments]
+        return [batch for batch in batches if batch.has_target] if self.only_rows else batches
 
     def block_mask(self, window: int | None) -> BlockMask:
         """flex attention's blocks: those that nobody sees are never computed. N must be a multiple of BLOCK."""
@@ -100,8 +113,23 @@ class TreeMask:
             every &= position.amax(1)[:, None] - position.amin(1) < window
         return some.fill_diagonal_(True), every
 
-    def _all_runs(self, window: int | None, sharing: int, rounded: bool) -> Iterator[MaskedRun]:
-        """Of the tokens before a run, which is cut out of the row anywhere, it sees the ancestors of its first one.
+    def _batches(self, window: int | None, heads: int, key_heads: int, rounded: bool) -> Iterator[RunBatch]:
+        """Runs of about as many keys together, those with a target apart from those without."""
+        alike: dict[tuple[int, bool], list[_Run]] = {}
+        for run in self._runs(window):
+            alike.setdefault((len(run.query), run.has_target), []).append(run)
+        for (queries, _), runs in alike.items():
+            runs.sort(key=lambda run: len(run.key), reverse=True)
+            while runs:
+                keys = len(runs[0].key)
+                keys += -keys % KEYS_STEP if rounded else 0
+                count = min(len(runs), max(1, SCORES // (heads * queries * keys)))
+                count = 1 << count.bit_length() - 1 if rounded else count
+                yield self._batch(runs[:count], keys, window, heads, key_heads)
+                runs = runs[count:]
+
+    def _runs(self, window: int | None) -> Iterator[_Run]:
+        """Cut out of the row anywhere: of the tokens before it, a run sees the ancestors of its first one.
 
         In numpy, whose calls take less time than torch's, and small models have many short runs.
         """
@@ -110,28 +138,29 @@ class TreeMask:
         for start in range(0, size, RUN):
             query = np.arange(start, min(start + RUN, size))
             key = np.concatenate([np.flatnonzero(end[:start] > start), query])
-            hidden = ~_visible(query[:, None], key, end, position, window)
             if window is not None:
-                used = ~hidden.all(0)
-                key, hidden = key[used], hidden[:, used]
-            keys = _ranges(key)
-            if rounded and (missing := min(-len(key) % KEYS_STEP, size)):
-                keys, hidden = [*keys, slice(0, missing)], np.pad(hidden, ((0, 0), (0, missing)), constant_values=True)
-            mask = torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0)).repeat(sharing, 0))
-            has_target = with_target is None or start // RUN in with_target
-            yield MaskedRun(slice(start, start + len(query)), keys, mask[None], has_target)
+                key = key[_visible(query[:, None], key, end, position, window).any(0)]
+            yield _Run(query, key, with_target is None or start // RUN in with_target)
+
+    def _batch(self, runs: Sequence[_Run], keys: int, window: int | None, heads: int, key_heads: int) -> RunBatch:
+        """keys: of every run; those that one lacks are the row's first token, masked."""
+        end, position = self.subtree_end.numpy(), self.positions.numpy()
+        query = np.stack([run.query for run in runs])
+        there = np.arange(keys) < np.array([len(run.key) for run in runs])[:, None]
+        key = np.zeros(there.shape, np.int64)
+        key[there] = np.concatenate([run.key for run in runs])
+        visible = _visible(query[:, :, None], key[:, None], end, position, window) & there[:, None]
+        mask = np.where(visible, np.float32(0), np.float32(-np.inf))[:, None, :, None]
+        head, key_head = np.arange(heads).reshape(key_heads, 1, -1), np.arange(key_heads)[:, None]
+        of_queries, of_keys = query[:, None, :, None] * heads + head, key[:, None] * key_heads + key_head
+        places = torch.from_numpy(of_queries.ravel()), torch.from_numpy(of_keys.ravel())
+        return RunBatch(*places, torch.from_numpy(mask), heads // key_heads, runs[0].has_target)
 
 
 def _visible(query: Any, key: Any, subtree_end: Any, positions: Any, window: int | None) -> Any:
     """bool: whether tokens see others, by their places in the row; all tensors, or all numpy arrays."""
     visible = (key <= query) & (query < subtree_end[key])
     return visible if window is None else visible & (positions[query] - positions[key] < window)
-
-
-def _ranges(indices: np.ndarray) -> list[slice]:
-    """The runs of neighbours in ascending indices [K]."""
-    ends = np.flatnonzero(np.diff(indices) != 1) + 1
-    return [slice(int(part[0]), int(part[-1]) + 1) for part in np.split(indices, ends)]
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

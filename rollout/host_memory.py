@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 WORTH_RETURNING = 2**28
 """Bytes of weights from which on memory that rests is worth the time that touching it anew takes."""
 
-_COMPILED_PRODUCTS = "64"
+COMPILED_PRODUCTS = 64
+"""Whose code oneDNN keeps, by default; each takes a third of a MiB."""
+
 _ALLOCATOR = "narenas:1,oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:30"
 _ALL_ARENAS = 4096
 _MADV_DONTNEED = 4
 
 
-def host_environment() -> dict[str, str]:
+def host_environment(compiled_products: int = COMPILED_PRODUCTS) -> dict[str, str]:
     """What such a process must start with; the user's own settings stay.
 
     The allocator is jemalloc, which Ray brings along. Every layer allocates and frees megabytes, and no two steps have
@@ -28,10 +30,10 @@ def host_environment() -> dict[str, str]:
     jemalloc here keeps what is freed, large blocks too and for all threads, and splits a free block for any request.
     By its default it splits none for less than a 64th of it: a process of ever new shapes would grow without end.
 
-    oneDNN keeps the code of few products: by default it is 1,024, one for every shape, and hundreds of megabytes after
-    some dozen steps.
+    oneDNN keeps the code of `compiled_products`: by its default of 1,024, one for every shape, they are hundreds of
+    megabytes after some dozen steps.
     """
-    settings = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": _COMPILED_PRODUCTS}
+    settings = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(compiled_products)}
     ray = find_spec("ray")
     library = Path(ray.origin or "").parent / "core/libjemalloc.so" if ray else Path()
     if library.is_file() and "LD_PRELOAD" not in os.environ:

@@ -43,6 +43,41 @@ def test_flex_attention_equals_that_of_runs(
     torch.testing.assert_close(found, expected)
 
 
+@SHAPES
+@pytest.mark.parametrize("rounded", [False, True])
+def test_runs_and_their_gradients_equal_dense_attention(
+    heads: int,
+    key_heads: int,
+    softcap: float | None,
+    window: int | None,
+    rounded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "compiles_every_length", lambda _: rounded)
+    batch = pack_groups(*split(large_groups(2)))
+    size, generator = batch.fed_tokens, torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, n, size, 32, generator=generator, requires_grad=True) for n in (heads, key_heads, key_heads)
+    ]
+    tree = TreeMask(batch.subtree_end, batch.positions[0])
+    found, _ = tree_attention(nn.Module(), *inputs, None, softcap=softcap, sliding_window=window, tree=tree)
+
+    query, *others = (tensor.detach().double().requires_grad_() for tensor in inputs)
+    key, value = (tensor.repeat_interleave(heads // key_heads, 1) for tensor in others)
+    scores = query @ key.transpose(2, 3) * 32**-0.5
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    place, position = torch.arange(size), batch.positions[0]
+    sees = (place <= place[:, None]) & (place[:, None] < batch.subtree_end)
+    sees &= position[:, None] - position < (window or size)
+    expected = (scores.masked_fill(~sees, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    weights = torch.randn(found.shape, generator=generator)
+    mine = torch.autograd.grad((found * weights).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weights).sum(), (query, *others))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=5e-5)
+
+
 def test_the_window_of_a_mask_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most models name their window by the mask of a layer; torch.compile traces what flex attention does with it."""
     monkeypatch.setattr(attention, "flex_tree_attention", lambda query, key, value, blocks, *_: blocks)

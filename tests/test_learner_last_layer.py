@@ -12,7 +12,7 @@ from learner.attention import tree_attention
 from learner.last_layer import LastLayer, use_last_layer
 from learner.packing import PackedBatch
 from learner.policy import Policy
-from learner.products import rounded_rows
+from learner.products import padded_index, rounded_rows
 from learner.tree_mask import TreeMask
 from tests.test_policy import CONFIGS, SHAPE, groups, language_model
 
@@ -65,7 +65,7 @@ def test_the_last_mlp_computes_tokens_with_a_target() -> None:
     for layer in policy.lm.base_model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0][0].shape[0]))
     policy(batch)
-    assert computed == [batch.tokens.numel(), batch.tokens.numel(), len(batch.rows)]
+    assert computed == [batch.tokens.numel(), batch.tokens.numel(), len(padded_index(batch.rows, torch.float32))]
     assert len(batch.rows) < batch.fed_tokens
 
 
@@ -123,15 +123,15 @@ def test_attention_leaves_out_runs_without_a_target() -> None:
     policy = Policy(language_model("llama"))
     batch = policy.pack(*long_groups())
     tree = TreeMask(batch.subtree_end, batch.positions[0], batch.rows)
-    some, every = tree.of_rows().runs(None, 1), tree.runs(None, 1)
+    some, every = tree.of_rows().runs(None, 4, 4), tree.runs(None, 4, 4)
     assert 0 < len(some) < len(every)
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, 4, batch.fed_tokens, 16, generator=generator) for _ in range(3)]
+    tensors = [torch.randn(1, 4, batch.tokens.numel(), 16, generator=generator) for _ in range(3)]
     whole, _ = tree_attention(policy, *tensors, None, tree=tree)
     limited, _ = tree_attention(policy, *tensors, None, tree=tree.of_rows())
     assert torch.equal(limited[:, batch.rows], whole[:, batch.rows])
     left_out = [run.queries for run in every if not run.has_target]
-    assert all(not limited[:, queries].any() for queries in left_out)
+    assert all(not limited.flatten(0, 2)[queries].any() for queries in left_out)
 
 
 def test_a_policys_last_attention_leaves_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
 from learner.products import rounded_rows
-from learner.tree_mask import BLOCK, KEYS_STEP, RUN, MaskedRun, TreeMask
+from learner.tree_mask import BLOCK, KEYS_STEP, RUN, SCORES, RunBatch, TreeMask
 
 Groups = list[tuple[list[int], list[list[int]]]]
 
@@ -113,22 +113,31 @@ def large_groups(seed: int, template_tokens: int = 80) -> Groups:
     return groups
 
 
-def shown(runs: Sequence[MaskedRun], size: int, sharing: int) -> torch.Tensor:
-    """bool [N, N]: what each query sees over all runs; every query must be in exactly one of them."""
+def shown(batches: Sequence[RunBatch], size: int, heads: int, key_heads: int) -> torch.Tensor:
+    """bool [N, N]: what each query sees over all runs, every head alike; a query must be in exactly one of them."""
     found = torch.zeros(size, size, dtype=torch.bool)
     covered: list[int] = []
-    index = torch.arange(size)[None, :, None]
-    for run in runs:
-        queries, keys = index[0, run.queries, 0].tolist(), run.seen(index)[0, :, 0]
-        keys = torch.where(torch.isfinite(run.mask[0]).any(0), keys, -1)  # others are only there for a round number
-        assert len(keys[keys >= 0].unique()) == (keys >= 0).sum()
-        by_head = (run.mask[0] == 0).unflatten(0, (len(queries), sharing))
-        assert torch.equal(by_head, by_head[:, :1].expand_as(by_head))
-        for query, sees in zip(queries, by_head[:, 0], strict=True):
-            found[query, keys[sees]] = True
-        covered += queries
-    assert covered == list(range(size))
+    for batch in batches:
+        runs, queries, keys = batch.mask.shape[0], batch.mask.shape[2], batch.mask.shape[4]
+        own = batch.of_queries(tokens_and_heads(size, heads)).view(runs, key_heads, queries, -1, 2)
+        seen = batch.of_keys(tokens_and_heads(size, key_heads)).view(runs, key_heads, keys, 2)
+        assert torch.equal(own[..., 1], torch.arange(heads).view(key_heads, 1, -1).expand_as(own[..., 1]))
+        assert torch.equal(seen[..., 1], torch.arange(key_heads)[:, None].expand_as(seen[..., 1]))
+        assert torch.equal(own[..., 0], own[:, :1, :, :1, 0].expand_as(own[..., 0]))
+        assert torch.equal(seen[..., 0], seen[:, :1, :, 0].expand_as(seen[..., 0]))
+        for query, key, sees in zip(own[:, 0, :, 0, 0], seen[:, 0, :, 0], batch.mask[:, 0, :, 0] == 0, strict=True):
+            used = key[sees.any(0)]  # others are only there for a common or a round number
+            assert len(used.unique()) == len(used)
+            for place, of_place in zip(query, sees, strict=True):
+                found[place, key[of_place]] = True
+            covered += query.tolist()
+    assert sorted(covered) == list(range(size))
     return found
+
+
+def tokens_and_heads(size: int, heads: int) -> torch.Tensor:
+    """Rows [N * H, 2] that say whose they are."""
+    return torch.cartesian_prod(torch.arange(size), torch.arange(heads))
 
 
 @pytest.mark.parametrize("window", [None, 7, 100])
@@ -136,35 +145,29 @@ def test_runs_cover_the_row_once_and_show_each_query_what_it_may_see(window: int
     batch = pack_groups(*split(large_groups(0)))
     distance = batch.positions[0][:, None] - batch.positions[0][None, :]
     expected = torch.from_numpy(visible(batch)) & (distance < (window or 10**9))
-    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(window, 2)
-    assert torch.equal(shown(runs, batch.fed_tokens, 2), expected)
-    assert len(runs) > len(large_groups(0))
+    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(window, 6, 3)
+    assert torch.equal(shown(runs, batch.fed_tokens, 6, 3), expected)
+    assert sum(len(run.mask) for run in runs) > len(large_groups(0))
 
 
 @given(groups_of_tokens)
 def test_runs_of_any_tree_see_what_they_may(groups: Groups) -> None:
     batch = pack_groups(*split(groups))
-    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1)
-    assert np.array_equal(shown(runs, batch.fed_tokens, 1).numpy(), visible(batch))
-
-
-def test_what_runs_have_seen_is_added_where_it_came_from() -> None:
-    batch = pack_groups(*split(large_groups(0)))
-    rows = torch.randn(2, batch.fed_tokens, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    total = torch.zeros_like(rows)
-    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1)
-    for run in runs:
-        run.add_seen(total, run.seen(rows))
-    times = torch.zeros(batch.fed_tokens)
-    for run in runs:
-        times[torch.cat([torch.arange(keys.start, keys.stop) for keys in run.keys])] += 1
-    torch.testing.assert_close(total, rows * times[:, None])
+    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1, 1)
+    assert np.array_equal(shown(runs, batch.fed_tokens, 1, 1).numpy(), visible(batch))
 
 
 def test_runs_see_few_keys_that_are_masked() -> None:
     batch = pack_groups(*split(large_groups(1)))
-    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1)
+    runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1, 1)
     assert sum(run.mask.numel() for run in runs) < 2 * visible(batch).sum()
+
+
+def test_runs_of_a_batch_are_no_more_than_the_cache_holds() -> None:
+    batch = pack_groups(*split(large_groups(1)))
+    of_many, of_few = (TreeMask(batch.subtree_end, batch.positions[0]).runs(None, heads, 2) for heads in (64, 4))
+    assert len(of_many) > len(of_few)
+    assert all(len(run.mask) == 1 or 64 * run.mask.numel() <= SCORES for run in of_many)
 
 
 @pytest.mark.parametrize("window", [None, 7, 150])
@@ -242,15 +245,16 @@ def test_runs_show_each_query_of_any_tree_what_it_may_see(
     ends = torch.tensor(random_tree(seed, nodes))
     index = torch.arange(nodes)
     positions = ((index[:, None] > index) & (index[:, None] < ends)).sum(1)
-    runs = TreeMask(ends, positions).runs(window, 1, rounded)
+    runs = TreeMask(ends, positions).runs(window, 2, 1, rounded)
     sees = (index <= index[:, None]) & (index[:, None] < ends)
     if window is not None:
         sees &= positions[:, None] - positions < window
-    assert torch.equal(shown(runs, nodes, 1), sees)
+    assert torch.equal(shown(runs, nodes, 2, 1), sees)
     for run in runs:
-        keys = run.mask.shape[2]
-        used = int(torch.isfinite(run.mask).any(1).sum())
-        assert keys == (min(-(-used // KEYS_STEP) * KEYS_STEP, used + nodes) if rounded else used)
+        count, keys = run.mask.shape[0], run.mask.shape[4]
+        most = int((run.mask == 0).any(2).sum(-1).max())  # that one of the runs uses
+        assert keys == (-(-most // KEYS_STEP) * KEYS_STEP if rounded else most)
+        assert not rounded or count & count - 1 == 0
 
 
 def test_padding_of_padded_rows_is_neither_fed_nor_seen() -> None:
@@ -262,15 +266,17 @@ def test_padding_of_padded_rows_is_neither_fed_nor_seen() -> None:
 
 def test_layers_with_different_windows_get_masks_of_their_own() -> None:
     mask = TreeMask(torch.full((9,), 9), torch.arange(9))
-    whole, windowed = (mask.runs(window, 1)[0].mask for window in (None, 4))
-    assert torch.isfinite(whole).sum(2).tolist() == [list(range(1, 10))]
-    assert torch.isfinite(windowed).sum(2).tolist() == [[1, 2, 3, 4, 4, 4, 4, 4, 4]]
+    whole, windowed = (mask.runs(window, 1, 1)[0].mask for window in (None, 4))
+    assert torch.isfinite(whole).sum(4).flatten().tolist() == list(range(1, 10))
+    assert torch.isfinite(windowed).sum(4).flatten().tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4]
 
 
 def test_few_shapes_are_compiled_for_runs_of_many_rows() -> None:
     shapes = set()
     for seed in range(40):
         batch = pack_groups(*split(large_groups(seed)), rounded_rows)
-        shapes |= {run.mask.shape[1:] for run in TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 1, True)}
-    assert len(shapes) <= 2 * 500 / KEYS_STEP
-    assert {queries for queries, _ in shapes} <= set(range(16, RUN + 1, 16))
+        runs = TreeMask(batch.subtree_end, batch.positions[0]).runs(None, 8, 2, True)
+        shapes |= {(run.mask.shape[0], run.mask.shape[2], run.mask.shape[4]) for run in runs}
+    assert len(shapes) <= 3 * 500 / KEYS_STEP
+    assert {count for count, _, _ in shapes} <= {1, 2, 4, 8, 16}
+    assert {queries for _, queries, _ in shapes} <= set(range(16, RUN + 1, 16))
