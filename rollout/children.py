@@ -14,6 +14,8 @@ from rollout.logsumexp import logsumexp
 NEG_INF = float("-inf")
 _ON_CPU, _ON_CUDA = (1, 1 << 21), (3, 1 << 24)
 """(doublings, elements) of _fanout_buckets: on a GPU every bucket costs launches, so that there are fewer."""
+_FEW = 1 << 16
+"""Elements that are computed sooner than more than one bucket."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,12 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor | slice, Children]], rows: in
 
 
 def _fanout_buckets(fanout: np.ndarray, doublings: int, elements: int) -> list[np.ndarray]:
-    """Rows in buckets whose fan-outs differ by less than 2^doublings and whose padded size is at most `elements`."""
+    """Rows in buckets whose fan-outs differ by less than 2^doublings and whose padded size is at most `elements`.
+
+    All in one where that is small.
+    """
+    if len(fanout) * int(fanout.max(initial=0)) <= _FEW:
+        return [np.arange(len(fanout))]
     order = np.argsort(fanout, kind="stable")
     size = np.frexp(fanout[order] - 0.5)[1] // doublings
     buckets = [np.sort(bucket) for bucket in np.split(order, np.flatnonzero(np.diff(size)) + 1)]

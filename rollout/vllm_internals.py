@@ -270,5 +270,7 @@ def stacked(caches: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 def _ends_that_suffice(batch: TokenBatch) -> np.ndarray | None:
     """int64 [N]: the last token of every row, if there are others and none of those is wanted."""
+    if len(batch.count) == len(batch.position) or len(batch.wanted) > len(batch.count):
+        return None
     ends = np.cumsum(batch.count, dtype=np.int64) - 1
-    return ends if len(ends) < len(batch.position) and np.isin(batch.wanted, ends).all() else None
+    return ends if np.isin(batch.wanted, ends).all() else None
