@@ -50,8 +50,9 @@ STEADY_S = 0.5
 
 
 def settings(workload: RolloutWorkload) -> RolloutConfig:
-    on_gpu = {"max_batched_tokens": 16384} if ON_GPU else {}
-    return RolloutConfig(kv_cache_gib=workload.kv_cache_gib, dtype=workload.dtype, **on_gpu)
+    return RolloutConfig(
+        kv_cache_gib=workload.kv_cache_gib, dtype=workload.dtype, max_batched_tokens=workload.max_batched_tokens
+    )
 
 
 class Ours:

@@ -28,6 +28,8 @@ class RolloutWorkload:
     repeats: int
     kv_cache_gib: float
     dtype: Literal["float32", "bfloat16"] = "float32"
+    max_batched_tokens: int = 16384 if ON_GPU else 4096
+    """Tokens of one forward pass of ours, likewise."""
 
 
 def tiny(folder: Path, groups: int = 64, titles: int = 500) -> RolloutWorkload:
@@ -36,7 +38,8 @@ def tiny(folder: Path, groups: int = 64, titles: int = 500) -> RolloutWorkload:
     config = {**shape, "num_key_value_heads": 1, "vocab_size": 1536, "initializer_range": 0.2}
     at_once = 64 if ON_GPU else 32
     name = f"tiny-{groups}"
-    return _random_workload(name, folder, "qwen2", config, groups, titles, at_once, repeats=4, kv_cache_gib=1.0)
+    made = _random_workload(name, folder, "qwen2", config, groups, titles, at_once, repeats=4, kv_cache_gib=1.0)
+    return replace(made, max_batched_tokens=16384)
 
 
 def middle(folder: Path, groups: int = 8) -> RolloutWorkload:

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 HEALTH_TIMEOUT_S = 5.0
 RAY_TIMEOUT_S = 60.0
 RESTART_POLL_S = 0.25
+LOCATION_S, LOCATION_POLL_S = 0.1, 0.001
+INLINE_BYTES = 100 * 1024
+"""What is as small as this comes to the driver with the answer; by Ray's default."""
 MAX_DEATHS = 3
 """Of a worker at one table, or while its engine starts."""
 
@@ -265,8 +268,21 @@ def raise_if_failed(ref: ray.ObjectRef, stream: Any) -> None:
 
     Errors lie in the driver's own memory, so that no result is ever fetched.
     """
-    if ref == stream.completed() or not get_local_object_locations([ref])[ref]["node_ids"]:
+    if ref == stream.completed() or not _lies_on_a_node(ref):
         ray.get(ref)
+
+
+def _lies_on_a_node(ref: ray.ObjectRef) -> bool:
+    """Whether something is in an object store, and not with the driver or lost.
+
+    Ray may tell where it lies a moment after it tells that it is there, and ray.get would then wait for a second.
+    """
+    deadline = time.monotonic() + LOCATION_S
+    while not (known := get_local_object_locations([ref])[ref])["node_ids"]:
+        if (known["object_size"] or 0) <= INLINE_BYTES or time.monotonic() > deadline:
+            return False
+        time.sleep(LOCATION_POLL_S)
+    return True
 
 
 def _revive(stream: RolloutStream, timeout_s: float, death: Exception) -> None:

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from ray.actor import ActorHandle
 from rollout_workers import CONFIG, IDS, TIMEOUT_S, give, published, started_worker, tables_of
 
 from catalog.catalog import Catalog
+from rollout import streams
 from rollout.actor import ChecksumMismatch, StaleWeights
 from rollout.groups import GROUP_SCHEMA, Candidates, group_table, validate_groups
 from rollout.metrics import group_probability, rollout_metrics
@@ -171,3 +173,21 @@ def test_the_queue_is_bounded(worker: ActorHandle) -> None:
     assert waiting is not None
     assert int(waiting[1]) <= (1 + CONFIG.queue_tables + 1) * CONFIG.groups_per_table
     assert sum(1 for _ in tables) == 13
+
+
+@pytest.mark.parametrize(("size", "told", "fetched"), [(10**6, 3, False), (10**6, 10**9, True), (10**3, 10**9, True)])
+def test_a_result_whose_place_is_told_late_is_not_fetched(
+    size: int, told: int, fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But one that is nowhere is, and so are small ones, as errors are, at once."""
+    asked, got = [], []
+
+    def locations(refs: list[str]) -> dict[str, dict[str, object]]:
+        asked.append(refs)
+        return {refs[0]: {"node_ids": ["a node"] if len(asked) > told else [], "object_size": size}}
+
+    monkeypatch.setattr(streams, "get_local_object_locations", locations)
+    monkeypatch.setattr(streams, "ray", SimpleNamespace(get=got.append))
+    streams.raise_if_failed("a reference", SimpleNamespace(completed=lambda: "the end"))  # type: ignore[arg-type]
+    assert bool(got) == fetched
+    assert (len(asked) > 1) == (size > streams.INLINE_BYTES)
