@@ -20,7 +20,7 @@ from launch.actors import Actors
 from launch.placement import plan
 from launch.train import Clock
 
-REPEATS = {"tiny-64": 3}
+REPEATS = {"tiny-64": 5}
 """Steps that count; else 1, and 3 on a GPU."""
 UNCOUNTED = 2 if ON_GPU else 1
 """Steps before them: the first is short and checked; on a GPU, kernels of whole steps are compiled in another."""
