@@ -27,6 +27,8 @@ from benchmarks.harness import REPOSITORY, Row, timed
 from rollout.host_memory import host_environment
 
 GIB = 2**30
+STILL = 2**24
+"""Bytes by which memory may change while page tables are walked."""
 ON_NVIDIA = shutil.which("nvidia-smi") is not None and find_spec("pynvml") is not None  # which the GPU environment has
 
 
@@ -44,7 +46,7 @@ class MemoryWatch:
 
     def __init__(self) -> None:
         self.peak_gib = 0.0
-        self._shared = 0
+        self._shared: int | None = None
         self._pids: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -61,13 +63,16 @@ class MemoryWatch:
         """Memory now, in GiB; also counts for the peak."""
         root = psutil.Process()
         self._pids = [process.pid for process in (root, *root.children(recursive=True))]
+        before = sum(map(_private_bytes, self._pids))
         now = _device_bytes(self._pids) if ON_NVIDIA else sum(map(_proportional_bytes, self._pids))
-        self._shared = now - sum(map(_private_bytes, self._pids))
+        after = sum(map(_private_bytes, self._pids))
+        if self._shared is None or abs(after - before) <= STILL:  # else what is shared would be off by as much
+            self._shared = now - after
         self.peak_gib = max(self.peak_gib, now / GIB)
         return now / GIB
 
     def _glance(self) -> None:
-        now = self._shared + sum(map(_private_bytes, self._pids))
+        now = (self._shared or 0) + sum(map(_private_bytes, self._pids))
         self.peak_gib = max(self.peak_gib, now / GIB)
 
     def _sample(self) -> None:
