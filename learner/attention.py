@@ -1,8 +1,8 @@
 """Attention over a packed row: an attention implementation named "tree" that Hugging Face models call in every layer.
 
-On the CPU the row is cut into runs of queries that see few keys besides their own, and attention is computed run by
-run in matrices that stay in the cache: torch's fused kernel takes longer for so few queries. On CUDA it is one flex
-attention call whose block mask skips what nobody sees. Windows go by position, not by index.
+On the CPU the row is cut into runs of queries that see few keys besides their own, and attention is computed some runs
+at a time, in matrices that stay in the cache: torch's fused kernel takes longer for so few queries. On CUDA it is one
+flex attention call whose block mask skips what nobody sees. Windows go by position, not by index.
 """
 
 from collections.abc import Callable, Sequence
