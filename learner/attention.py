@@ -60,7 +60,7 @@ def tree_attention(
     if query.is_cuda:
         return flex_tree_attention(query, key, value, tree.block_mask(window), scaling, softcap), None
     runs = tree.runs(window, query.shape[1], key.shape[1], rounded=compiles_every_length(torch.float32))
-    return _RunAttention.apply(query, key, value, runs, scaling or query.shape[-1] ** -0.5, softcap), None
+    return _RunAttention.apply(query, key, value, runs, tree, scaling or query.shape[-1] ** -0.5, softcap), None
 
 
 def flex_tree_attention(
@@ -121,7 +121,7 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 
 
 class _RunAttention(torch.autograd.Function):
-    """Attention some runs at a time, in float32; the backward pass computes their weights again.
+    """Attention some runs at a time, in float32; the backward pass computes again the weights that are not kept.
 
     The output is 0 for queries of no run.
     """
@@ -133,18 +133,24 @@ class _RunAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         runs: Sequence[RunBatch],
+        tree: TreeMask,
         scaling: float,
         softcap: float | None,
     ) -> torch.Tensor:
         """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
         ctx.save_for_backward(query, key, value)
-        ctx.runs, ctx.scaling, ctx.softcap = runs, scaling, softcap
+        ctx.runs, ctx.tree, ctx.scaling, ctx.softcap = runs, tree, scaling, softcap
+        ctx.kept, ctx.reserved = {}, 0
         queries, keys, values = _rows(query) * scaling, _rows(key), _rows(value)
         output = torch.zeros_like(queries)
         with best_products(queries):
-            for run in runs:
+            for index, run in enumerate(runs):
                 own, seen, theirs = run.of_queries(queries), run.of_keys(keys), run.of_keys(values)
-                weights, _ = _weights(own, seen, run.mask, softcap)
+                weights, slope = _weights(own, seen, run.mask, softcap)
+                size = weights.numel() * (1 if slope is None else 2)
+                if any(ctx.needs_input_grad) and tree.reserve(size):
+                    ctx.kept[index] = weights, slope
+                    ctx.reserved += size
                 output.index_copy_(0, run.queries, torch.bmm(weights, theirs).flatten(0, 1))
         return output.view(1, query.shape[2], query.shape[1], -1).to(query.dtype)
 
@@ -155,10 +161,10 @@ class _RunAttention(torch.autograd.Function):
         incoming = gradients[0].float().reshape(queries.shape)
         to_queries, to_keys, to_values = (torch.zeros_like(rows) for rows in (queries, keys, values))
         with best_products(queries):
-            for run in ctx.runs:
+            for index, run in enumerate(ctx.runs):
                 own, seen, theirs = run.of_queries(queries), run.of_keys(keys), run.of_keys(values)
                 of_output = run.of_queries(incoming)
-                weights, slope = _weights(own, seen, run.mask, ctx.softcap)
+                weights, slope = ctx.kept.pop(index, None) or _weights(own, seen, run.mask, ctx.softcap)
                 to_values.index_add_(0, run.keys, torch.bmm(weights.transpose(1, 2), of_output).flatten(0, 1))
                 of_scores = torch.bmm(of_output, theirs.transpose(1, 2))
                 of_scores = torch.ops.aten._softmax_backward_data(of_scores, weights, -1, weights.dtype)
@@ -166,9 +172,11 @@ class _RunAttention(torch.autograd.Function):
                     of_scores.mul_(slope)
                 to_keys.index_add_(0, run.keys, torch.bmm(of_scores.transpose(1, 2), own).flatten(0, 1))
                 to_queries.index_copy_(0, run.queries, torch.bmm(of_scores, seen).flatten(0, 1))
+        ctx.tree.reserve(-ctx.reserved)
+        ctx.reserved = 0
         to_queries.mul_(ctx.scaling)
         pairs = (to_queries, query), (to_keys, key), (to_values, value)
-        return *(_heads(rows, like) for rows, like in pairs), None, None, None
+        return *(_heads(rows, like) for rows, like in pairs), None, None, None, None
 
 
 def _rows(heads: torch.Tensor) -> torch.Tensor:

@@ -103,43 +103,50 @@ class LeanGatedMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]"""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        product = _Gated.apply(gate, up, self.act_fn)
-        address = product.data_ptr()
+        product = _Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn)
+        node, address = product.grad_fn, product.data_ptr()
 
         def keep(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
-            return tensor.shape if tensor.data_ptr() == address else tensor
+            return tensor.shape if node is not None and tensor.data_ptr() == address else tensor
 
         def recall(kept: torch.Tensor | torch.Size) -> torch.Tensor:
-            if isinstance(kept, torch.Tensor):
-                return kept
-            with torch.no_grad():
-                return _gated(self.act_fn, gate, up).view(kept)
+            return kept if isinstance(kept, torch.Tensor) else _Gated.product(node).view(kept)
 
         with saved_tensors_hooks(keep, recall):
             return self.down_proj(product)
 
 
-def _gated(activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """activation(gate) * up, without a gradient."""
-    active = activation(gate)
-    return active * up if active is gate else active.mul_(up)
-
-
 class _Gated(torch.autograd.Function):
+    """activation(gate) * up; on the way back the activation is computed once, for whoever needs it first."""
+
     @staticmethod
     def forward(
         ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return _gated(activation, gate, up)
+        ctx.activation, ctx.activated = activation, None
+        active = activation(gate)
+        return active * up if active is gate else active.mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            active = ctx.activation(gate)
+        gate, up, active = _Gated.activated(ctx)
+        ctx.activated = None
         (to_gate,) = torch.autograd.grad(active, gate, gradients[0] * up)
         return to_gate, gradients[0] * active.detach(), None
+
+    @staticmethod
+    def product(ctx: Any) -> torch.Tensor:
+        """The output again, before `backward`."""
+        _, up, active = _Gated.activated(ctx)
+        return active.detach() * up
+
+    @staticmethod
+    def activated(ctx: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """gate, up, and activation(gate) with a gradient to gate; kept until `backward` has used it."""
+        if ctx.activated is None:
+            gate, up = ctx.saved_tensors  # once only: gradient checkpointing has them no second time
+            with torch.enable_grad():
+                gate = gate.detach().requires_grad_()
+                ctx.activated = gate, up, ctx.activation(gate)
+        return ctx.activated

@@ -44,8 +44,7 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         use_best_products(lm)
-        if not lm.is_gradient_checkpointing:  # then a layer keeps nothing but its input
-            use_lean_layers(lm)
+        use_lean_layers(lm)
         self.lm = lm
         self.head = LogprobHead(lm.get_output_embeddings(), lm.config, logit_mib)
         self.trie_space = None if trie is None else TrieSpace(trie)

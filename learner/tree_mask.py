@@ -14,6 +14,8 @@ KEYS_STEP = 32
 # Keys of a run are a multiple of it where the machine compiles code for every shape.
 SCORES = 1 << 19
 # Of a batch of runs, at most: so many that calls take little of the time, so few that they stay in the cache.
+KEPT = 1 << 24
+# Attention weights of all layers that are kept for the backward pass, at most: 64 MiB.
 BLOCK = 128
 # Queries and keys of one block of flex attention.
 
@@ -67,10 +69,17 @@ class TreeMask:
     only_rows: bool = False
     """Whether attention may leave out queries that are not among `rows`."""
     _cache: dict[Any, Any] = field(default_factory=dict)
+    _spare: list[int] = field(default_factory=lambda: [KEPT])
 
     def of_rows(self) -> "TreeMask":
         """The same, with `only_rows`."""
-        return replace(self, only_rows=True)  # which shares the cache
+        return replace(self, only_rows=True)  # which shares the cache, and what may be kept
+
+    def reserve(self, weights: int) -> bool:
+        """Whether so many attention weights may be kept beside those that are; a negative number gives some back."""
+        fits = weights <= self._spare[0]
+        self._spare[0] -= weights if fits else 0
+        return fits
 
     def runs(self, window: int | None, heads: int, key_heads: int, rounded: bool = False) -> list[RunBatch]:
         """All queries of the row, each in one run, on the CPU; with `only_rows`, no runs without any of these.

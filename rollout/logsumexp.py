@@ -18,13 +18,8 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
         rows = max(1, _ON_CUDA // logits.shape[1])
         return torch.cat([chunk.float().logsumexp(1) for chunk in logits.split(rows)])
     rows = max(1, _CACHED_ELEMENTS // logits.shape[1])
-    return torch.cat([_by_log_softmax(chunk.float()) for chunk in logits.split(rows)])
-
-
-def _by_log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Each row's first logit less its log-probability, where that is precise."""
-    logprob = logits.log_softmax(1)[:, 0]
-    found, unlikely = logits[:, 0] - logprob, logprob < _CANCELS
+    first = torch.cat([chunk.float().log_softmax(1)[:, 0].clone() for chunk in logits.split(rows)])
+    found, unlikely = logits[:, 0].float() - first, first < _CANCELS
     if bool(unlikely.any()):
-        found[unlikely] = logits[unlikely].logsumexp(1)
+        found[unlikely] = torch.cat([chunk.float().logsumexp(1) for chunk in logits[unlikely].split(rows)])
     return found

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from learner import attention
+from learner import attention, tree_mask
 from learner.attention import flex_kernel_options, flex_tree_attention, tree_attention, window_of_mask
 from learner.packing import pack_groups
 from learner.tree_mask import TreeMask
@@ -44,15 +44,17 @@ def test_flex_attention_equals_that_of_runs(
 
 
 @SHAPES
-@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(("rounded", "kept"), [(False, 0), (True, 10**6), (False, 10**9)])
 def test_runs_and_their_gradients_equal_dense_attention(
     heads: int,
     key_heads: int,
     softcap: float | None,
     window: int | None,
     rounded: bool,
+    kept: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tree_mask, "KEPT", kept)
     monkeypatch.setattr(attention, "compiles_every_length", lambda _: rounded)
     batch = pack_groups(*split(large_groups(2)))
     size, generator = batch.fed_tokens, torch.Generator().manual_seed(0)
@@ -76,6 +78,25 @@ def test_runs_and_their_gradients_equal_dense_attention(
     theirs = torch.autograd.grad((expected * weights).sum(), (query, *others))
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_of_all_layers_no_more_weights_are_kept_than_may_be(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_be = 10**6
+    monkeypatch.setattr(tree_mask, "KEPT", may_be)
+    batch = pack_groups(*split(large_groups(2)))
+    tree = TreeMask(batch.subtree_end, batch.positions[0])
+    query = torch.randn(1, 4, batch.fed_tokens, 32, requires_grad=True)
+    layers = [tree_attention(nn.Module(), query, query, query, None, softcap=softcap, tree=tree)[0] for _ in range(3)]
+    nodes: list[Any] = [layer.grad_fn for layer in layers]
+    kept = sum(part.numel() for node in nodes for pair in node.kept.values() for part in pair if part is not None)
+    assert 0 < kept <= may_be < sum(run.mask.numel() * 4 for run in tree.runs(None, 4, 4)) * 3
+    assert not tree.reserve(may_be - kept + 1)
+    torch.stack(layers).sum().backward()
+    assert not any(node.kept for node in nodes)
+    assert tree.reserve(may_be)
 
 
 def test_the_window_of_a_mask_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,43 @@ def test_less_is_kept() -> None:
     assert gradients(lean)[2] <= gradients(plain)[2] - 4 * spared
 
 
+def test_checkpointed_layers_keep_their_inputs_alone() -> None:
+    kept = []
+    for lm in (model("llama", torch.float32), model("llama", torch.float32)):
+        if kept:
+            use_lean_layers(lm)
+        lm.train()
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        kept.append(gradients(lm)[2])
+    assert kept[1] <= kept[0]
+
+
+def test_an_activation_is_computed_twice_in_all() -> None:
+    """Forward, and once on the way back, whichever of its two users comes first."""
+    lean = model("llama", torch.float32)
+    use_lean_layers(lean)
+    mlp, calls = lean.model.layers[0].mlp, []
+    mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    states = torch.randn(3, lean.config.hidden_size)
+    mlp(states).sum().backward()
+    assert len(calls) == 2
+    mlp.down_proj.requires_grad_(False)  # then nobody asks for the product again
+    mlp(states).sum().backward()
+    assert len(calls) == 4
+
+
+def test_a_trained_projection_behind_frozen_ones_has_its_gradient() -> None:
+    plain, lean = model("llama", torch.float32), model("llama", torch.float32)
+    use_lean_layers(lean)
+    states, found = torch.randn(3, lean.config.hidden_size), []
+    for lm in (plain, lean):
+        mlp = lm.model.layers[0].mlp.requires_grad_(False)
+        mlp.down_proj.requires_grad_(True)
+        mlp(states).sum().backward()
+        found.append(mlp.down_proj.weight.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_a_layer_that_holds_more_or_clamps_stays_as_it_is() -> None:
     class Clamped(LlamaMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
