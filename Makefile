@@ -9,6 +9,7 @@ PYTHON ?= python3
 ifndef DEVICE
 DEVICE := $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)),gpu,cpu),cpu)
 endif
+$(if $(filter-out cpu gpu,$(DEVICE)),$(error DEVICE=$(DEVICE): write cpu or gpu))
 VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -20,6 +21,11 @@ NAME ?=
 STEPS ?=
 ARGS ?=
 OUT ?=
+ifeq ($(origin NAME),environment)
+ifeq ($(NAME),$(shell uname -n))
+NAME =# of the machine, which WSL puts there
+endif
+endif
 
 KNOWN := CLUSTER DATA MODEL ALGORITHM NAME STEPS ARGS OUT DRY_RUN RESUME OVERWRITE GOLDEN SCALE DEVICE VENV PYTHON \
 	TORCH_CPU_INDEX SHELL
@@ -55,7 +61,8 @@ $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11+ or set PYTHON="; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; set PYTHON=python3.11"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "error: the venv module is missing (Debian: python3-venv)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -f $@; echo "error: there is no environment in $(VENV); on Debian venv needs the package python3-venv"; exit 1; }
 
 # torch's CPU wheel comes from pip's configured sources where they have it, else from PyTorch's CPU index.
 $(VENV)/.ready-cpu: requirements-cpu.lock pyproject.toml | $(VENV)/bin/python

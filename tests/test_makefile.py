@@ -1,6 +1,7 @@
 """What `make` takes and passes on."""
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -55,6 +56,38 @@ def test_make_passes_what_it_is_given(value: str, flags: list[str]) -> None:
     assert [word for word in line.split() if "resume" in word] == flags
     assert '--name "mine"' in line
     assert line.rstrip().endswith("-- a.b=c")
+
+
+def test_the_name_of_the_machine_is_no_name_of_a_run() -> None:
+    """WSL puts it into the environment as NAME."""
+    for name, passed in ((socket.gethostname(), False), ("mine", True)):
+        variables = {**os.environ, "NAME": name}
+        made = subprocess.run(
+            ["make", "-n", "launch"], cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=True
+        )
+        assert (f'--name "{name}"' in made.stdout) == passed
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_device_is_cpu_or_gpu(device: str) -> None:
+    command = ["make", "-n", "launch", f"DEVICE={device}"]
+    made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert f"DEVICE={device}: write cpu or gpu" in made.stderr
+
+
+def test_an_environment_that_could_not_be_made_is_made_the_next_time(tmp_path: Path) -> None:
+    """Debian's Python without python3-venv leaves an interpreter behind."""
+    python, venv = tmp_path / "python", tmp_path / "venv"
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = venv ] || exit 0\nmkdir -p {venv}/bin\ntouch {venv}/bin/python\nexit 1\n'
+    )
+    python.chmod(0o755)
+    command = ["make", f"{venv}/bin/python", f"VENV={venv}", f"PYTHON={python}"]
+    for _ in range(2):
+        made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert made.returncode == 2
+        assert f"there is no environment in {venv}" in made.stdout
 
 
 def test_what_is_imported_is_compiled_once(tmp_path: Path) -> None:
