@@ -79,27 +79,24 @@ def _run(arguments: list[str]) -> int:
 
 def _composed(options: argparse.Namespace) -> tuple["Config", bool]:
     """The configuration that the options of `rere train` mean, and whether it is that of a run to be continued."""
-    from launch.compose import compose
+    from launch.compose import compose, place, unheeded
     from launch.config import check
 
     groups = options.cluster, options.data, options.model, options.algorithm
     overrides = [text for text in options.overrides if text != "--"]
     if options.steps is not None:
         overrides.append(f"train.steps={options.steps}")
-
-    def new(overrides: list[str]) -> "Config":
-        config = compose(*groups, overrides)
-        config.name = options.name or config.name  # no override: YAML would read a number in 007
-        check(config)
-        return config
-
-    if not options.resume:
-        return new(overrides), False
-    named = new([text for text in overrides if text.startswith(("name=", "runs="))])
-    started = Path(named.runs) / named.name / "config.yaml"
-    if started.is_file():  # a copied run holds the name of another
-        return replace(compose(*groups, overrides, started=started), name=named.name, runs=named.runs), True
-    return (new(overrides), False) if options.resume == "auto" else (named, True)
+    runs, name = place(*groups, overrides)
+    name = options.name or name  # no override: YAML would read a number in 007
+    started = Path(runs) / name / "config.yaml"
+    goes_on = options.resume is not None and started.is_file()
+    if goes_on:
+        for note in unheeded(*groups, overrides, started):
+            print(note, file=sys.stderr)
+    config = compose(*groups, overrides, started if goes_on else None)
+    config = replace(config, name=name, runs=runs)  # a copied run holds the name of another
+    check(config)
+    return config, goes_on or options.resume == "yes"
 
 
 def _reward(arguments: list[str]) -> int:

@@ -1,7 +1,6 @@
 """How a configuration comes about: defaults, the YAML of each group, overrides; and how a run keeps it."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, Omega
 
 from catalog.atomic import atomic_file
 from launch.config import FIXED_IN_A_RUN, Config, ConfigError, check
+from launch.differences import differences
+from launch.group_yaml import group_yaml, read_yaml
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULTS = {"cluster": "local", "data": "embedded", "model": "small", "algorithm": "rere"}
 """The YAML of each group that is taken where none is named."""
 DEVICES = ("name", "address", "device", "gpus", "gpus_per_node", "colocate")
 """Keys of `cluster` that say where a run computes."""
 IN_CHECKPOINTS = {"learner": ("zero_stage", "dtype"), "rollout": ("dtype",)}
 """Keys that the checkpoints of a run are written for."""
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.yaml)(?<!\.yml)", re.ASCII)
-"""Of a model on the Hugging Face hub: organisation/name."""
 NO_LIST = "AnyNode is not a ListConfig, TupleConfig, list, or tuple."
 """OmegaConf's words for a single value where a list is expected."""
 
@@ -36,44 +34,91 @@ def compose(
     """Defaults, then the YAML of each group, then `section.key=value` overrides; the later wins.
 
     Each is the name of a YAML or the path of one, data and model also a folder, model also a name of the Hugging Face
-    hub; an override of data.path or model.path counts as naming one. started: the config.yaml of a run to continue,
-    which takes the place of the defaults; with another cluster, see `_moved`. Raises ConfigError naming the file, key
-    and value.
+    hub; an override of data.path or model.path counts as naming one. Raises ConfigError naming file, key and value.
+
+    started: the config.yaml of a run to continue, which takes the place of the defaults; with another cluster, see
+    `_moved`. Of the YAML of another group only what must be as it was counts then, so that something else is refused.
     """
-    choices = {"cluster": cluster, "data": data, "model": model, "algorithm": algorithm}
+    return _checked(_tree(cluster, {"data": data, "model": model, "algorithm": algorithm}, overrides, started))
+
+
+def place(
+    cluster: str | None, data: str | None, model: str | None, algorithm: str | None, overrides: Sequence[str]
+) -> tuple[str, str]:
+    """Folder of runs, and name in it, of the run that is meant, whatever else is said of it. Raises ConfigError."""
+    ours = [text for text in overrides if text.startswith(("name=", "runs="))]
+    config = _object(_tree(cluster, {"data": data, "model": model, "algorithm": algorithm}, ours))
+    return config.runs, config.name
+
+
+def unheeded(
+    cluster: str | None,
+    data: str | None,
+    model: str | None,
+    algorithm: str | None,
+    overrides: Sequence[str],
+    started: Path,
+) -> list[str]:
+    """Notes on what the YAMLs named for a run that goes on say, but do not change, a line for each key."""
+    groups = {"data": data, "model": model, "algorithm": algorithm}
+    goes_on, said = (_object(_tree(cluster, groups, overrides, started, every)) for every in (False, True))
+    return [
+        f"note: {key} stays {old!r}; DATA=, MODEL= and ALGORITHM= do not change it ({new!r} there), ARGS= does"
+        for section in fields(Config)
+        for key, old, new in differences(goes_on, said, section.name)
+    ]
+
+
+def _tree(
+    cluster: str | None,
+    groups: Mapping[str, str | None],
+    overrides: Sequence[str],
+    started: Path | None = None,
+    every: bool = False,
+) -> DictConfig:
+    """What `compose` makes its configuration of. every: heed all keys of YAMLs for a run that goes on, too."""
+    choices = {"cluster": cluster, **groups}
     tree = OmegaConf.structured(Config)
     if started is None:
         default = {group: None if _names(group, overrides) else DEFAULTS[group] for group in choices}
         choices = {group: choice or default[group] for group, choice in choices.items()}
     else:
         tree = _merge(tree, _saved(started), str(started))
-        tree = tree if cluster is None else _moved(tree, cluster)
+        tree = tree if cluster is None else _moved(tree, cluster, started)
         choices["cluster"] = None
     for group, choice in choices.items():
         if choice is not None:
-            tree = _merge(tree, *_group(group, choice))
+            addition, origin = group_yaml(group, choice)
+            tree = _merge(tree, addition if started is None or every else _fixed(addition), origin)
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r}: write section.key=value")
-        if key.startswith(("rewards.", "rewards[")):
-            raise ConfigError(
-                f"override {override!r}: write the whole list, such as rewards='[{{name: rule}},{{name: ranking}}]'"
-            )
-        addition = _dotlist(override)
-        if key == "rewards" and not (
-            OmegaConf.is_list(addition.rewards) and all(isinstance(term, DictConfig) for term in addition.rewards)
-        ):
-            raise ConfigError(
-                f"override {override!r}: write a list of terms, such as rewards='[{{name: rule}},{{name: ranking}}]'"
-            )
-        tree = _merge(tree, addition, f"override {override!r}")
-    return _resolved(tree)
+        tree = _merge(tree, _override(override), f"override {override!r}")
+    return tree
+
+
+def _override(override: str) -> DictConfig:
+    """What one override says. Raises ConfigError where it cannot be meant so."""
+    key, equals, _ = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write section.key=value")
+    if key == "cluster.name":
+        raise ConfigError(f"override {override!r}: the name is that of the profile; CLUSTER= names another")
+    if key.startswith(("rewards.", "rewards[")):
+        raise ConfigError(
+            f"override {override!r}: write the whole list, such as rewards='[{{name: rule}},{{name: ranking}}]'"
+        )
+    addition = _dotlist(override)
+    if key == "rewards" and not (
+        OmegaConf.is_list(addition.rewards) and all(isinstance(term, DictConfig) for term in addition.rewards)
+    ):
+        raise ConfigError(
+            f"override {override!r}: write a list of terms, such as rewards='[{{name: rule}},{{name: ranking}}]'"
+        )
+    return addition
 
 
 def load(path: Path) -> Config:
     """The resolved configuration of a run. Raises ConfigError naming the file, and the key that it has lost."""
-    return _resolved(_merge(OmegaConf.structured(Config), _saved(path), str(path)))
+    return _checked(_merge(OmegaConf.structured(Config), _saved(path), str(path)))
 
 
 def save(config: Config, path: Path) -> None:
@@ -90,7 +135,7 @@ def _saved(path: Path) -> DictConfig:
     """What `save` has written; every setting is in it, or it is not what was written."""
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; there is no run in that folder")
-    saved = _yaml(path)
+    saved = read_yaml(path)
     for section, keys in (*FIXED_IN_A_RUN.items(), ("", [entry.name for entry in fields(Config)])):
         for key in (f"{section}.{name}".lstrip(".") for name in keys):
             if OmegaConf.select(saved, key, default=saved) is saved:
@@ -101,17 +146,34 @@ def _saved(path: Path) -> DictConfig:
     return saved
 
 
-def _moved(started: DictConfig, cluster: str) -> DictConfig:
+def _fixed(addition: DictConfig) -> DictConfig:
+    """Of the YAML of a group, what a run must have in common with its beginning."""
+    said: Any = OmegaConf.to_container(addition)
+    fixed: dict[str, Any] = {}
+    for section, keys in FIXED_IN_A_RUN.items():
+        own = said.get(section) if section else said
+        kept = {key: own[key] for key in keys if key in own} if isinstance(own, dict) else {}
+        fixed |= {section: kept} if section else kept
+    return OmegaConf.create(fixed)
+
+
+def _moved(started: DictConfig, cluster: str, file: Path) -> DictConfig:
     """The configuration of a run that goes on with another profile: what its old one had set gives way to the new one.
 
     What the run has beyond its old profile stays: FIXED_IN_A_RUN, what its checkpoints are written for, and what its
-    data, its model, its algorithm or its overrides had set, but for the devices themselves.
+    data, its model, its algorithm or its overrides had set, but for the devices themselves. file: that of `started`.
     """
-    addition, origin = _group("cluster", cluster)
+    addition, origin = group_yaml("cluster", cluster)
     profile = _merge(OmegaConf.structured(Config), addition, origin)
     if profile.cluster.name == started.cluster.name:
         return started
-    old = _merge(OmegaConf.structured(Config), *_group("cluster", started.cluster.name))
+    try:
+        old = _merge(OmegaConf.structured(Config), *group_yaml("cluster", started.cluster.name))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{file}: the run had the profile {started.cluster.name}, whose settings another one is to take the place "
+            f"of, and it cannot be read: {error}; bring it back, or leave CLUSTER= out"
+        ) from error
     whole: dict[str, Any] = OmegaConf.to_container(started)  # type: ignore[assignment]
     kept = _beyond(whole, OmegaConf.to_container(old))  # type: ignore[arg-type]
     for key in DEVICES:
@@ -139,50 +201,6 @@ def _names(group: str, overrides: Sequence[str]) -> bool:
     return bool(places) and places[-1] not in ("", "null", "~")
 
 
-def _is_packaged(group: str, choice: str) -> bool:
-    """Whether one of our own YAMLs bears that name."""
-    return Path(choice).name == choice and (CONFIGS / group / f"{choice}.yaml").is_file()
-
-
-def _group(group: str, choice: str) -> tuple[DictConfig, str]:
-    """The YAML of a group and its name for messages; a folder stands for itself in the groups data and model.
-
-    A profile is called as it is found again: by its name among ours, or by the path of its file.
-    """
-    addition, origin = _found(group, choice)
-    if group == "cluster":
-        name = choice if _is_packaged(group, choice) else str(Path(choice).resolve())
-        addition = OmegaConf.merge(addition, {"cluster": {"name": name}})  # type: ignore[assignment]
-    return addition, origin
-
-
-def _found(group: str, choice: str) -> tuple[DictConfig, str]:
-    if _is_packaged(group, choice):
-        path = CONFIGS / group / f"{choice}.yaml"
-        return _yaml(path), str(path.relative_to(CONFIGS.parent))
-    if choice.endswith((".yaml", ".yml")) and Path(choice).is_file():
-        return _yaml(Path(choice)), choice
-    names = f"one of configs/{group}: {', '.join(sorted(file.stem for file in (CONFIGS / group).glob('*.yaml')))}"
-    if group in ("data", "model"):
-        if Path(choice).is_dir():
-            return OmegaConf.create({group: {"path": choice}}), f"{group.upper()}={choice}"
-        if group == "model" and HUB_NAME.fullmatch(choice):
-            return OmegaConf.create({"model": {"path": choice}}), f"MODEL={choice}"
-        hub = " nor organisation/name of the Hugging Face hub" if group == "model" else ""
-        raise ConfigError(f"{group.upper()}={choice}: neither a folder nor a YAML file nor {names}{hub}")
-    raise ConfigError(f"{group.upper()}={choice}: neither a YAML file nor {names}")
-
-
-def _yaml(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # the YAML parser's own classes
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: must hold a mapping of sections")
-    return loaded
-
-
 def _dotlist(override: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([override])
@@ -198,17 +216,21 @@ def _merge(tree: DictConfig, addition: DictConfig, origin: str) -> DictConfig:
         raise ConfigError(f"{origin}: {reason}{_place(error)}") from error
 
 
-def _resolved(tree: DictConfig) -> Config:
-    """The configuration that a tree stands for, checked."""
+def _checked(tree: DictConfig) -> Config:
+    """The configuration that a tree stands for. Raises ConfigError where it is not one that can be run."""
+    config = _object(tree)
+    check(config)
+    return config
+
+
+def _object(tree: DictConfig) -> Config:
     try:
-        config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+        return OmegaConf.to_object(tree)  # type: ignore[return-value]
     except InterpolationResolutionError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"{error.full_key}: {reason}; ${{...}} stands for another key, or ${{oc.env:NAME}}"
         ) from error
-    check(config)
-    return config
 
 
 def _place(error: Exception) -> str:

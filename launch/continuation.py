@@ -1,14 +1,12 @@
 """What a run may do in another way than the one that it continues, or whose checkpoint it starts from."""
 
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
-from functools import reduce
+from dataclasses import fields, replace
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
 
 from launch.compose import load
 from launch.config import FIXED_IN_A_RUN, Config, ConfigError
+from launch.differences import differences
 from rewards.config import RewardTerm
 
 TELLING = ("data.template", "learner.optimizer", "train.prompts_per_step")
@@ -24,7 +22,7 @@ def check_resumable(config: Config, saved: Config) -> None:
     for section, keys in FIXED_IN_A_RUN.items():
         for key in keys:
             name = f"{section}.{key}" if section else key
-            for changed, old, new in _differences(saved, config, name):
+            for changed, old, new in differences(saved, config, name):
                 raise ConfigError(
                     f"{changed} is {new!r}, but the run was started with {old!r}; resume with the same, or use NAME="
                 )
@@ -33,8 +31,8 @@ def check_resumable(config: Config, saved: Config) -> None:
 def changes(saved: Config, config: Config) -> list[str]:
     """What a continued run does in another way than it was started, a line for each key."""
     names = [name.name for name in fields(Config) if name.name not in ("name", "runs")]
-    differences = [difference for name in names for difference in _differences(saved, config, name)]
-    return [f"{key}: {old!r} until now, {new!r} from now on" for key, old, new in differences]
+    found = (difference for name in names for difference in differences(saved, config, name))
+    return [f"{key}: {old!r} until now, {new!r} from now on" for key, old, new in found]
 
 
 def since_its_checkpoint(config: Config) -> list[str]:
@@ -47,30 +45,12 @@ def since_its_checkpoint(config: Config) -> list[str]:
         before = load(saved)
     except ConfigError:  # of another trainer, or of another version of this one
         return []
-    differences = (difference for name in TELLING for difference in _differences(before, config, name))
+    found = (difference for name in TELLING for difference in differences(before, config, name))
     return [
         f"note: {key} is {shortened(new)}; it was {shortened(old)} in run {saved.parent.name}, from whose checkpoint "
         "this one starts"
-        for key, old, new in differences
+        for key, old, new in found
     ]
-
-
-def _differences(saved: Config, config: Config, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) of all that differs at or below a key."""
-    old, new = (dict(_leaves(name, reduce(getattr, name.split("."), c))) for c in (saved, config))
-    return ((key, old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key))
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every setting in `value`, whose own key is `name`; entries of a list by their number."""
-    if is_dataclass(value):
-        for entry in fields(value):
-            yield from _leaves(f"{name}.{entry.name}", getattr(value, entry.name))
-    elif isinstance(value, list) and value and is_dataclass(value[0]):
-        for index, entry in enumerate(value):
-            yield from _leaves(f"{name}.{index}", entry)
-    else:
-        yield name, value
 
 
 def _without_places(config: Config) -> Config:

@@ -7,9 +7,10 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from launch.compose import CONFIGS, compose, load, save
+from launch.compose import compose, load, save
 from launch.config import Config, ConfigError
 from launch.continuation import changes, check_resumable, since_its_checkpoint
+from launch.group_yaml import CONFIGS
 from launch.ranges import POSITIVE
 from learner.config import LearnerConfig
 

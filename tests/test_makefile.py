@@ -79,9 +79,7 @@ def test_a_device_is_cpu_or_gpu(device: str) -> None:
 def test_an_environment_that_could_not_be_made_is_made_the_next_time(tmp_path: Path) -> None:
     """Debian's Python without python3-venv leaves an interpreter behind."""
     python, venv = tmp_path / "python", tmp_path / "venv"
-    python.write_text(
-        f'#!/bin/sh\n[ "$2" = venv ] || exit 0\nmkdir -p {venv}/bin\ntouch {venv}/bin/python\nexit 1\n'
-    )
+    python.write_text(f'#!/bin/sh\n[ "$2" = venv ] || exit 0\nmkdir -p {venv}/bin\ntouch {venv}/bin/python\nexit 1\n')
     python.chmod(0o755)
     command = ["make", f"{venv}/bin/python", f"VENV={venv}", f"PYTHON={python}"]
     for _ in range(2):

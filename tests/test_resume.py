@@ -51,6 +51,55 @@ def test_what_changes_in_a_continued_run_need_only_fit_its_own_configuration(
     assert yaml.safe_load(capsys.readouterr().out)["rollout"]["dtype"] == "bfloat16"
 
 
+def test_yamls_that_are_named_again_change_nothing_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = {"train": {"checkpoint_every": 3, "seed": 5}}
+    Path("mine.yaml").write_text(yaml.safe_dump(own))
+    named = ["--data", "embedded", "--algorithm", "mine.yaml"]
+    steps = ["train.steps=200", "train.checkpoint_every=7"]
+    RunDirectory(compose(data="embedded", algorithm="mine.yaml", overrides=steps), "0").close()
+    assert main(["train", *named, "--resume", "--dry-run", "train.checkpoint_every=9"]) == 0
+    printed = capsys.readouterr()
+    train = yaml.safe_load(printed.out)["train"]
+    assert (train["steps"], train["checkpoint_every"], train["seed"]) == (200, 9, 5)
+    assert "note: train.steps stays 200; DATA=, MODEL= and ALGORITHM= do not change it (80 there)" in printed.err
+    assert "checkpoint_every" not in printed.err
+
+    Path("mine.yaml").write_text(yaml.safe_dump({"train": {**own["train"], "seed": 6}}))
+    assert main(["train", *named, "--resume", "--dry-run"]) == 1
+    assert "train.seed is 6, but the run was started with 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", ["--resume", "--auto-resume"])
+def test_a_yaml_that_overrides_complete_can_be_named_again(
+    resume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("train: {keep_best: true}\nname: mine\n")
+    complete = ["train.eval_every=20"]
+    RunDirectory(compose(algorithm="mine.yaml", overrides=complete), "0").close()
+    assert main(["train", "--algorithm", "mine.yaml", resume, "--dry-run", *complete]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "mine"
+
+
+def test_a_profile_that_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = Path("profile.yaml")
+    profile.write_text("cluster: {object_store_gib: 1}\n")
+    RunDirectory(compose("profile.yaml"), "0").close()
+    profile.unlink()
+    assert main(["train", "--resume", "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--dry-run", "--cluster", "local"]) == 1
+    message = capsys.readouterr().err
+    assert f"the run had the profile {profile.resolve()}" in message
+    assert "or leave CLUSTER= out" in message
+
+
 def test_a_run_is_started_the_first_time_and_continued_from_then_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
