@@ -15,7 +15,7 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 def check_model(path: Path) -> None:
-    """Raise ConfigError naming what a Hugging Face directory lacks, without loading weights."""
+    """Raise ConfigError naming what a Hugging Face directory lacks; of weights it reads what is in them, not these."""
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise ConfigError(f"model {path}: adapters alone; merge them into their model (PEFT: merge_and_unload)")
@@ -32,6 +32,7 @@ def check_model(path: Path) -> None:
         raise ConfigError(f"model {path}: config.json names no architecture")
     if config.get("is_encoder_decoder") or not architecture(path).endswith(GENERATES):
         raise ConfigError(f"model {path}: {architecture(path)} is no causal language model (such as Qwen2ForCausalLM)")
+    parameters(path)
 
 
 def architecture(path: Path) -> str:
@@ -40,13 +41,22 @@ def architecture(path: Path) -> str:
 
 
 def parameters(path: Path) -> int:
-    """Weights in the safetensors files of a Hugging Face directory; 0 where it has none."""
-    from safetensors import safe_open
+    """Weights in the safetensors files of a Hugging Face directory; 0 where it has none.
+
+    Raises ConfigError naming a file that is none, or that is cut off.
+    """
+    from safetensors import SafetensorError, safe_open
 
     total = 0
     for file in path.glob("model*.safetensors"):
-        with safe_open(file, "numpy") as weights:
-            total += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        try:
+            with safe_open(file, "numpy") as weights:
+                total += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(
+                f"model {path}: {file.name} has no weights in it, or not all ({error}): fetch it again; what "
+                "git clones without Git LFS is a pointer of some lines"
+            ) from error
     return total
 
 

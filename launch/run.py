@@ -88,7 +88,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
         start(actors, config, model_path, progress)
         directory = RunDirectory(config, catalog.fingerprint, resume=resume, overwrite=overwrite, say=progress.line)
         opened.callback(directory.close)
-        opened.push(partial(_tell_how_to_go_on, directory))
+        opened.push(partial(_tell_how_to_go_on, config, directory))
         session = Session(config, catalog, directory, actors, progress)
         sft = surviving(actors, progress, partial(fine_tune, session))
         with progress.stage("train", steps) as stage:
@@ -118,14 +118,20 @@ def start(actors: Actors, config: Config, model_path: Path, progress: Progress) 
 
 
 def _tell_how_to_go_on(
-    directory: RunDirectory, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    config: Config,
+    directory: RunDirectory,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
 ) -> None:
     """Add to whatever ends a run that it can be continued."""
     newest = checkpoint.newest(directory.checkpoints)
     if error is not None and newest is not None:
-        name, runs = shlex.quote(directory.path.name), directory.path.parent
-        elsewhere = "" if runs == Path(Config().runs) else f" ARGS={shlex.quote(f'runs={runs}')}"
-        error.add_note(f"RESUME=1 NAME={name}{elsewhere} goes on from {newest}")
+        runs, cluster = directory.path.parent, config.cluster
+        words = ["RESUME=1", f"NAME={shlex.quote(directory.path.name)}"]
+        words += [f"CLUSTER={shlex.quote(cluster.name)}"] if cluster.device == "gpu" else []  # as the environment is
+        words += [f"ARGS={shlex.quote(f'runs={runs}')}"] if runs != Path(Config().runs) else []
+        error.add_note(f"{' '.join(words)} goes on from {newest}")
 
 
 def fine_tune(session: Session) -> dict[str, Any]:
@@ -156,16 +162,18 @@ def sft_words(report: dict[str, float]) -> str:
 
 def train_to_the_end(session: Session, order: DataOrder, stage: Stage, steps: int) -> None:
     """All steps that are still to be done after the newest checkpoint."""
-    config, actors = session.config, session.actors
+    config, actors, directory = session.config, session.actors, session.directory
 
     def validate() -> dict[str, float]:
         ranks, _ = evaluate(actors.rollouts, config, "valid", eval_examples(config, session.catalog, "valid"))
         return ranking_metrics(ranks, config.train.eval_ks)
 
     first = restore(session)
-    session.directory.go_on_after(first)
+    directory.go_on_after(first)
+    if (best := directory.unkept_best()) is not None:
+        actors.learner.save(directory.best, best)
     stage.update(first)
-    train(actors, order, config.train, session.directory, stage, validate, first=first, steps=steps)
+    train(actors, order, config.train, directory, stage, validate, first=first, steps=steps)
 
 
 def surviving(actors: Actors, progress: Progress, work: Callable[[], T]) -> T:

@@ -226,6 +226,12 @@ class RunDirectory:
         """Whether a validation metric is above that of the policy that is kept as the best."""
         return not self.best.is_dir() or value > checkpoint.read_state(self.best)["driver"]["value"]
 
+    def unkept_best(self) -> dict[str, Any] | None:
+        """State of the newest checkpoint where it validated best and is not kept as that: the run ended in between."""
+        newest = checkpoint.latest(self.checkpoints)
+        state = {} if newest is None else checkpoint.read_state(newest)["driver"]
+        return state if "value" in state and self.is_best(state["value"]) else None
+
     def _lines(self) -> list[dict[str, Any]]:
         return logged_lines(self.path / METRICS)
 

@@ -72,10 +72,11 @@ def train(
         stage.update(step + 1, step_words(recent, validated))
         if (step + 1) % config.rollouts_every == 0 or step + 1 == steps:
             actors.save_rollouts(groups, run.rollouts / f"step-{step + 1}.parquet")
+        state = {"steps_done": step + 1} | ({"value": value} if best else {})
         if best or (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
-            learner.save(run.checkpoints / f"step-{step + 1}", {"steps_done": step + 1}, keep=config.checkpoints_kept)
-        if best:  # after a checkpoint that is as new, so that a run that goes on from there still knows it
-            learner.save(run.best, {"steps_done": step + 1, "value": value})
+            learner.save(run.checkpoints / f"step-{step + 1}", state, keep=config.checkpoints_kept)
+        if best:  # after a checkpoint that is as new, which knows it where the run ends in between
+            learner.save(run.best, state)
 
 
 def _next_evaluation(step: int, every: int, steps: int) -> int:

@@ -74,6 +74,18 @@ def test_a_model_that_cannot_write_titles_is_named(
     assert reason in refused("train", "--data", str(data), "--model", str(model))
 
 
+@pytest.mark.parametrize("held", [b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", None])
+def test_weights_that_are_not_there_in_whole_are_named(
+    data: Path, tiny_model_dir: Path, tmp_path: Path, refused: Refused, held: bytes | None
+) -> None:
+    weights = shutil.copytree(tiny_model_dir, tmp_path / "model") / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2] if held is None else held)
+    for more in ([], ["--dry-run"]):
+        message = refused("train", "--data", str(data), "--model", str(weights.parent), *more)
+        assert f"model {weights.parent}: model.safetensors has no weights in it, or not all" in message
+
+
 def test_adapters_alone_are_no_model(data: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "merge_and_unload" in refused("train", "--data", str(data), "--model", str(tmp_path))

@@ -186,6 +186,7 @@ def test_a_checkpoint_of_another_kind_is_refused_before_anything_starts(
     [
         ("step-4", "mine", [], "NAME=mine goes on from runs/mine/checkpoints"),
         ("sft", "mine", [], "NAME=mine goes on from runs/mine/checkpoints"),
+        ("sft", "mine", ["--cluster", "1xGPU"], "NAME=mine CLUSTER=1xGPU goes on from runs/mine/checkpoints"),
         ("sft", "my own", ["runs=else"], "NAME='my own' ARGS=runs=else goes on from else/my own/checkpoints"),
     ],
 )
@@ -205,7 +206,7 @@ def test_whatever_ends_a_run_says_how_it_goes_on(
         def run(config: Config, **_: bool) -> None:
             directory = RunDirectory(config, "none", overwrite=True)
             with ExitStack() as opened:
-                opened.push(partial(_tell_how_to_go_on, directory))
+                opened.push(partial(_tell_how_to_go_on, config, directory))
                 (directory.checkpoints / name).mkdir()
                 raise stop
 

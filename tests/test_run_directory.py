@@ -124,6 +124,27 @@ def test_the_best_policy_is_one_of_the_run(tmp_path: Path) -> None:
     assert found == [True, True, False, True, False, True]
 
 
+def test_a_best_policy_that_the_run_ended_before_keeping_is_known(tmp_path: Path) -> None:
+    run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
+
+    def save(path: Path, **driver: float) -> None:
+        checkpoint.begin(path)
+        checkpoint.commit(path, {"driver": driver})
+
+    unkept = [run.unkept_best()]
+    for step, value in ((2, 0.25), (4, 0.5)):
+        save(run.checkpoints / f"step-{step}", steps_done=step, value=value)
+        unkept.append(run.unkept_best())
+        if step == 2:
+            save(run.best, steps_done=step, value=value)
+            unkept.append(run.unkept_best())
+    save(run.checkpoints / "step-5", steps_done=5)
+    unkept.append(run.unkept_best())
+    run.close()
+    first, last = ({"steps_done": step, "value": value} for step, value in ((2, 0.25), (4, 0.5)))
+    assert unkept == [None, first, None, last, None]
+
+
 def test_tensorboard_shows_steps_that_are_logged_again_once(tmp_path: Path) -> None:
     config = compose(overrides=[f"runs={tmp_path}"])
     run = RunDirectory(config, "0")
