@@ -15,8 +15,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from catalog.atomic import CannotWrite, writing
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -27,10 +32,24 @@ WRITTEN_FOR = {"zero_stage": "learner.zero_stage", "dtype": "learner.dtype", "lo
 REFERENCE = "reference/model.safetensors"
 """In a folder of its own: vLLM takes every safetensors file of a model's folder for a part of its weights."""
 PREFIX = "step-"
+WRITERS = ("inline_container.cc", "I/O error")
+"""What torch's errors and those of safetensors hold where a file cannot be written: theirs are no OSError."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or of another kind of run; the message names it and an intact one."""
+
+
+@contextmanager
+def writing_tensors(path: Path) -> Iterator[None]:
+    """catalog.atomic.writing where the body writes with torch, DeepSpeed or safetensors, too."""
+    try:
+        with writing(path):
+            yield
+    except (RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in WRITERS):
+            raise
+        raise CannotWrite(f"{path} cannot be written; is the disk full? ({error})") from error
 
 
 def temporary_path(path: Path) -> Path:

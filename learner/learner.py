@@ -107,21 +107,22 @@ class Learner:
         """Write everything that a later run needs to go on as if it had never stopped; see learner.checkpoint.
 
         state: what the driver wants back, such as its data position. keep: checkpoints of this folder that stay.
+        Raises CannotWrite naming the checkpoint.
         """
         folder = checkpoint.temporary_path(path)
         if self.engine.rank == 0:
             checkpoint.begin(path)
         self.engine.barrier()
-        self.engine.save(folder / "zero")
-        self.save_huggingface(folder)
-        torch.save(random_state(self.engine.device), folder / f"rng-{self.engine.rank}.pt")
-        if self.engine.rank == 0 and self._reference is not None:
-            self._reference.save(folder / checkpoint.REFERENCE)
-        self.engine.barrier()
-        if self.engine.rank == 0:
-            checkpoint.commit(
-                path, {**self.engine.signature, "updates_done": self._update.updates_done, "driver": state}, keep
-            )
+        written = {**self.engine.signature, "updates_done": self._update.updates_done, "driver": state}
+        with checkpoint.writing_tensors(path):
+            self.engine.save(folder / "zero")
+            self.save_huggingface(folder)
+            torch.save(random_state(self.engine.device), folder / f"rng-{self.engine.rank}.pt")
+            if self.engine.rank == 0 and self._reference is not None:
+                self._reference.save(folder / checkpoint.REFERENCE)
+            self.engine.barrier()
+            if self.engine.rank == 0:
+                checkpoint.commit(path, written, keep)
         self.engine.barrier()
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catalog.atomic import atomic_file
+from catalog.atomic import CannotWrite, atomic_file
 from catalog.catalog import Catalog
+from learner.checkpoint import writing_tensors
 from learner.config import LearnerConfig, SftConfig
 from learner.engine import ZeroEngine
 from learner.policy import Policy
@@ -103,8 +104,13 @@ class SupervisedFineTuning:
     def _keep(self, folder: Path, progress: SftProgress) -> None:
         """Write the epoch that is done, and drop those that are neither the last nor the best."""
         path = _epoch_folder(folder, progress.epoch)
-        self._engine.save(path)
-        torch.save(random_state(self._engine.device), path / f"rng-{self._engine.rank}.pt")
+        try:
+            with writing_tensors(path):
+                self._engine.save(path)
+                torch.save(random_state(self._engine.device), path / f"rng-{self._engine.rank}.pt")
+        except CannotWrite:
+            shutil.rmtree(path, ignore_errors=True)  # which may be why the disk is full
+            raise
         self._engine.barrier()
         if self._engine.rank == 0:
             with atomic_file(folder / PROGRESS) as temporary:

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import learner_gang
 import numpy as np
 import pytest
 import ray
+import torch
 from learner_gang import assert_same_training
 from ray.exceptions import RayError
 from safetensors.numpy import load_file
@@ -95,6 +99,26 @@ def test_a_write_that_failed_leaves_nothing(tmp_path):
     (checkpoint.begin(tmp_path / "step-1") / "model.safetensors").write_bytes(b"half of i")
     checkpoint.discard(tmp_path / "step-1")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("written", ["torch.save(tensors, path)", "safetensors.torch.save_file(tensors, path)"])
+def test_a_full_disk_is_told_by_the_name_of_what_was_to_be_written(tmp_path, written):
+    """A file may not become larger than the limit, which Python answers with an error in place of a signal."""
+    script = (
+        "import resource, sys, torch, safetensors.torch; from pathlib import Path\n"
+        "from learner.checkpoint import writing_tensors\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "path, tensors = Path(sys.argv[1]), {'a': torch.zeros(2**20)}\n"
+        f"with writing_tensors(path): {written}"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "zero.pt")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert f"CannotWrite: {tmp_path}/zero.pt cannot be written; is the disk full?" in run.stderr
+
+
+def test_another_error_of_torch_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="must match"), checkpoint.writing_tensors(Path("zero.pt")):
+        torch.zeros(2) + torch.zeros(3)
 
 
 def test_a_checkpoint_whose_removal_is_interrupted_is_none(tmp_path, monkeypatch):
