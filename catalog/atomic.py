@@ -57,6 +57,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise CannotWrite now where `atomic_file` would raise it once there is something to write."""
+    with writing(path):
+        temporary = _beside(path)
+        temporary.touch()
+        temporary.unlink()
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill, which is renamed to `path` at the end; removed when the body raises.

@@ -64,8 +64,8 @@ def _run(arguments: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     options.overrides += more  # argparse takes overrides only before the last option or behind it
     config, resume = _composed(options)
-    if config.model.path is None or os.path.isdir(config.model.path):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing has to be fetched, so no library needs to ask
+    if _has_everything(config):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # so no library needs to ask
     if options.dry_run:
         from launch.dry_run import dry_run
 
@@ -97,6 +97,14 @@ def _composed(options: argparse.Namespace) -> tuple["Config", bool]:
     config = replace(config, name=name, runs=runs)  # a copied run holds the name of another
     check(config)
     return config, goes_on or options.resume == "yes"
+
+
+def _has_everything(config: "Config") -> bool:
+    """Whether a run fetches nothing from the Hugging Face hub; what a reward of one's own does is not known."""
+    from rewards.registry import BUILT_IN
+
+    rewards = {term.name for term in config.rewards}
+    return (config.model.path is None or os.path.isdir(config.model.path)) and rewards <= BUILT_IN.keys()
 
 
 def _reward(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from catalog.atomic import atomic_file
+from catalog.atomic import atomic_file, check_writable
 from catalog.metrics import ranking_metrics
 from launch.config import ConfigError
 from launch.evaluate import eval_examples, hit_ranks
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--examples must be 0 (all) or more, got {options.examples}")
     if options.out is not None and options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a folder; name a file")
+    if options.out is not None:
+        check_writable(options.out)
     policy = PolicyOfRun.of(options.run, options.checkpoint)
     train = policy.config.train
     wanted = train.eval_examples if options.examples is None else options.examples
@@ -34,13 +36,13 @@ def main(arguments: Sequence[str]) -> int:
     example_ids = eval_examples(config, policy.catalog, options.split)
     ranks = ranks_of(policy, options.split, example_ids)
     metrics = ranking_metrics(ranks, train.eval_ks)
+    available = len(policy.catalog.examples(options.split))
+    title = f"{policy.checkpoint}: {len(ranks):,} of {available:,} {options.split} examples"
+    Progress().table(title, ["metric", "value"], [[name.upper(), f"{value:.4f}"] for name, value in metrics.items()])
     if options.out is not None:
         content = {"example_ids": example_ids.tolist(), "hit_ranks": ranks.tolist(), "metrics": metrics}
         with atomic_file(options.out) as temporary:
             temporary.write_text(json.dumps({"checkpoint": str(policy.checkpoint), "split": options.split, **content}))
-    available = len(policy.catalog.examples(options.split))
-    title = f"{policy.checkpoint}: {len(ranks):,} of {available:,} {options.split} examples"
-    Progress().table(title, ["metric", "value"], [[name.upper(), f"{value:.4f}"] for name, value in metrics.items()])
     return 0
 
 

@@ -89,7 +89,7 @@ def _as_yaml(value: Any) -> str:
 def as_text(found: Sequence[Key]) -> str:
     """For a terminal: a key with its default, and under it what it means."""
     return "\n".join(
-        f"{key.name}: {key.allowed} = {_shortened(key.default)}\n"
+        f"{key.name}: {key.allowed} = {key.default}\n"
         + textwrap.fill(key.meaning, WIDTH, initial_indent="    ", subsequent_indent="    ")
         for key in found
     )
@@ -103,13 +103,10 @@ def as_markdown() -> str:
         if section != before:
             lines += ["", f"## {section or 'Top level'}", "", *TABLE]
             before = section
-        cells = [f"`{name}`", key.allowed, f"`{_shortened(key.default)}`", key.meaning]
+        default = textwrap.shorten(key.default, 60, placeholder=" ...")
+        cells = [f"`{name}`", key.allowed, f"`{default}`", key.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _shortened(text: str) -> str:
-    return textwrap.shorten(text, 60, placeholder=" ...")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -120,8 +120,9 @@ def out_of_range(config: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _optimizer_out_of_range(key: str, optimizer: OptimizerConfig) -> Iterator[tuple[str, Any, str]]:
+    for name in ("learning_rate", "eps", "weight_decay"):
+        yield from _outside(f"{key}.{name}", getattr(optimizer, name), NOT_INFINITE)
     yield from _outside(f"{key}.learning_rate", optimizer.learning_rate, ABOVE_0)
-    yield from _outside(f"{key}.learning_rate", optimizer.learning_rate, NOT_INFINITE)
     yield from _outside(f"{key}.warmup_ratio", optimizer.warmup_ratio, FROM_0_TO_1)
     for beta in optimizer.betas:
         yield from _outside(f"{key}.betas", beta, FROM_0_BELOW_1)

@@ -105,6 +105,7 @@ class RunDirectory:
         for folder in (self.rollouts, self.checkpoints):
             with writing(folder):
                 folder.mkdir(exist_ok=True)
+        checkpoint.sweep(self.checkpoints)
         # Trackers before anything changes: where one cannot be made, the run stays as it was.
         self._trackers = Trackers(config.train.trackers, self.path, asdict(config), say)
         try:

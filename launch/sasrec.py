@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from catalog.atomic import check_writable
 from catalog.build import build_catalog
 from launch.compose import compose
 from launch.config import ConfigError
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     file = options.out or Path("models") / f"sasrec-{Path(options.data).resolve().name}.safetensors"
     if file.is_dir():
         raise ConfigError(f"OUT={file} is a folder; name a file in it, such as {file / 'sasrec.safetensors'}")
+    check_writable(file)
     config = compose(data=options.data, model=options.model, overrides=options.overrides)
     catalog = build_catalog(config.data, str(prepare_model(config)))
     shape = {"max_history": config.data.max_history, **_given(options, SASRecShape)}

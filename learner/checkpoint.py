@@ -100,6 +100,13 @@ def discard(path: Path) -> None:
     shutil.rmtree(temporary_path(path), ignore_errors=True)
 
 
+def sweep(folder: Path) -> None:
+    """Drop what writes and deletions that were interrupted have left in a folder of checkpoints."""
+    for pattern in (".*.partial", ".*.deleted"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """What commit was given; of a checkpoint in which find_fault finds nothing."""
     return json.loads((path / STATE).read_text())

@@ -155,6 +155,7 @@ def test_a_damaged_file_of_a_run_that_is_compared_is_named(
 def test_a_sasrec_model_needs_a_file_before_it_is_trained(data: Path, refused: Refused) -> None:
     command = ("reward", "train-sasrec", "--data", str(data), "--out")
     assert "OUT=data is a folder; name a file in it" in refused(*command, "data")
+    assert "data/items.parquet/s cannot be written" in refused(*command, "data/items.parquet/s")
     assert "hidden=30, layers=2 and heads=4 must be 1" in refused(*command, "s", "--hidden", "30", "--heads", "4")
 
 
@@ -185,6 +186,19 @@ def test_a_broken_pipe_of_something_else_is_an_error(data: Path, monkeypatch: py
     monkeypatch.setattr("launch.run.run", broken)
     with pytest.raises(BrokenPipeError):
         main(["train", "--data", str(data)])
+
+
+@pytest.mark.parametrize(("name", "offline"), [("rule", "1"), ("my_rewards:Judge", None)])
+def test_only_what_fetches_nothing_is_kept_off_the_hub(
+    name: str, offline: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    found = []
+    monkeypatch.setattr("launch.run.run", lambda *_, **__: found.append(os.environ.get("HF_HUB_OFFLINE")))
+    assert main(["train", f"rewards=[{{name: {name}}}]"]) == 0
+    assert found == [offline]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def test_help_of_rewards_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,8 @@ def test_every_committed_group_composes(group: str) -> None:
         ("train.epochs=-3", "train.epochs=-3.0: must be greater than 0"),
         ("train.epochs=.inf", "train.epochs=inf: must be finite"),
         ("learner.optimizer.learning_rate=.inf", "learner.optimizer.learning_rate=inf: must be finite"),
+        ("learner.optimizer.weight_decay=.inf", "learner.optimizer.weight_decay=inf: must be finite"),
+        ("learner.sft.optimizer.eps=.inf", "learner.sft.optimizer.eps=inf: must be finite"),
         ("rollout.timeout_s=.inf", "rollout.timeout_s=inf: must be finite"),
         ("learner.beta=.inf", "learner.beta=inf: must be finite"),
         ("rollout.timeout_s=1e30", "rollout.timeout_s=1e+30: must be 1e8 (three years) or less"),

@@ -124,6 +124,17 @@ def test_the_best_policy_is_one_of_the_run(tmp_path: Path) -> None:
     assert found == [True, True, False, True, False, True]
 
 
+def test_what_interrupted_writes_and_deletions_left_of_checkpoints_is_dropped(tmp_path: Path) -> None:
+    config = compose(overrides=[f"runs={tmp_path}"])
+    run = RunDirectory(config, "0")
+    run.close()
+    for name in (".step-4.partial", ".step-2.deleted"):
+        (run.checkpoints / name / "zero").mkdir(parents=True)
+    (run.checkpoints / "notes").mkdir()
+    RunDirectory(config, "0", resume=True).close()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["notes"]
+
+
 def test_a_best_policy_that_the_run_ended_before_keeping_is_known(tmp_path: Path) -> None:
     run = RunDirectory(compose(overrides=[f"runs={tmp_path}"]), "0")
 
