@@ -159,6 +159,11 @@ def test_a_sasrec_model_needs_a_file_before_it_is_trained(data: Path, refused: R
     assert "hidden=30, layers=2 and heads=4 must be 1" in refused(*command, "s", "--hidden", "30", "--heads", "4")
 
 
+def test_metrics_that_could_not_be_written_are_not_computed(data: Path, refused: Refused) -> None:
+    message = refused("evaluate", "runs/mine", "--out", "data/items.parquet/metrics.json")
+    assert "data/items.parquet/metrics.json cannot be written" in message
+
+
 @pytest.mark.parametrize("unbuffered", [True, False])
 def test_a_reader_that_has_enough_ends_the_command_without_a_word(tmp_path: Path, unbuffered: bool) -> None:
     command = f"{sys.executable} -m launch.cli train --dry-run | true; exit ${{PIPESTATUS[0]}}"
