@@ -47,7 +47,7 @@ class RolloutConfig:
     queue_tables: int = 2
     """Finished tables that may wait per worker before it pauses."""
     timeout_s: float = 600.0
-    """Longest wait for one table, and for a worker to load weights."""
+    """Longest wait for one table, and for a worker to load weights; after a death cluster.start_timeout_s more."""
     sleep: bool = False
     """Let go of weights and KV cache while the learner works, for devices that both use; the next weights wake the
     worker. With train.staleness above 0 only during SFT, since workers then roll out meanwhile."""
