@@ -26,8 +26,8 @@ class RolloutConfig:
     logprob_space: LogprobSpace = "vocabulary"
     """vocabulary: log-softmax over all tokens, as published. trie: renormalised over the allowed tokens."""
     forced_chains: ForcedChains = "at_once"
-    """Beam search in the worker engine, where the trie forces several tokens in a row. Same results, same tokens fed.
-    at_once: one forward pass for as many as are certain to be needed. token_by_token: one for each."""
+    """Beam search in the worker engine, where the trie forces several tokens in a row; same results. at_once: one
+    forward pass for as many as are needed unless a full pool ends a beam on the way. token_by_token: one for each."""
     max_completion_tokens: int = 128
     """Limit of the unconstrained strategy; constrained titles end by themselves."""
     workers: int = 1
