@@ -68,7 +68,7 @@ class Examples:
         return place[encoded.indices.to_numpy()]
 
     def history_classes(self, i: int) -> np.ndarray:
-        """int32 [H]: item classes of the titles that the prompt shows, oldest first."""
+        """int32 [H]: item classes of the history, oldest first; a prompt cut to data.max_prompt_tokens shows less."""
         return self._class_of_item[self._history[i]]
 
 
