@@ -18,7 +18,6 @@ from catalog.config import DataConfig
 from catalog.errors import CatalogError
 from catalog.generate import generate
 from catalog.interactions import Interactions, SplitTable
-from catalog.metrics import ranking_metrics
 from catalog.prompts import PromptEncoder, history_texts
 from catalog.ragged import Ragged
 from catalog.source import Source
@@ -36,7 +35,6 @@ FORMAT_VERSION = 1
 """Changes whenever the files or the generator do, so that nothing older is taken for them."""
 TOKENIZERS = "tokenizers"
 """Folder in the cache: fingerprints of tokenizers by the contents of their files."""
-BEST_POSSIBLE_KS = (1, 3, 5, 10, 20, 50)
 PROMPTS_TO_LEARN_FROM = 2000
 WHOLE_PROMPTS_CHECKED = 256
 
@@ -151,11 +149,9 @@ def _write(
         prompt_lengths[name] = np.concatenate(lengths)
         write_arrow(path / f"{name}.arrow", _columns(split, class_of_item, shown))
     tokenizer.save_pretrained(path / "tokenizer")
-    best_rank = data.splits["test"].best_rank
     description = {
         "fingerprint": fingerprint,
         "stats": catalog_stats(len(data.titles), trie, title_tokens, prompt_lengths, config.max_prompt_tokens),
-        "best_possible": None if best_rank is None else ranking_metrics(best_rank, BEST_POSSIBLE_KS),
     }
     (path / DESCRIPTION).write_text(json.dumps(description, indent=2))
 

@@ -17,7 +17,7 @@ from catalog.ragged import Ragged
 from catalog.trie import Trie
 
 DESCRIPTION = "catalog.json"
-DESCRIBED = ("fingerprint", "stats", "best_possible")
+DESCRIBED = ("fingerprint", "stats")
 """What it holds."""
 EXAMPLE_COLUMNS = ("user_id", "history", "target", "target_class", "timestamp", "prompt_tokens")
 """Of every split's file."""
@@ -39,8 +39,6 @@ class Examples:
         """int32 [n]"""
         self.target_class: np.ndarray = batch.column("target_class").to_numpy()
         """int32 [n]"""
-        self.timestamp: np.ndarray = batch.column("timestamp").to_numpy()
-        """int64 [n]: seconds since 1970, or the position in the sequence where the data has no times."""
         known = "best_rank" in batch.schema.names
         self.best_rank: np.ndarray | None = batch.column("best_rank").to_numpy() if known else None
         """int32 [n]: rank of the target in the best possible ranking; the generated catalogue's test split only."""
@@ -68,7 +66,7 @@ class Examples:
         return place[encoded.indices.to_numpy()]
 
     def history_classes(self, i: int) -> np.ndarray:
-        """int32 [H]: item classes of the titles that the prompt shows, oldest first."""
+        """int32 [H]: item classes of the history, oldest first; a prompt cut to data.max_prompt_tokens shows less."""
         return self._class_of_item[self._history[i]]
 
 
@@ -136,11 +134,6 @@ class Catalog:
     def stats(self) -> dict[str, Any]:
         """Numbers of items, classes, nodes and tokens; see catalog.statistics."""
         return self._description["stats"]
-
-    @property
-    def best_possible(self) -> dict[str, float] | None:
-        """HR@K and NDCG@K on the test split of ranking by the true probabilities; None where they are unknown."""
-        return self._description["best_possible"]
 
     def check_whole(self, fingerprint: str) -> None:
         """Raise CatalogError unless it has this fingerprint, and files of the sizes with which it was built."""

@@ -30,7 +30,7 @@ def generate(config: GeneratedConfig, max_history: int) -> Interactions:
             f"got items={config.items}, users={config.users}, duplicates={config.duplicates}"
         )
     draw = np.random.default_rng(config.seed)
-    repeated = round(config.items * config.duplicates)
+    repeated = min(round(config.items * config.duplicates), config.items // 2)  # each of a title of its own
     titles = product_titles(config.items - repeated, draw)
     markov = Markov.over(titles, draw)
     title_of_item = draw.permutation(

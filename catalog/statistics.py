@@ -16,7 +16,6 @@ def catalog_stats(
     return {
         "items": items,
         "classes": trie.num_classes,
-        "duplicate_titles": items - trie.num_classes,
         "examples": {name: len(split) for name, split in prompt_lengths.items()},
         "trie": trie_stats(trie),
         "title_tokens": _spread(title_tokens.lengths),
@@ -32,7 +31,6 @@ def trie_stats(trie: Trie) -> dict[str, Any]:
     return {
         "nodes": trie.num_nodes,
         "depth": trie.max_tokens,
-        "single_child_share": float((children == 1).mean()),
         "mean_branching": [round(float(mean), 3) for mean in totals / np.diff(trie.level_start)],
         "max_branching": trie.fanout_by_depth.tolist(),
     }

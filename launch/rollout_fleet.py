@@ -1,6 +1,5 @@
 """All rollout workers of a run, as the loop sees them."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,15 +19,16 @@ from rollout.config import RolloutConfig, Strategy
 from rollout.engines import create_engine
 from rollout.streams import (
     MAX_DEATHS,
+    START_TIMEOUT_S,
+    Deadline,
     PublishedWeights,
     RolloutStream,
-    RolloutTimeout,
-    WorkerLost,
     await_restart,
     bring_back,
     collect,
-    first_line,
+    keeps_dying,
     lost_data,
+    restarts,
     stream_rollout,
 )
 
@@ -92,32 +92,30 @@ class RolloutFleet:
         self._loads: dict[tuple[int, int], ray.ObjectRef] = {}
         self._latest: list[RolloutStream | None] = [None] * len(self.workers)
         """Of each worker, the stream that was started last."""
+        self._start_timeout_s = START_TIMEOUT_S
+        self._restarts = [0] * len(self.workers)
+        """Of each worker, those that a wait has made allowance for."""
 
     def ready(self, timeout_s: float) -> None:
         """Wait until every engine is up; a worker that dies meanwhile starts again.
 
         Raises RolloutTimeout or WorkerLost naming the workers that do not come up, or what an engine raised.
         """
+        self._start_timeout_s = timeout_s  # after a death, too
         waiting, deaths = dict(self._starting), Counter[int]()
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline(timeout_s, "cluster.start_timeout_s")
         while waiting:
-            done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            done, _ = ray.wait(list(waiting), timeout=deadline.left_s)
             if not done:
-                raise RolloutTimeout(
-                    f"rollout workers {sorted(waiting.values())} not ready after {timeout_s:g} s; raise "
-                    "cluster.start_timeout_s if they are only slow (Ray's session_latest/logs/worker-* tell)"
-                )
+                raise deadline.passed(f"rollout workers {sorted(waiting.values())} not ready")
             rank = waiting.pop(done[0])
             try:
                 ray.get(done[0])
             except RayActorError as death:
                 deaths[rank] += 1
                 if deaths[rank] == MAX_DEATHS:
-                    raise WorkerLost(
-                        f"rollout worker {rank} died {MAX_DEATHS} times while its engine started "
-                        f"({first_line(death)}); Ray's logs of its processes (session_latest/logs/worker-*) say why"
-                    ) from death
-                await_restart(self.workers[rank], deadline - time.monotonic(), f"rollout worker {rank}")
+                    raise keeps_dying(f"rollout worker {rank}", "its engine started", death) from death
+                await_restart(self.workers[rank], deadline, f"rollout worker {rank}")
                 waiting[self.workers[rank].ready.remote()] = rank
 
     @property
@@ -140,7 +138,8 @@ class RolloutFleet:
         assert self._weights is not None
         for rank, worker in enumerate(self.workers):
             if not self._confirmed(rank, self._weights):
-                bring_back(worker, self._weights, self.config.timeout_s, f"rollout worker {rank}")
+                limits = self.config.timeout_s, self._start_timeout_s
+                bring_back(worker, self._weights, *limits, f"rollout worker {rank}")
                 self.confirmed_loads += 1
 
     def launch(
@@ -184,9 +183,9 @@ class RolloutFleet:
         """Table references of a flight as they finish."""
         for stream in flight.streams:
             if not self._confirmed(stream.rank, flight.weights, stream.reload):
-                stream.restart(self.config.timeout_s)
+                stream.restart(self.config.timeout_s, self._start_timeout_s)
                 self.confirmed_loads += 1
-        for _, table in collect(flight.streams, self.config.timeout_s):
+        for _, table in collect(flight.streams, self.config.timeout_s, self._start_timeout_s):
             yield table
 
     def sleep(self) -> None:
@@ -198,17 +197,12 @@ class RolloutFleet:
             return
         resting: list[ray.ObjectRef] = [worker.sleep.remote() for worker in self.workers]
         for rank, ref in enumerate(resting):
+            deadline = Deadline(self.config.timeout_s, "rollout.timeout_s")
             try:
                 with suppress(RayActorError):
-                    ray.get(ref, timeout=self.config.timeout_s)
+                    ray.get(ref, timeout=deadline.left_s)
             except GetTimeoutError as error:
-                raise RolloutTimeout(
-                    f"rollout worker {rank} did not let go of its memory in {self._patience}"
-                ) from error
-
-    @property
-    def _patience(self) -> str:
-        return f"{self.config.timeout_s:g} s; raise rollout.timeout_s if it is only slow"
+                raise deadline.passed(f"rollout worker {rank} has not let go of its memory") from error
 
     def close(self) -> None:
         """Have engines end that are several processes each: killed with their actors, they leave shared memory behind.
@@ -240,13 +234,18 @@ class RolloutFleet:
         return load is None or self._is_done(load, rank, weights.version)
 
     def _is_done(self, load: ray.ObjectRef, rank: int, version: int) -> bool:
-        """Wait for one load; False where the worker has died. Raises as `_confirmed`."""
+        """Wait for one load; False where the worker has died. Raises as `_confirmed`.
+
+        The new process of one that died before it was asked to load has to start its engine first.
+        """
+        deadline = Deadline(self.config.timeout_s, "rollout.timeout_s")
+        while not ray.wait([load], timeout=deadline.left_s, fetch_local=False)[0]:
+            if (known := restarts(self.workers[rank])) == self._restarts[rank]:
+                raise deadline.passed(f"rollout worker {rank} has not loaded version {version}")
+            self._restarts[rank] = known
+            deadline = Deadline.of_restart(self.config.timeout_s, self._start_timeout_s)
         try:
-            ray.get(load, timeout=self.config.timeout_s)
-        except GetTimeoutError as error:
-            raise RolloutTimeout(
-                f"rollout worker {rank} did not load version {version} in {self._patience}"
-            ) from error
+            ray.get(load)
         except (ObjectLostError, RayActorError) as error:
             if (lost := lost_data(error)) is not None:
                 raise lost from error

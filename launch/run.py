@@ -308,7 +308,8 @@ def _model_words(config: Config, model_path: Path) -> list[str]:
 
 def _catalog_words(catalog: Catalog) -> str:
     stats = catalog.stats
+    cut = stats["truncated_prompts"]
     return (
         f"{stats['items']} items, {stats['classes']} titles, {stats['examples']['train']} training examples, "
-        f"{stats['trie']['nodes']} trie nodes"
+        f"{stats['trie']['nodes']} trie nodes" + (f", {cut} prompts cut to data.max_prompt_tokens" if cut else "")
     )

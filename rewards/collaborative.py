@@ -9,7 +9,7 @@ import torch
 
 from rewards.errors import RewardError
 from rewards.group import NO_TITLE, Groups, TitleCatalog, all_titles
-from rewards.sasrec import load_sasrec
+from rewards.sasrec import check_finite, load_sasrec
 
 Output = Literal["scores", "ranks", "probabilities"]
 
@@ -36,7 +36,9 @@ class Collaborative:
     def __call__(self, groups: Groups) -> pa.ListArray:
         examples = groups.catalog.examples(groups.split)
         histories = [examples.history_classes(example_id) for example_id in groups.example_ids.tolist()]
-        opinion = opinions(self.model(self.model.pad(histories).to(self.device)), self.output).cpu().numpy()
+        logits = self.model(self.model.pad(histories).to(self.device))
+        check_finite(logits, "a score")
+        opinion = opinions(logits, self.output).cpu().numpy()
         classes = groups.layout.flat(groups.table["candidate_class"])
         values = opinion[groups.layout.group, classes]
         lowest = opinion.min(axis=1)[groups.layout.group] if self.output == "scores" else 0.0

@@ -73,9 +73,9 @@ class Group:
     candidate_classes: list[int]
     """G item classes; -1 for a candidate that is no title."""
     candidate_tokens: list[list[int]]
-    """Tokens of the G candidates, end-of-sequence included."""
+    """Tokens of the G candidates, end-of-sequence included unless an unconstrained text was cut off."""
     scores: list[float]
-    """What the candidates are ordered by: summed log-probability for beam search."""
+    """What the candidates are ordered by: the summed log-probability of each one's tokens."""
 
 
 class Groups(Sequence[Group]):

@@ -10,6 +10,7 @@ Both return one finite float per candidate, in the order of the candidates.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -81,15 +82,15 @@ def score(name: str, reward: Reward, groups: Groups) -> pa.ListArray:
         raise
     except (Exception, SystemExit) as error:
         raise _raised(name, groups.example_ids.tolist(), error) from error
-    values = _flat_values(name, returned, groups)
+    given = _flat_values(name, returned, groups)
     with np.errstate(over="ignore"):
-        values = values.astype(np.float32, copy=False)
+        values = given.astype(np.float32, copy=False)
     wrong = np.flatnonzero(~np.isfinite(values))
     if len(wrong):
         candidate = int(wrong[0])
         example_id = int(groups.example_ids[groups.layout.group[candidate]])
         raise RewardError(
-            f"reward {name!r} gave {values[candidate]} to the candidate at rank {groups.layout.rank[candidate]} of "
+            f"reward {name!r} gave {given[candidate]} to the candidate at rank {groups.layout.rank[candidate]} of "
             f"group {example_id}; every reward must be a finite float32"
         )
     return groups.layout.column(values)
@@ -126,7 +127,9 @@ def _row(name: str, row: Any, groups: Groups, index: int) -> np.ndarray:
     size = int(groups.layout.sizes[index])
     try:
         values = np.asarray(row.detach().float().cpu() if hasattr(row, "detach") else row)
-    except (TypeError, ValueError, RuntimeError):  # the last of a list of tensors that have gradients
+        if values.dtype == object and all(isinstance(value, Real) for value in values.flat):
+            values = values.astype(np.float64)  # numpy has no integers from 2^64 on
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a list of tensors that have gradients
         values = np.asarray(None)
     if values.shape != (size,) or (size and values.dtype.kind not in "biuf"):
         found = f"{len(row)} values ({_shown(row)})" if isinstance(row, Sequence | np.ndarray) else _shown(row)

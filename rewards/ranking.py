@@ -49,4 +49,4 @@ class Ranking:
 
 def _check(formula: str) -> None:
     if formula not in get_args(Formula):
-        raise RewardError(f"reward 'ranking': formula {formula!r} is none of {', '.join(get_args(Formula))}")
+        raise RewardError(f"a ranking reward's formula {formula!r} is none of {', '.join(get_args(Formula))}")

@@ -118,7 +118,10 @@ def save_sasrec(model: SASRec, file: Path, titles: Sequence[str], metrics: dict[
 
 
 def load_sasrec(file: Path, titles: Sequence[str]) -> SASRec:
-    """The model in evaluation mode. Raises RewardError for a file that is missing, damaged or of other titles."""
+    """The model in evaluation mode. Raises RewardError for a file that is missing, damaged or of other titles.
+
+    Also for weights that are not finite.
+    """
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
@@ -135,7 +138,18 @@ def load_sasrec(file: Path, titles: Sequence[str]) -> SASRec:
             f"{file} was trained on {model.shape.num_classes} other titles than the {len(titles)} of this catalogue; "
             "train one on this catalogue: make sasrec DATA=... OUT=..."
         )
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"{file}: {name}")
     return model.eval()
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Raise RewardError for what a model that has diverged holds or gives; NaN would rank any target first."""
+    if not values.isfinite().all():
+        raise RewardError(
+            f"{name} of this SASRec model is not finite, since it diverged in training; train one with a lower "
+            "learning rate (--lr of rere reward train-sasrec)"
+        )
 
 
 def _initialise(module: nn.Module) -> None:

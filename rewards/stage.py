@@ -7,17 +7,15 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray._private import state
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rewards.actor import RewardActor
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError, name_examples
 from rewards.terms import replicas_of
-from rollout.streams import lost_data
+from rollout.streams import START_TIMEOUT_S, lost_data, restarts
 
 FETCH_TIMEOUT_S = 30.0
-START_TIMEOUT_S = 300.0
 RETRIES = 2
 """How often one table is scored again after the actor that held it died."""
 
@@ -91,10 +89,10 @@ class Replica:
                 needed.replica.wait(needed)
             patience, deaths = self.stage.timeout_s, 0
             while not ray.wait([head.done], timeout=patience, fetch_local=False)[0]:
-                restarts, deaths = _restarts(self.actor), deaths + 1
-                if restarts == self._restarts or deaths > RETRIES:
+                known, deaths = restarts(self.actor), deaths + 1
+                if known == self._restarts or deaths > RETRIES:
                     raise self.stage.late(head, patience)
-                self._restarts = restarts
+                self._restarts = known
                 patience = self.stage.start_timeout_s + self.stage.timeout_s
             self.queue.popleft()
 
@@ -151,11 +149,6 @@ class Stage:
     def close(self) -> None:
         for replica in self.replicas:
             ray.kill(replica.actor)
-
-
-def _restarts(actor: Any) -> int:
-    """How often Ray has started an actor again."""
-    return int(state.actors(actor_id=actor._actor_id.hex())["NumRestarts"])
 
 
 def _plain(error: RayError) -> RewardError | None:

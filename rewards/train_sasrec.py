@@ -14,7 +14,7 @@ from torch import Tensor
 from catalog.metrics import ranking_metrics
 from rewards.errors import RewardError
 from rewards.group import Examples, TitleCatalog, all_titles
-from rewards.sasrec import SASRec, SASRecShape, save_sasrec
+from rewards.sasrec import SASRec, SASRecShape, check_finite, save_sasrec
 
 KS = (1, 5, 10, 20)
 """Cut-offs of the reported HR and NDCG."""
@@ -48,7 +48,7 @@ def train_sasrec(
     """Train with full cross-entropy, write the best epoch to `file`, return {"valid/hr@1": .., "test/ndcg@20": ..}.
 
     shape: fields of SASRecShape other than num_classes. log: told of every epoch. Raises RewardError for an empty
-    split.
+    split, or a model that diverges.
     """
     training = training or SASRecTraining()
     torch.manual_seed(training.seed)
@@ -80,11 +80,15 @@ def train_sasrec(
 
 @torch.no_grad()
 def evaluate(model: SASRec, history: Tensor, target: Tensor, batch: int = 1024) -> dict[str, float]:
-    """HR and NDCG at KS of the target's rank among all item classes. history int64 [n, L], target int64 [n]."""
+    """HR and NDCG at KS of the target's rank among all item classes. history int64 [n, L], target int64 [n].
+
+    Raises RewardError where scores are not finite.
+    """
     model.eval()
     ranks = []
     for rows, wanted in zip(history.split(batch), target.split(batch), strict=True):
         scores = model(rows)
+        check_finite(scores, "a score")
         ranks.append((scores > scores.gather(1, wanted[:, None])).sum(1).numpy())
     return ranking_metrics(np.concatenate(ranks), KS)
 

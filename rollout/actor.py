@@ -85,13 +85,12 @@ class RolloutWorker:
         model_path: str,
         catalog_path: str,
         config: RolloutConfig,
-        version: int | None = None,
         engine_factory: EngineFactory = create_engine,
     ) -> None:
-        """version: the policy version of the weights at model_path; None: load_weights comes before any rollout."""
+        """load_weights comes before any rollout."""
         self._rank = rank
         self._config = config
-        self._version = version
+        self._version: int | None = None
         self._catalog = Catalog.load(catalog_path)
         self._now("idle")
         self._create_engine = partial(engine_factory, model_path, self._catalog.path / "trie.arrow", config)

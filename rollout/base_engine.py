@@ -67,7 +67,7 @@ class BaseEngine(ABC):
         check_temperature(strategy, config.temperature)
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
         longest = config.max_completion_tokens if strategy == "unconstrained" else self._trie.max_tokens
-        check_requests(arrays, seeds, longest, self._vocab_size, self._max_model_len)
+        check_requests(arrays, seeds, strategy, longest, self._vocab_size, self._max_model_len)
         if not arrays:
             return []
         with self._that_may_die():

@@ -26,8 +26,8 @@ class RolloutConfig:
     logprob_space: LogprobSpace = "vocabulary"
     """vocabulary: log-softmax over all tokens, as published. trie: renormalised over the allowed tokens."""
     forced_chains: ForcedChains = "at_once"
-    """Beam search in the worker engine, where the trie forces several tokens in a row. Same results, same tokens fed.
-    at_once: one forward pass for as many as are certain to be needed. token_by_token: one for each."""
+    """Beam search in the worker engine, where the trie forces several tokens in a row; same results. at_once: one
+    forward pass for as many as are needed unless a full pool ends a beam on the way. token_by_token: one for each."""
     max_completion_tokens: int = 128
     """Limit of the unconstrained strategy; constrained titles end by themselves."""
     workers: int = 1
@@ -47,7 +47,7 @@ class RolloutConfig:
     queue_tables: int = 2
     """Finished tables that may wait per worker before it pauses."""
     timeout_s: float = 600.0
-    """Longest wait for one table, and for a worker to load weights."""
+    """Longest wait for one table, and for a worker to load weights; after a death cluster.start_timeout_s more."""
     sleep: bool = False
     """Let go of weights and KV cache while the learner works, for devices that both use; the next weights wake the
     worker. With train.staleness above 0 only during SFT, since workers then roll out meanwhile."""

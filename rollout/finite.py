@@ -10,10 +10,11 @@ class LogitsError(EngineError):
 
     def __str__(self) -> str:
         return (
-            "the model's logits are not finite (NaN, or infinite): its weights have diverged or overflow; start "
-            "another run (NAME=) with a lower learner.optimizer.learning_rate (of SFT, "
-            "learner.sft.optimizer.learning_rate), or with rollout.dtype and learner.dtype float32 if they are "
-            "bfloat16, from an earlier checkpoint if there is one (MODEL=runs/.../step-N, learner.sft.epochs=0)"
+            "the model's logits are not finite (NaN, or infinite), or leave no token that the trie allows: its "
+            "weights have diverged or overflow; start another run (NAME=) with a lower "
+            "learner.optimizer.learning_rate (of SFT, learner.sft.optimizer.learning_rate), or with rollout.dtype and "
+            "learner.dtype float32 if they are bfloat16, from an earlier checkpoint if there is one "
+            "(MODEL=runs/.../step-N, learner.sft.epochs=0)"
         )
 
 

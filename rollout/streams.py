@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.actor import ActorHandle
 from ray.exceptions import (
     ActorUnavailableError,
@@ -25,13 +26,14 @@ from rollout.config import RolloutConfig, Strategy
 logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 300.0
 RAY_TIMEOUT_S = 60.0
 RESTART_POLL_S = 0.25
 LOCATION_S, LOCATION_POLL_S = 0.1, 0.001
 INLINE_BYTES = 100 * 1024
 """What is as small as this comes to the driver with the answer; by Ray's default."""
 MAX_DEATHS = 3
-"""Of a worker at one table, or while its engine starts."""
+"""Of a worker at one table, or while it starts, for the first time or again."""
 
 
 class RolloutTimeout(TimeoutError):
@@ -40,6 +42,31 @@ class RolloutTimeout(TimeoutError):
 
 class WorkerLost(RuntimeError):
     """A rollout worker died and could not be brought back."""
+
+
+class Deadline:
+    """The end of a wait for rollout workers, and the error of what is not there by then."""
+
+    def __init__(self, seconds: float, keys: str) -> None:
+        """keys: those to raise for more."""
+        self._seconds, self._keys = seconds, keys
+        self._end = time.monotonic() + seconds
+
+    @classmethod
+    def of_restart(cls, timeout_s: float, start_timeout_s: float) -> "Deadline":
+        """Of a worker whose new process starts its engine before it does what it otherwise has timeout_s for."""
+        return cls(start_timeout_s + timeout_s, "cluster.start_timeout_s or rollout.timeout_s, whose sum that is,")
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+    def passed(self, what: str) -> RolloutTimeout:
+        """what: "rollout worker 0 is not ready"."""
+        return RolloutTimeout(
+            f"{what} after {self._seconds:g} s; raise {self._keys} if that is only slow (Ray's "
+            "session_latest/logs/worker-* tell)"
+        )
 
 
 class DataLost(RuntimeError):
@@ -119,6 +146,7 @@ class RolloutStream:
     tables: Any = None
     received: int = 0
     waited_s: float = 0.0
+    """Since the last table, or the last restart."""
     deaths: int = 0
     """Since the last table."""
 
@@ -141,17 +169,18 @@ class RolloutStream:
     def num_tables(self) -> int:
         return -(-len(self.example_ids) // self.config.groups_per_table)
 
-    def restart(self, timeout_s: float) -> None:
+    def restart(self, timeout_s: float, start_timeout_s: float) -> None:
         """Wait for a dead worker's restart, give it its weights, and start again where the stream stopped.
 
         What was queued behind is started again, too: the new process may already be at it, and would wait for room in
-        a queue that nobody reads before this stream has ended. Errors as `bring_back`.
+        a queue that nobody reads before this stream has ended. Limits and errors as `bring_back`.
         """
         behind = list(self._queued_behind())
         for stream in (self, *behind):
             stream.tables = None
-        bring_back(self.worker, self.weights, timeout_s, str(self))
+        bring_back(self.worker, self.weights, timeout_s, start_timeout_s, str(self))
         self.start()
+        self.waited_s = 0.0
         for stream in behind:
             if stream.weights is not None:
                 stream.reload = stream.weights.load(stream.worker)
@@ -206,13 +235,16 @@ def stream_rollout(
     return stream
 
 
-def collect(streams: Sequence[RolloutStream], timeout_s: float) -> Iterator[tuple[int, ray.ObjectRef]]:
+def collect(
+    streams: Sequence[RolloutStream], timeout_s: float, start_timeout_s: float = START_TIMEOUT_S
+) -> Iterator[tuple[int, ray.ObjectRef]]:
     """Yield (worker rank, reference of a table) as tables finish, every table once, without fetching any.
 
     A worker that dies and restarts (max_restarts), now or while it was idle, is given its stream's weights again and
     repeats exactly the tables that were missing, those included that went with its node before they were asked for.
-    Raises RolloutTimeout when a stream made the driver wait timeout_s for one table, WorkerLost when a worker stays
-    dead or keeps dying at one table, DataLost when its weights are gone, and whatever a worker raised.
+    Raises RolloutTimeout when a stream made the driver wait timeout_s for one table, or for start_timeout_s more until
+    its worker was back, WorkerLost when a worker stays dead or keeps dying at one table, DataLost when its weights are
+    gone, and whatever a worker raised.
     """
     live = [stream for stream in streams if len(stream.example_ids)]
     for stream in streams:
@@ -229,12 +261,12 @@ def collect(streams: Sequence[RolloutStream], timeout_s: float) -> Iterator[tupl
                 stream.close()
                 continue
             except (RayActorError, ObjectLostError) as death:
-                _revive(stream, timeout_s, death)
+                _revive(stream, timeout_s, start_timeout_s, death)
                 continue
             except StaleWeights as stale:
                 if stream.weights is None or stale.held is not None:
                     raise
-                _revive(stream, timeout_s, stale)  # it had died before it was asked
+                _revive(stream, timeout_s, start_timeout_s, stale)  # it had died before it was asked
                 continue
             stream.received += 1
             stream.waited_s, stream.deaths = 0.0, 0
@@ -285,57 +317,81 @@ def _lies_on_a_node(ref: ray.ObjectRef) -> bool:
     return True
 
 
-def _revive(stream: RolloutStream, timeout_s: float, death: Exception) -> None:
+def _revive(stream: RolloutStream, timeout_s: float, start_timeout_s: float, death: Exception) -> None:
     """Restart a stream whose worker has died; raises WorkerLost where that happens too often, or for good."""
     stream.deaths += 1
     if stream.deaths >= MAX_DEATHS:
         raise WorkerLost(f"{stream}: died {stream.deaths} times at this table; last: {first_line(death)}") from death
-    stream.restart(timeout_s)
+    stream.restart(timeout_s, start_timeout_s)
 
 
-def bring_back(worker: ActorHandle, weights: PublishedWeights | None, timeout_s: float, name: str) -> None:
+def bring_back(
+    worker: ActorHandle, weights: PublishedWeights | None, timeout_s: float, start_timeout_s: float, name: str
+) -> None:
     """Wait for a dead worker's restart, which the log is told of, and give it its weights.
 
-    Raises RolloutTimeout naming it, WorkerLost when it stays dead, DataLost when its weights are gone, or RayLost.
+    Both together may take start_timeout_s, as a first start may, and timeout_s more.
+    Raises RolloutTimeout naming it, WorkerLost when it stays dead or dies MAX_DEATHS times meanwhile, DataLost when
+    its weights are gone, or RayLost.
     """
-    _announce_restart(name)
-    deadline = time.monotonic() + timeout_s
-    _retry_until(deadline, lambda: worker.ready.remote(), name, "restart")
-    if weights is not None:
-        _retry_until(deadline, lambda: weights.load(worker), name, f"reload of version {weights.version}")
+    deadline, deaths = Deadline.of_restart(timeout_s, start_timeout_s), 0
+    while True:
+        await_restart(worker, deadline, name)
+        try:
+            _wait_for(worker.ready.remote(), deadline, f"{name}: restart is not done")
+            if weights is not None:
+                reload = f"{name}: reload of version {weights.version} is not done"
+                _wait_for(weights.load(worker), deadline, reload)
+            return
+        except RayActorError as death:
+            deaths += 1
+            if deaths == MAX_DEATHS:
+                raise keeps_dying(name, "it was started again", death) from death
 
 
-def await_restart(worker: ActorHandle, timeout_s: float, name: str) -> None:
-    """Wait until a dead worker's new process answers, as `bring_back`: before, every call fails as if it died anew.
+def await_restart(worker: ActorHandle, deadline: Deadline, name: str) -> None:
+    """Wait until a dead worker's new process answers: before, every call fails as if it died anew.
 
-    Raises RolloutTimeout naming it, WorkerLost when it stays dead, or RayLost.
+    Raises RolloutTimeout naming it, WorkerLost when it stays dead, or RayLost where nothing can be restarted.
     """
-    _announce_restart(name)
-    _retry_until(time.monotonic() + timeout_s, lambda: worker.health.remote(), name, "restart")
-
-
-def _announce_restart(name: str) -> None:
-    """Raises RayLost where nothing can be restarted."""
     check_ray()
     logger.warning("%s: its process has ended; waiting for a new one", name)
-
-
-def _retry_until(deadline: float, call: Callable[[], ray.ObjectRef], name: str, what: str) -> None:
-    """Repeat a call to a worker that is being restarted. Raises as bring_back."""
+    late = f"{name}: restart is not done"
     while True:
         try:
-            ray.get(call(), timeout=max(0.0, deadline - time.monotonic()))
+            _wait_for(worker.health.remote(), deadline, late)
             return
-        except GetTimeoutError as error:
-            raise RolloutTimeout(f"{name}: {what} is not done in time") from error
-        except (ObjectLostError, RayActorError) as error:
-            if (lost := lost_data(error)) is not None:
-                raise lost from error
-            if not isinstance(error, ActorUnavailableError):
-                raise WorkerLost(f"{name}: died and was not restarted ({first_line(error)})") from error
-            if time.monotonic() > deadline:
-                raise RolloutTimeout(f"{name}: {what} is not done in time") from error
+        except ActorUnavailableError as error:
+            if not deadline.left_s:
+                raise deadline.passed(late) from error
             time.sleep(RESTART_POLL_S)
+        except RayActorError as error:
+            raise WorkerLost(f"{name}: died and was not restarted ({first_line(error)})") from error
+
+
+def _wait_for(answer: ray.ObjectRef, deadline: Deadline, late: str) -> None:
+    """Raises RolloutTimeout that begins with `late`, DataLost, or what the answer stands for."""
+    try:
+        ray.get(answer, timeout=deadline.left_s)
+    except GetTimeoutError as error:
+        raise deadline.passed(late) from error
+    except (ObjectLostError, RayActorError) as error:
+        if (lost := lost_data(error)) is not None:
+            raise lost from error
+        raise
+
+
+def keeps_dying(name: str, when: str, death: Exception) -> WorkerLost:
+    """The error of a worker that has died MAX_DEATHS times before it could do anything."""
+    return WorkerLost(
+        f"{name} died {MAX_DEATHS} times while {when} ({first_line(death)}); Ray's logs of its processes "
+        "(session_latest/logs/worker-*) say why"
+    )
+
+
+def restarts(actor: ActorHandle) -> int:
+    """How often Ray has started an actor again."""
+    return int(state.actors(actor_id=actor._actor_id.hex())["NumRestarts"])
 
 
 def _health(stream: RolloutStream) -> str:

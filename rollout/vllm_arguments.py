@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, Strategy
 
 DEFAULT_MAX_MODEL_LEN = 2048
 """Most tokens of a prompt with its completion, where neither the model nor rollout.vllm.max_model_len says less."""
@@ -46,7 +46,7 @@ class EngineError(RuntimeError):
 
 
 class LengthError(EngineError):
-    """Prompts and titles that no engine of this configuration can take."""
+    """A prompt and a title that no engine of this configuration can take together."""
 
 
 def check_vllm(theirs: dict[str, Any]) -> None:
@@ -102,12 +102,25 @@ def _stated_length(theirs: dict[str, Any]) -> int | None:
 
 
 def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: int, title_tokens: int) -> None:
-    """Raises LengthError where the longest prompt and the longest completion do not fit into the engine together."""
-    completion = max(title_tokens, config.max_completion_tokens if config.strategy == "unconstrained" else 0)
+    """Raises LengthError where the longest prompt and the longest title do not fit into the engine together.
+
+    EngineError where only what the unconstrained strategy may generate does not.
+    """
     limit = max_model_len(read_model_config(model_path), config)
-    if prompt_tokens + completion > limit:
+    more_than_limit = f"together more than the engine's {limit}"
+    if prompt_tokens + title_tokens > limit:
         raise LengthError(
-            f"the longest prompt has {prompt_tokens} tokens, completions up to {completion}, together more than the "
-            f"engine's {limit}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len (a model cannot take "
-            "more than it has positions)"
+            f"the longest prompt has {prompt_tokens} tokens, the longest title {title_tokens}, {more_than_limit}: "
+            f"{shorter('beam')} (a model cannot take more than it has positions)"
         )
+    if config.strategy == "unconstrained" and prompt_tokens + config.max_completion_tokens > limit:
+        raise EngineError(
+            f"the longest prompt has {prompt_tokens} tokens, completions up to {config.max_completion_tokens}, "
+            f"{more_than_limit}: {shorter('unconstrained')} (a model cannot take more than it has positions)"
+        )
+
+
+def shorter(strategy: Strategy) -> str:
+    """What to do where a prompt and its completions are too long together."""
+    of_completions = "rollout.max_completion_tokens or " if strategy == "unconstrained" else ""
+    return f"lower {of_completions}data.max_prompt_tokens or raise rollout.vllm.max_model_len"

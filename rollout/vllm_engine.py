@@ -16,7 +16,7 @@ from catalog.trie import Trie
 from rollout.config import RolloutConfig, Strategy
 from rollout.host_memory import return_freed_memory
 from rollout.imports import collector_at_rest
-from rollout.vllm_arguments import EngineError, check_vllm, max_model_len, read_model_config
+from rollout.vllm_arguments import EngineError, check_vllm, max_model_len, read_model_config, shorter
 from rollout.vllm_kernels import OP_PRIORITY, register_kernels
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ process, so both engines name the same."""
 
 
 def check_requests(
-    prompts: Sequence[np.ndarray], seeds: Sequence[int], longest: int, vocab_size: int, max_model_len: int
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    strategy: Strategy,
+    longest: int,
+    vocab_size: int,
+    max_model_len: int,
 ) -> None:
     """Raises EngineError for prompts that an engine cannot take. longest: tokens of a completion."""
     if len(seeds) != len(prompts):
@@ -45,7 +50,7 @@ def check_requests(
         if len(prompt) + longest > max_model_len:
             raise EngineError(
                 f"prompt {i} has {len(prompt)} tokens and its completions up to {longest}, the engine's limit is "
-                f"{max_model_len}: lower data.max_prompt_tokens or raise rollout.vllm.max_model_len"
+                f"{max_model_len}: {shorter(strategy)}"
             )
 
 

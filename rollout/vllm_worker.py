@@ -1,5 +1,6 @@
 """The part of the worker engine that runs inside every vLLM worker."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class SearchWorker(WeightsWorker):
                 raise EngineError(
                     f"a prompt of {len(prompt)} tokens with {beams} beams needs {need} KV-cache blocks of "
                     f"{model.block_size} tokens, the cache has {total}: raise rollout.kv_cache_gib by a factor of "
-                    f"{need / total:.1f}"
+                    f"{math.ceil(10 * need / total) / 10:.1f}"
                 )
             if need > free:
                 yield slice(first, i), total - free

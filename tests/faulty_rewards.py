@@ -46,6 +46,16 @@ def too_large(group: Group) -> list[float]:
     return [1e300 for _ in group.candidate_titles]
 
 
+def large_integers(group: Group) -> list[int]:
+    """Too large for 64 bits, and fine."""
+    return [10**20 + rank for rank in range(len(group.candidate_titles))]
+
+
+def too_large_integers(group: Group) -> list[int]:
+    """For any float."""
+    return [10**400 for _ in group.candidate_titles]
+
+
 def one_short(group: Group) -> list[float]:
     return title_length(group)[:-1] if group.example_id == BAD_EXAMPLE else title_length(group)
 

@@ -19,13 +19,15 @@ class FakeEngine:
 
     `<model>/die_at` holds the number of the call at which the process ends, 0 for the start of the engine; it is
     removed first, so that the restarted worker lives, unless it says "always". `<model>/lost` does as if a process of
-    the engine had ended, likewise once. `<model>/sleep` holds the seconds that a call takes. Calls are counted in
-    `<model>/calls`; at its shutdown it leaves `<model>/ended`.
+    the engine had ended, likewise once. `<model>/start` holds the seconds that the engine takes to start,
+    `<model>/sleep` those that a call takes. Calls are counted in `<model>/calls`; at its shutdown it leaves
+    `<model>/ended`.
     """
 
     def __init__(self, model_path: str, trie_path: Path, config: RolloutConfig) -> None:
         self.model_path, self.config, self.calls = Path(model_path), config, 0
         self.trie = Trie.load(trie_path)
+        self._sleep_if_asked("start")
         self._die_if_asked()
 
     def _die_if_asked(self) -> None:
@@ -49,9 +51,12 @@ class FakeEngine:
         (self.model_path / "calls").write_text(str(self.calls))
         self._die_if_asked()
         self._lose_a_process_if_asked()
-        if (self.model_path / "sleep").exists():
-            time.sleep(float((self.model_path / "sleep").read_text()))
+        self._sleep_if_asked("sleep")
         return [self._group(seed, group_size or self.config.group_size) for seed in seeds]
+
+    def _sleep_if_asked(self, file: str) -> None:
+        if (self.model_path / file).exists():
+            time.sleep(float((self.model_path / file).read_text()))
 
     def _lose_a_process_if_asked(self) -> None:
         if (self.model_path / "lost").exists():

@@ -31,9 +31,12 @@ cloudpickle.register_pickle_by_value(rollout_fakes)  # Ray's workers do not have
 def started_worker(
     catalog: Catalog, folder: Path, rank: int, version: int | None, restarts: int = 0
 ) -> Iterator[ActorHandle]:
+    """version: of the weights that it is given; None: it has none."""
     options = RolloutWorker.options(num_cpus=0, max_restarts=restarts)
-    handle = options.remote(rank, str(folder), str(catalog.path), CONFIG, version, rollout_fakes.FakeEngine)
+    handle = options.remote(rank, str(folder), str(catalog.path), CONFIG, rollout_fakes.FakeEngine)
     ray.get(handle.ready.remote(), timeout=TIMEOUT_S)
+    if version is not None:
+        give(handle, published(version))
     yield handle
     ray.kill(handle)
 

@@ -102,6 +102,19 @@ def test_a_dry_run_knows_the_arithmetic_of_a_catalogue_that_is_built(
     assert "less than one prompt with one title" in capsys.readouterr().err
 
 
+def test_the_longest_title_is_shown_where_it_is_too_long_and_not_where_free_text_is(
+    data: Path, tiny_model_dir: Path, refused: Refused
+) -> None:
+    build_catalog(DataConfig(path=str(data)), str(tiny_model_dir))
+    command = ("train", "--data", str(data), "--model", str(tiny_model_dir), "--dry-run")
+    command += ("rollout.strategy=unconstrained",)
+    error = refused(*command, "rollout.max_completion_tokens=2000")
+    assert "completions up to 2000" in error
+    assert "lower rollout.max_completion_tokens" in error
+    assert "longest title" not in error
+    assert "The longest title is '" in refused(*command, "rollout.vllm={max_model_len: 20}")
+
+
 def test_a_dry_run_is_quick(tmp_path: Path) -> None:
     code = (
         "import sys; from launch.cli import main; main(['train', '--dry-run']); "

@@ -61,6 +61,9 @@ class Reader:
     def ready(self) -> None:
         pass
 
+    def health(self) -> None:
+        pass
+
     def rollout(self, split: str, example_ids: list[int], *rest: Any) -> Iterator[int]:
         for example_id in example_ids:
             if example_id == 6 and not self._lost:
@@ -92,7 +95,7 @@ def test_a_table_that_is_lost_before_its_rewards_is_no_fault_of_a_reward(lost: r
 def test_weights_that_are_lost_are_not_waited_for(lost: ray.ObjectRef) -> None:
     reader = Reader.remote()  # type: ignore[attr-defined]
     with pytest.raises(DataLost, match="lost with the node"):
-        bring_back(reader, PublishedWeights(3, [lost], 0), 60.0, "rollout worker 0")
+        bring_back(reader, PublishedWeights(3, [lost], 0), 60.0, 60.0, "rollout worker 0")
 
 
 def test_a_table_that_is_lost_before_it_is_collected_is_generated_again(ray_session: None) -> None:

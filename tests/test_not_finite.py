@@ -20,6 +20,7 @@ from rollout.search import BeamSearch
 from rollout.weights import WeightBucket
 
 TRIE = random_trie(0, 60, WIDTH, 10)
+CONSTRAINED = [name for name in SEARCHES if name != "unconstrained"]
 MESSAGE = r"logits are not finite.*learner\.optimizer\.learning_rate.*rollout\.dtype"
 
 
@@ -102,6 +103,23 @@ def test_a_beam_without_a_way_on_ends_where_others_go_on() -> None:
     node = int(TRIE.children(0)[1].max())
     logits[:, node, TRIE.children(node)[0].tolist()] = -torch.inf
     assert all(len(group.score) for group in search(SEARCHES["beam"](DeviceTrie.of(TRIE), "vocabulary"), logits))
+
+
+@pytest.mark.parametrize("space", ["vocabulary", "trie"])
+@pytest.mark.parametrize("strategy", CONSTRAINED)
+def test_logits_without_a_way_on_are_named_as_such_where_they_are_refused(strategy: str, space: LogprobSpace) -> None:
+    """Everywhere but in beam search that normalises over the vocabulary."""
+    logits = plain_logits()
+    first, nodes = TRIE.children(0)
+    widest = int(np.diff(TRIE.first_edge)[nodes].argmax())
+    logits[:, 0, int(first[widest])] = 9.0
+    logits[:, int(nodes[widest]), TRIE.children(int(nodes[widest]))[0].tolist()] = -torch.inf
+    made = SEARCHES[strategy](DeviceTrie.of(TRIE), space)
+    if strategy.startswith("beam") and space == "vocabulary":
+        assert all(len(group.score) for group in search(made, logits))
+    else:
+        with pytest.raises(LogitsError, match=r"or leave no token that the trie allows.*learning_rate"):
+            search(made, logits)
 
 
 @pytest.mark.parametrize("engine_name", ["worker_engine", "requests_engine"])

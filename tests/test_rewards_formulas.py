@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rewards.errors import RewardError
 from rewards.group import Groups
+from rewards.interface import make_reward
 from rewards.layout import Layout
 from rewards.ranking import Formula, Ranking, ranking_rewards
 from rewards.rule import rule_rewards
@@ -87,8 +88,9 @@ def test_sums_know_groups_without_candidates() -> None:
 def test_an_unknown_formula_is_refused() -> None:
     with pytest.raises(RewardError, match="formula 'papr' is none of published, paper"):
         ranking_rewards(groups([[1]], [1]), "papr")
-    with pytest.raises(RewardError, match="formula 'papr' is none of published, paper"):
-        Ranking(SampleCatalog(), "papr")
+    for name in ("ranking", "ranking_only"):
+        with pytest.raises(RewardError, match=r"^a ranking reward's formula 'papr' is none of published, paper$"):
+            make_reward(name, Ranking, SampleCatalog(), {"formula": "papr"})
 
 
 @given(some_groups(), st.sampled_from(["published", "paper"]))

@@ -94,6 +94,10 @@ def test_tensors_are_taken_off_the_graph() -> None:
     assert score_samples("tensors_in_bfloat16")[0] == pytest.approx(sample_groups()[0].scores, rel=1e-2)
 
 
+def test_integers_of_any_size_are_taken() -> None:
+    assert score_samples("large_integers") == [[pytest.approx(1e20)] * 6] * 4
+
+
 @pytest.mark.parametrize("shuffled", [[2, 0, 3, 1], [3, 2, 1, 0]])
 def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
     groups = sample_groups()
@@ -109,7 +113,8 @@ def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
     [
         ("raises", r"(?s)reward 'raises' raised on group 2:.*KeyError: 'no price for PLA Filament"),
         ("not_a_number", "reward 'not_a_number' gave nan to the candidate at rank 5 of group 2"),
-        ("too_large", "reward 'too_large' gave inf to the candidate at rank 0 of group 0"),
+        ("too_large", r"reward 'too_large' gave 1e\+300 to the candidate at rank 0 of group 0; .* finite float32"),
+        ("too_large_integers", r"returned 6 values \(\[1000.*expected one float for each"),
         ("one_short", r"reward 'one_short' returned 5 values \(\[.*\]\) for group 2, which has 6 candidates"),
         ("one_number", r"reward 'one_number' returned 1.0 for group 0, which has 6 candidates"),
         ("nothing", "reward 'nothing' returned None for group 0"),

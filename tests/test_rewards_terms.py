@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rewards.collaborative import Collaborative, opinions
+from rewards.collaborative import Collaborative, Output, opinions
 from rewards.diversity import Diversity
 from rewards.embeddings import cached, fingerprint_of_model
 from rewards.errors import RewardError
@@ -250,8 +250,21 @@ class CycleCatalog(SampleCatalog):
 def test_sasrec_that_diverges_is_not_kept(tmp_path: Path) -> None:
     file = tmp_path / "sasrec.safetensors"
     with pytest.raises(RewardError, match="the loss is nan after epoch"):
-        train_sasrec(CycleCatalog(), file, SASRecTraining(epochs=3, lr=float("inf")), hidden=16, max_history=4)
+        train_sasrec(CycleCatalog(), file, SASRecTraining(batch=100, lr=math.inf), hidden=16, max_history=4)
+    with pytest.raises(RewardError, match=r"a score of this SASRec model is not finite.*--lr"):  # after a last step
+        train_sasrec(CycleCatalog(), file, SASRecTraining(epochs=1, lr=1e20), hidden=16, max_history=4)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("output", ["scores", "ranks", "probabilities"])
+@pytest.mark.parametrize(("weight", "message"), [(math.nan, "norm.weight of this"), (1e38, "a score of this")])
+def test_a_sasrec_that_has_diverged_is_no_reward(tmp_path: Path, output: Output, weight: float, message: str) -> None:
+    model = SASRec(SASRecShape(num_classes=len(TITLES)))
+    model.norm.weight.data.fill_(weight)
+    model.item.weight.data *= 1e20
+    save_sasrec(model, tmp_path / "sasrec.safetensors", TITLES, {})
+    with pytest.raises(RewardError, match=message):
+        score_samples(Collaborative(SampleCatalog(), model=str(tmp_path / "sasrec.safetensors"), output=output))
 
 
 def test_sasrec_learns_a_cycle_stops_early_and_is_read_back(tmp_path: Path) -> None:

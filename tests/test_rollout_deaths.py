@@ -82,6 +82,14 @@ def test_a_worker_that_died_while_it_was_idle_is_given_its_weights_again(blank: 
         tables_of([stream_rollout(blank, 1, "train", IDS, 7, 7, CONFIG, weights=published(7))])
 
 
+def test_a_restarted_worker_has_all_the_time_for_its_table_again(lonely: ActorHandle, folder: Path) -> None:
+    stream = stream_rollout(lonely, 3, "train", IDS[:2], 5, 7, CONFIG, weights=published(5))
+    stream.waited_s = TIMEOUT_S - 2  # for the worker as it was before, without weights now
+    (folder / "sleep").write_text("3")
+    assert len(tables_of([stream])) == 1
+    (folder / "sleep").unlink()
+
+
 def test_a_worker_killed_from_outside_repeats_what_is_missing_until_it_stays_dead(blank: ActorHandle) -> None:
     weights = published(6)
     give(blank, weights)

@@ -14,7 +14,7 @@ from rollout_workers import CONFIG, IDS, TIMEOUT_S, kill_process, published, wai
 from catalog.catalog import Catalog
 from launch.rollout_fleet import Flight, RolloutFleet
 from rollout.actor import ChecksumMismatch
-from rollout.streams import WorkerLost
+from rollout.streams import RolloutTimeout, WorkerLost
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,59 @@ def test_a_worker_whose_engine_never_comes_up_is_named(
     with pytest.raises(WorkerLost, match="rollout worker 0 died 3 times while its engine started"):
         fleet.ready(TIMEOUT_S)
     ray.kill(fleet.workers[0])
+
+
+@pytest.fixture
+def brief(ray_session: None, small_catalog: Catalog, tmp_path: Path) -> Iterator[RolloutFleet]:
+    """One worker that may take three seconds for a call, steered by files of `tmp_path`."""
+    config = replace(CONFIG, timeout_s=3.0)
+    fleet = RolloutFleet(config, small_catalog, tmp_path, [{"num_cpus": 0}], rollout_fakes.FakeEngine)
+    fleet.ready(TIMEOUT_S)
+    yield fleet
+    for worker in fleet.workers:
+        ray.kill(worker)
+
+
+@pytest.mark.parametrize("noticed", ["at once", "when it is up again"])
+def test_a_restarted_worker_has_the_time_of_a_first_start(brief: RolloutFleet, tmp_path: Path, noticed: str) -> None:
+    """Also where it is asked to load weights before its new process has an engine."""
+    (tmp_path / "start").write_text("4")
+    process = ray.get(brief.workers[0].health.remote())["process"]
+    kill_process(brief.workers[0])
+    if noticed == "when it is up again":
+        wait_for_restart(brief.workers[0], process)
+    brief.publish(published, version=1)
+    brief.loaded()
+    assert ray.get(brief.workers[0].health.remote())["version"] == 1
+
+
+def test_a_restart_that_takes_too_long_names_its_limits(brief: RolloutFleet, tmp_path: Path) -> None:
+    brief.ready(0.5)  # as a limit of later starts: it is up
+    (tmp_path / "start").write_text("60")
+    kill_process(brief.workers[0])
+    brief.publish(published, version=1)
+    limit = r"after 3\.5 s; raise cluster\.start_timeout_s or rollout\.timeout_s, whose sum that is"
+    with pytest.raises(RolloutTimeout, match=f"rollout worker 0: restart is not done {limit}"):
+        brief.loaded()
+
+
+def test_a_load_that_takes_too_long_names_its_limit(brief: RolloutFleet, tmp_path: Path) -> None:
+    brief.publish(published, version=1)
+    (tmp_path / "sleep").write_text("60")
+    brief.launch("train", np.asarray(IDS), seed=0)
+    brief.publish(published, version=2)
+    with pytest.raises(RolloutTimeout, match=r"0 has not loaded version 2 after 3 s; raise rollout\.timeout_s if"):
+        brief.loaded()
+
+
+def test_a_worker_that_dies_whenever_it_is_started_again_is_named(brief: RolloutFleet, tmp_path: Path) -> None:
+    brief.ready(TIMEOUT_S)
+    brief.publish(published, version=1)
+    brief.loaded()
+    (tmp_path / "die_at").write_text("always")
+    flight = brief.launch("train", np.asarray(IDS), seed=0)
+    with pytest.raises(WorkerLost, match=r"rollout worker 0 \(table 1 .* died 3 times while it was started again \("):
+        landed(brief, flight)
 
 
 def test_engines_of_several_processes_end_before_their_workers_are_killed(

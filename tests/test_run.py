@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 from whole_run import SMALL, actor_processes, finish, logged_lines, logged_steps, start, wait_for_step
 
 from catalog.build import build_catalog
+from catalog.config import DataConfig, GeneratedConfig
 from launch.cli import main
 from launch.compare import FinishedRun, comparison, finished
 from launch.compose import load
 from launch.config import ConfigError
 from launch.recommend import prompt_tokens, recommend
+from launch.run import _catalog_words
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +201,12 @@ def test_a_run_is_only_replaced_by_one_that_starts(finished_run: Path) -> None:
     assert "with 60 beams needs" in output
     assert "SFT  " not in output
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("limit", "cut"), [(200, True), (4000, False)])
+def test_a_run_says_how_many_prompts_were_cut(tmp_path: Path, tiny_tokenizer_dir: Path, limit: int, cut: bool) -> None:
+    small = GeneratedConfig(items=60, users=60)
+    data = DataConfig(cache=str(tmp_path), generated=small, max_prompt_tokens=limit)
+    catalog = build_catalog(data, str(tiny_tokenizer_dir))
+    words = f", {catalog.stats['truncated_prompts']} prompts cut to data.max_prompt_tokens"
+    assert _catalog_words(catalog).endswith(" trie nodes" + (words if cut else ""))

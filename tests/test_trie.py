@@ -79,7 +79,6 @@ def test_statistics_count_children(titles: list) -> None:
     stats = trie_stats(trie)
     assert stats["nodes"] == len(prefixes)
     assert stats["depth"] == len(by_depth)
-    assert stats["single_child_share"] == pytest.approx(np.mean([n == 1 for n in children.values()]))
     assert stats["mean_branching"] == pytest.approx([np.mean(counts) for counts in by_depth], abs=1e-3)
     assert stats["max_branching"] == [max(counts) for counts in by_depth] == trie.fanout_by_depth.tolist()
 

@@ -5,11 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, Strategy
 from rollout.vllm_arguments import FIXED, OWNED, EngineError, check_lengths, check_vllm
-from rollout.vllm_engine import create_llm
+from rollout.vllm_engine import check_requests, create_llm
 from rollout.vllm_requests import create_trie_llm
 
 
@@ -31,8 +32,18 @@ def test_lengths_that_do_not_fit_are_known_without_an_engine(tmp_path: Path, mod
     check_lengths(tmp_path, RolloutConfig(vllm={"max_model_len": 256}), 200, 28)
     with pytest.raises(EngineError, match=r"longest prompt has 101 tokens.*engine's 128: lower data"):
         check_lengths(tmp_path, RolloutConfig(), 101, 28)
-    with pytest.raises(EngineError, match="completions up to 64"):
+    with pytest.raises(EngineError, match=r"completions up to 64.*128: lower rollout\.max_completion_tokens or data"):
         check_lengths(tmp_path, RolloutConfig(strategy="unconstrained", max_completion_tokens=64), 100, 28)
+
+
+def test_a_prompt_too_long_for_an_engine_names_what_to_lower() -> None:
+    def check(strategy: Strategy) -> None:
+        check_requests([np.zeros(101, np.int32)], [0], strategy, longest=28, vocab_size=9, max_model_len=128)
+
+    with pytest.raises(EngineError, match=r"limit is 128: lower data\.max_prompt_tokens or raise"):
+        check("beam")
+    with pytest.raises(EngineError, match=r"128: lower rollout\.max_completion_tokens or data\.max_prompt_tokens or"):
+        check("unconstrained")
 
 
 @pytest.mark.parametrize("length", ["4k", "auto", "4096", -1, 0, None, True, 2.5])
