@@ -26,7 +26,7 @@ from launch.rollout_fleet import RolloutFleet
 from launch.run_directory import lock_file
 from launch.waiting import fetch
 from rewards.pool import RewardPool
-from rollout.streams import RayLost
+from rollout.restarts import RayLost
 
 RAY_LATE = "timed out during startup"
 """Ray's words where its own processes are not up in the time that it gives them, which cannot be set."""

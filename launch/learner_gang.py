@@ -15,7 +15,9 @@ from launch.config import Config
 from learner import checkpoint
 from learner.mismatch import check_mismatch
 from learner.rank import PEER_LOST, LearnerRank, rank_environment
-from rollout.streams import PublishedWeights, lost_data, raise_if_failed
+from rollout.published_weights import PublishedWeights
+from rollout.restarts import lost_data
+from rollout.streams import raise_if_failed
 
 BLAME_S = 5.0
 """After one rank failed, how long to wait for the errors of the others before one is blamed."""

@@ -17,23 +17,21 @@ from rollout.actor import EngineFactory, RolloutWorker, worker_environment
 from rollout.assign import assign
 from rollout.config import RolloutConfig, Strategy
 from rollout.engines import create_engine
-from rollout.streams import (
+from rollout.published_weights import PublishedWeights
+from rollout.restarts import (
     MAX_DEATHS,
     START_TIMEOUT_S,
     Deadline,
-    PublishedWeights,
-    RolloutStream,
     await_restart,
     bring_back,
-    collect,
     keeps_dying,
     lost_data,
     restarts,
-    stream_rollout,
 )
+from rollout.streams import RolloutStream, collect, stream_rollout
 
 RESTARTS = -1
-"""Of a worker over a whole run: without limit, since rollout.streams gives up on one that dies again and again."""
+"""Of a worker over a whole run: without limit, since rollout.restarts gives up on one that dies again and again."""
 
 CLOSE_S = 10.0
 """For engines to end in; an idle one takes 2 s."""

@@ -31,7 +31,7 @@ from launch.run_directory import RunDirectory, in_use, versions
 from launch.train import train
 from launch.trial import trial
 from learner import checkpoint
-from rollout.streams import DataLost, check_ray
+from rollout.restarts import DataLost, check_ray
 
 GANG_RESTARTS = 3
 """Of the learner ranks, while they start, in the trial of the weights, SFT, training and evaluation each."""

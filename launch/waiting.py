@@ -5,7 +5,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from rollout.streams import lost_data
+from rollout.restarts import lost_data
 
 
 class WaitTimeout(TimeoutError):

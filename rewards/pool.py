@@ -12,7 +12,7 @@ from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError
 from rewards.stage import Stage, Work
 from rewards.terms import stages_of
-from rollout.streams import lost_data
+from rollout.restarts import lost_data
 
 METRICS_TIMEOUT_S = 600.0
 """Longest wait for the metrics of one step, whose tables are scored already."""

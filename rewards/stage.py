@@ -13,7 +13,7 @@ from rewards.actor import RewardActor
 from rewards.config import RewardTerm
 from rewards.errors import RewardError, RewardTimeoutError, name_examples
 from rewards.terms import replicas_of
-from rollout.streams import START_TIMEOUT_S, lost_data, restarts
+from rollout.restarts import START_TIMEOUT_S, lost_data, restarts
 
 FETCH_TIMEOUT_S = 30.0
 RETRIES = 2

@@ -18,7 +18,8 @@ from ray.exceptions import RayActorError
 from catalog.catalog import Catalog
 from rollout.actor import RolloutWorker
 from rollout.config import RolloutConfig
-from rollout.streams import PublishedWeights, collect
+from rollout.published_weights import PublishedWeights
+from rollout.streams import collect
 from rollout.weights import WeightBucket, checksum
 
 CONFIG = RolloutConfig(group_size=4, groups_per_table=2, queue_tables=2)

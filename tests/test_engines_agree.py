@@ -12,7 +12,8 @@ from catalog.catalog import Catalog
 from rollout.actor import RolloutWorker, group_seed
 from rollout.config import RolloutConfig, Strategy
 from rollout.groups import INCLUSION_WEIGHT
-from rollout.streams import PublishedWeights, collect, stream_rollout
+from rollout.published_weights import PublishedWeights
+from rollout.streams import collect, stream_rollout
 from rollout.weights import WeightBucket, checksum
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

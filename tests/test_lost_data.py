@@ -18,14 +18,16 @@ from rewards.config import RewardTerm
 from rewards.pool import RewardPool
 from rewards.stage import Stage, Work
 from rollout.config import RolloutConfig
-from rollout.streams import DataLost, PublishedWeights, bring_back, collect, stream_rollout
+from rollout.published_weights import PublishedWeights
+from rollout.restarts import DataLost, bring_back
+from rollout.streams import collect, stream_rollout
 
 DEAD_RAYLET = """
 import os, signal, subprocess
 import ray
 from launch.progress import Progress
 from launch.run import surviving
-from rollout.streams import DataLost, RayLost
+from rollout.restarts import DataLost, RayLost
 
 ray.init(address="local", include_dashboard=False, num_cpus=1, object_store_memory=10**8, log_to_driver=False)
 raylet = subprocess.check_output(["pgrep", "-P", str(os.getpid()), "-f", "raylet/raylet"], text=True)

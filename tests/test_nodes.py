@@ -26,7 +26,7 @@ from launch.config import ConfigError
 from launch.nodes import check_nodes
 from launch.placement import actor_options, alive_nodes, plan
 from launch.waiting import fetch
-from rollout.streams import DataLost
+from rollout.restarts import DataLost
 
 cluster = Cluster(True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
 other = cluster.add_node(num_cpus=1, object_store_memory=10**8, resources={"other": 1})

@@ -21,7 +21,8 @@ from rollout_workers import (
 
 from catalog.catalog import Catalog
 from rollout.actor import StaleWeights
-from rollout.streams import WorkerLost, collect, stream_rollout
+from rollout.restarts import WorkerLost
+from rollout.streams import collect, stream_rollout
 
 
 @pytest.fixture(scope="module")

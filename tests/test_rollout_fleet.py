@@ -14,7 +14,7 @@ from rollout_workers import CONFIG, IDS, TIMEOUT_S, kill_process, published, wai
 from catalog.catalog import Catalog
 from launch.rollout_fleet import Flight, RolloutFleet
 from rollout.actor import ChecksumMismatch
-from rollout.streams import RolloutTimeout, WorkerLost
+from rollout.restarts import RolloutTimeout, WorkerLost
 
 
 @pytest.fixture(scope="module")

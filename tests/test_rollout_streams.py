@@ -19,7 +19,9 @@ from rollout import streams
 from rollout.actor import ChecksumMismatch, StaleWeights
 from rollout.groups import GROUP_SCHEMA, Candidates, group_table, validate_groups
 from rollout.metrics import group_probability, rollout_metrics
-from rollout.streams import PublishedWeights, RolloutTimeout, collect, stream_rollout
+from rollout.published_weights import PublishedWeights
+from rollout.restarts import RolloutTimeout
+from rollout.streams import collect, stream_rollout
 
 
 @pytest.fixture(scope="module")
