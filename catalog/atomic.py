@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, also where several processes write the same one."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSALS and path.parent.is_dir():
+        if error.errno not in REFUSALS and path.parent.is_dir() and not _takes_no_files(path.parent, error):
             raise
         raise CannotWrite(f"{path} cannot be written: {error}") from error
 
@@ -42,13 +43,14 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield the path of a file to write, which is renamed to `path` at the end and replaces what is there.
 
-    It lies beside `path`, whose folder is made where there is none. When the body raises, it is removed and `path` is
-    left as it was.
+    It lies beside `path`, whose folder is made where there is none; a link is followed. When the body raises, it is
+    removed and `path` is left as it was.
 
     >>> with atomic_file(folder / "summary.json") as temporary:
     ...     temporary.write_text("{}")
     """
     with writing(path):
+        path = _replaceable(path)
         temporary = _beside(path)
         try:
             yield temporary
@@ -60,7 +62,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def check_writable(path: Path) -> None:
     """Raise CannotWrite now where `atomic_file` would raise it once there is something to write."""
     with writing(path):
-        temporary = _beside(path)
+        temporary = _beside(_replaceable(path))
         temporary.touch()
         temporary.unlink()
 
@@ -85,6 +87,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         finally:
             if temporary.exists():
                 shutil.rmtree(temporary)
+
+
+def _takes_no_files(folder: Path, error: OSError) -> bool:
+    """Whether a file was to be made in a folder that is there, and could not be found in it, as in /proc."""
+    made = error.filename if error.errno == errno.ENOENT and error.filename2 is None else None
+    return made is not None and Path(os.fsdecode(made)).parent == folder
+
+
+def _replaceable(path: Path) -> Path:
+    """Where a file can take the place of `path`; not of a device, a pipe or a folder."""
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise CannotWrite(f"{path} is there, and no file; name another")
+    return path
 
 
 def _beside(path: Path) -> Path:

@@ -45,14 +45,15 @@ def ranking_metrics(hit_rank: np.ndarray, ks: Sequence[int]) -> dict[str, float]
     return metrics | {f"ndcg@{k}": ndcg_at_k(hit_rank, k) for k in ks}
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, users: Sequence[Hashable], seed: int) -> dict[str, float]:
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, users: Sequence[Hashable], seed: int) -> dict[str, float | None]:
     """Mean of b - a over the examples with its 95% interval, from 10,000 resamples of the users.
 
     Of more than 10,000 users there are fewer resamples, 1,000 or more.
 
     a, b: float [n], the metric of each example before and after. users: [n], whose example it is: all examples of a
     user are resampled together, since they are not independent.
-    Returns {"mean", "low", "high"}. Raises ValueError for different lengths or no examples.
+    Returns {"mean", "low", "high"}; of a single user there is no interval (None). Raises ValueError for different
+    lengths or no examples.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a) or len(users) != len(a):
@@ -62,6 +63,8 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, users: Sequence[Hashable], se
     gain = b - a
     _, user = np.unique(np.asarray(users), return_inverse=True)
     examples, gains = np.bincount(user), np.bincount(user, gain)
+    if len(gains) == 1:
+        return {"mean": float(gain.mean()), "low": None, "high": None}
     draw = np.random.default_rng(seed)
     means = []
     resamples = max(FEWEST_RESAMPLES, min(RESAMPLES, DRAWN // len(gains)))

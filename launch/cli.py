@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from catalog.atomic import REFUSALS
+
 if TYPE_CHECKING:
     from launch.config import Config
 
@@ -62,6 +64,9 @@ def _run(arguments: list[str]) -> int:
     options, more = parser.parse_known_args(arguments)
     if stray := [text for text in more if text.startswith("-") or "=" not in text]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    for group in ("cluster", "data", "model", "algorithm", "name"):
+        if vars(options)[group] == "":  # of a shell's variable that is not set, say
+            parser.error(f"--{group} is empty; name one, or leave the option out")
     options.overrides += more  # argparse takes overrides only before the last option or behind it
     config, resume = _composed(options)
     if _has_everything(config):
@@ -164,6 +169,8 @@ def _own_message(error: BaseException) -> str | None:
     from ray.exceptions import RayTaskError
 
     cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, OSError) and cause.filename is not None and cause.errno in REFUSALS:
+        return f"{os.fsdecode(cause.filename)}: {cause.strerror}"  # a file that may not be looked at, or cannot be
     package = type(cause).__module__.partition(".")[0]
     return str(cause) if package in OWN_PACKAGES else None
 

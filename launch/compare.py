@@ -98,7 +98,7 @@ class FinishedRun:
         targets = catalog.item_ids.take(pa.array(test.target_item[ids])).to_pylist()
         return [(test.user_id(example_id), target) for example_id, target in zip(ids, targets, strict=True)]
 
-    def gain_over(self, other: "FinishedRun", k: int) -> dict[str, float] | str:
+    def gain_over(self, other: "FinishedRun", k: int) -> dict[str, float | None] | str:
         """paired_bootstrap of NDCG@k from another run to this one, or why there is none."""
         if k > self.k:
             return "not measured"
@@ -131,7 +131,9 @@ def _row(run: FinishedRun, first: FinishedRun, k: int) -> list[str]:
     ]
 
 
-def _gain_words(gain: dict[str, float] | str) -> tuple[str, str]:
+def _gain_words(gain: dict[str, float | None] | str) -> tuple[str, str]:
     if isinstance(gain, str):
         return "", gain
+    if gain["low"] is None:
+        return f"{gain['mean']:+.4f}", "one user"
     return f"{gain['mean']:+.4f}", f"{gain['low']:+.4f} to {gain['high']:+.4f}"

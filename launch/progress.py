@@ -1,6 +1,7 @@
 """What a person sees while a run works: one live line per stage on a terminal, plain lines elsewhere."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +27,22 @@ class Stage:
         self.plain = False
         self._printed_at = self.started
         self._printed: tuple[int, str] | None = None
+        self._printing = threading.Lock()
 
     def update(self, done: int | None = None, detail: str | None = None) -> None:
         """`done` of the total units, and a few words on the latest one."""
         self.done = self.done if done is None else done
         self.detail = self.detail if detail is None else detail
-        if self.plain and time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S:
-            self._print()
+        with self._printing:
+            if self.plain and time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S:
+                self._print()
+
+    def say_if_silent(self) -> None:
+        """Print what it is at, once, after PLAIN_INTERVAL_S without a line."""
+        with self._printing:
+            silent = time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S
+            if silent and self._printed != (self.done, self.detail):
+                self._print()
 
     def end(self) -> None:
         """Print where it stands, unless that has just been printed."""
@@ -50,6 +60,25 @@ class Stage:
 
     def __rich__(self) -> Text:
         return Text(str(self))
+
+
+@contextmanager
+def _said_in_time(stage: Stage) -> Iterator[None]:
+    """What a stage is at is printed where nothing new comes for PLAIN_INTERVAL_S, and at its end, whatever ends it."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(PLAIN_INTERVAL_S / 10):
+            stage.say_if_silent()
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
+        stage.end()
 
 
 class _Output(Console):
@@ -101,5 +130,5 @@ class Progress:
                 yield stage
         else:
             stage.plain = True
-            yield stage
-            stage.end()
+            with _said_in_time(stage):
+                yield stage

@@ -84,7 +84,8 @@ SHARES = (
     "learner.reference_sync_alpha",
 )
 TIMES = ("cluster.start_timeout_s", "rollout.timeout_s", "learner.timeout_s")
-COUNTS = ("data.max_history", "data.generated.items", "data.generated.users")
+COUNTS = ("data.max_history",)
+GENERATED = ("data.generated.items", "data.generated.users")
 SHARES_BELOW_1 = ("learner.lora.dropout",)
 """Keys by the range that their values lie in, where they are set."""
 
@@ -96,6 +97,7 @@ NOT_INFINITE: Range = (lambda value: value < inf, "must be finite")
 AT_LEAST_0: Range = (lambda value: value >= 0, "must not be negative")
 A_TIME: Range = (lambda value: value <= 1e8, "must be 1e8 (three years) or less")
 A_COUNT: Range = (lambda value: value <= 10**8, "must be 10^8 or less")
+A_MILLION: Range = (lambda value: value <= 10**6, "must be 1,000,000 or less")
 A_SEED: Range = (lambda value: 0 <= value < 2**62, "must be at least 0 and less than 2^62")
 FROM_0_TO_1: Range = (lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 FROM_0_BELOW_1: Range = (lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
@@ -108,6 +110,7 @@ def out_of_range(config: Any) -> Iterator[tuple[str, Any, str]]:
         (FINITE, NOT_INFINITE),
         (TIMES, A_TIME),
         (COUNTS, A_COUNT),
+        (GENERATED, A_MILLION),
         (NOT_NEGATIVE, AT_LEAST_0),
         (SEEDS, A_SEED),
         (SHARES, FROM_0_TO_1),

@@ -5,7 +5,8 @@ import difflib
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from rollout.groups import Candidates
 KV_CACHE_GIB = 1 / 16
 """For each beam, at most; a run's own cache may be sized for hundreds of groups at once, and histories that do not fit
 together go in turn."""
+AT_ONCE = 64
+"""Histories whose titles are printed together."""
 UNKNOWN_SHOWN = 3
 PIECE, COMPARED = 4, 1000
 """Characters of a piece of a title; titles that are compared whole."""
@@ -43,36 +46,41 @@ def main(arguments: Sequence[str]) -> int:
     histories = list(histories_of_file(options.file)) if options.file else [options.titles]
     if not histories:
         raise ConfigError(f"{options.file} is empty: a list of titles per line is needed")
-    catalog, groups = recommend(options.run, histories, options.count, options.checkpoint, unseen=options.unseen)
-    for history, group in zip(histories, groups, strict=True):
+    policy = PolicyOfRun.of(options.run, options.checkpoint)
+    catalog = policy.catalog
+    for history, group in zip(
+        histories, recommend(policy, histories, options.count, unseen=options.unseen), strict=True
+    ):
         if options.file:
-            print(json.dumps(_line(group, catalog), ensure_ascii=False))
+            print(json.dumps(_line(group, catalog), ensure_ascii=False), flush=True)
         else:
             Progress().table(f"after {' · '.join(history)}", *_table(group, catalog))
     return 0
 
 
 def recommend(
-    run: Path, histories: Sequence[Sequence[str]], count: int, step: str | None = None, *, unseen: bool = False
-) -> tuple[Catalog, list[Candidates]]:
-    """The run's catalogue, and for each history of titles, oldest first, the `count` best by constrained beam search.
+    policy: PolicyOfRun, histories: Sequence[Sequence[str]], count: int, *, unseen: bool = False
+) -> Iterator[Candidates]:
+    """For each history of titles, oldest first, the `count` best by constrained beam search, as they are found.
 
     The beams are those of the run's evaluation, train.eval_beams, or `count` where that is more: a narrow beam loses
-    titles. step: name of one of the run's checkpoints; by default the newest. unseen: leave out the titles of the
-    history, by as many more beams. Raises what PolicyOfRun.of raises. A title that the catalogue does not have is read
-    all the same, with a word on the error stream.
+    titles. unseen: leave out the titles of the history, by as many more beams. A title that the catalogue does not
+    have is read all the same, with a word on the error stream.
     """
-    policy = PolicyOfRun.of(run, step)
     rollout, catalog = policy.config.rollout, policy.catalog
-    _mention_unknown(histories, catalog)
-    left_out = [set(history) if unseen else set() for history in histories]
+    known = _known(histories, catalog)
+    _mention_unknown([title for title, item_class in known.items() if item_class is None], catalog)
+    left_out = [{known[title] for title in history} - {None} if unseen else set() for history in histories]
     beams = max(count, policy.config.train.eval_beams) + max(map(len, left_out))
     rollout = replace(rollout, kv_cache_gib=min(rollout.kv_cache_gib, max(beams, 16) * KV_CACHE_GIB))
     with policy.engine(rollout) as engine:
-        prompts = prompt_tokens(policy.config.data, str(policy.checkpoint), histories)
-        nothing = [0] * len(prompts)
-        groups = engine.generate(prompts, nothing, nothing, group_size=beams, strategy="beam")
-    return catalog, [_best(group, count, titles, catalog) for group, titles in zip(groups, left_out, strict=True)]
+        for first in range(0, len(histories), AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            prompts = prompt_tokens(policy.config.data, str(policy.checkpoint), histories[some])
+            nothing = [0] * len(prompts)
+            groups = engine.generate(prompts, nothing, nothing, group_size=beams, strategy="beam")
+            for group, classes in zip(groups, left_out[some], strict=True):
+                yield _best(group, count, classes)
 
 
 def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -82,16 +90,28 @@ def prompt_tokens(data: DataConfig, tokenizer_path: str, histories: Sequence[Seq
     return [prompts[row].tolist() for row in range(len(prompts))]
 
 
-def _best(group: Candidates, count: int, left_out: set[str], catalog: Catalog) -> Candidates:
-    """The first `count` candidates that are none of some titles."""
-    ranks = [rank for rank, found in enumerate(group.item_class) if catalog.title(int(found)) not in left_out]
+def _best(group: Candidates, count: int, left_out: Set[int | None]) -> Candidates:
+    """The first `count` candidates that are none of some classes."""
+    ranks = [rank for rank, found in enumerate(group.item_class.tolist()) if found not in left_out]
     return group.take(np.array(ranks[:count], np.int64))
 
 
-def _mention_unknown(histories: Sequence[Sequence[str]], catalog: Catalog) -> None:
+def _known(histories: Sequence[Sequence[str]], catalog: Catalog) -> dict[str, int | None]:
+    """The item class of each title, in the order of the titles; None for one that the catalogue does not have.
+
+    Of spellings that differ in Unicode alone, and so may be one class, the catalogue has but the first.
+    """
+    classes = {title: item_class for item_class, title in enumerate(catalog.titles.to_pylist())}
+    known = {title: classes.get(title) for history in histories for title in history}
+    if None in known.values():
+        composed = {unicodedata.normalize("NFC", title): item_class for title, item_class in classes.items()}
+        for title in [title for title, item_class in known.items() if item_class is None]:
+            known[title] = composed.get(unicodedata.normalize("NFC", title))
+    return known
+
+
+def _mention_unknown(unknown: Sequence[str], catalog: Catalog) -> None:
     """Name the first of them and what is close to each; count the rest."""
-    known = set(catalog.titles.to_pylist())
-    unknown = list(dict.fromkeys(title for history in histories for title in history if title not in known))
     for title in unknown[:UNKNOWN_SHOWN]:
         close = close_titles(title, catalog.titles)
         words = f"close to it: {', '.join(map(repr, close))}" if close else "nothing is close to it"

@@ -103,10 +103,11 @@ def _metric_table(config: Config, summary: dict[str, Any]) -> tuple[list[str], l
 def _gain(config: Config, summary: dict[str, Any]) -> str:
     k = max(config.train.eval_ks)
     gain = summary[f"ndcg@{k}_gain"]
-    return (
-        f"NDCG@{k} gain of RL over {'SFT' if config.learner.sft.epochs else 'the model before'}: {gain['mean']:+.4f}  "
-        f"(95% interval {gain['low']:+.4f} to {gain['high']:+.4f}, paired bootstrap over users)"
-    )
+    interval = "no interval: all examples are of one user"
+    if gain["low"] is not None:
+        interval = f"95% interval {gain['low']:+.4f} to {gain['high']:+.4f}, paired bootstrap over users"
+    over = "SFT" if config.learner.sft.epochs else "the model before"
+    return f"NDCG@{k} gain of RL over {over}: {gain['mean']:+.4f}  ({interval})"
 
 
 def _html_table(columns: list[str], rows: list[list[str]]) -> str:

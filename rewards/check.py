@@ -60,9 +60,12 @@ def _keyword_arguments(written: Sequence[str]) -> dict[str, Any]:
             raise RewardError(f"--args {text!r}: write KEY=VALUE")
         try:
             tree.merge_with_dotlist([text])
-        except (YAMLError, OmegaConfBaseException) as error:
+        except (YAMLError, OmegaConfBaseException, UnicodeError) as error:
             raise RewardError(f"--args {text!r}: the value is not readable as YAML: {error}") from error
-    args = OmegaConf.to_container(tree)
+    try:
+        args = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise RewardError(f"--args {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(args, dict)
     return {str(key): value for key, value in args.items()}
 

@@ -70,7 +70,9 @@ class RewardPool:
             waiting[ref].check_ready(ref)
         if late:
             names = ", ".join(sorted({waiting[ref].names for ref in late}))
-            raise RewardTimeoutError(f"reward {names} is not ready after {timeout_s:g} s")
+            raise RewardTimeoutError(
+                f"reward {names} is not ready after {timeout_s:g} s; raise cluster.start_timeout_s if it is only slow"
+            )
 
     def submit(self, table: ObjectRef, split: str) -> Handle:
         """Have the groups of `table`, examples of `split`, scored; returns at once."""

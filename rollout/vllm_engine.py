@@ -129,7 +129,7 @@ def create_llm(
             raise EngineError(f"rollout.vllm.{unknown[1]}: {_unknown_argument(unknown[1])}") from error
         raise
     except ValueError as error:
-        if "kv" in str(error).lower() and "memory" in str(error).lower():
+        if "memory" in (told := str(error).lower()) and ("kv" in told or "cache blocks" in told):
             reason = str(error).split(" Try ")[0]
             raise EngineError(
                 f"rollout.kv_cache_gib={config.kv_cache_gib} is wrong here: {reason} Change rollout.kv_cache_gib or "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from catalog.atomic import CannotWrite, atomic_file, atomic_folder, writing
+from catalog.atomic import CannotWrite, atomic_file, atomic_folder, check_writable, writing
 
 
 def names(folder: Path) -> list[str]:
@@ -96,3 +96,21 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path, path: str) -> 
     with pytest.raises(CannotWrite, match=message), atomic_folder(tmp_path / path):
         pass
     assert names(tmp_path) == ["folder"]
+
+
+def test_a_device_stays_one_and_a_link_leads_where_it_did(tmp_path: Path) -> None:
+    pipe, link, behind = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "behind.json"
+    os.mkfifo(pipe)
+    for write in (check_writable, lambda path: atomic_file(path).__enter__()):
+        with pytest.raises(CannotWrite, match="pipe is there, and no file"):
+            write(pipe)
+    link.symlink_to(behind)
+    with atomic_file(link) as temporary:
+        temporary.write_text("{}")
+    assert link.is_symlink()
+    assert behind.read_text() == "{}"
+
+
+def test_where_there_are_no_files_is_named() -> None:
+    with pytest.raises(CannotWrite, match=r"/proc/metrics\.json cannot be written"):
+        check_writable(Path("/proc/metrics.json"))

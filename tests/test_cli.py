@@ -86,6 +86,32 @@ def test_weights_that_are_not_there_in_whole_are_named(
         assert f"model {weights.parent}: model.safetensors has no weights in it, or not all" in message
 
 
+@pytest.mark.parametrize("option", ["cluster", "data", "model", "algorithm", "name"])
+def test_an_empty_option_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a variable of the shell that is not set; the default would be trained, and with --overwrite replaced."""
+    with pytest.raises(SystemExit):
+        main(["train", f"--{option}", "", "--dry-run"])
+    assert f"--{option} is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "--dry-run", "--data"),
+        ("train", "--dry-run", "--model"),
+        ("train", "--dry-run", "--algorithm"),
+        ("evaluate",),
+        ("compare",),
+        ("prepare", "data/train.parquet", "data/items.parquet"),
+    ],
+)
+def test_a_path_that_cannot_be_looked_at_is_named(command: tuple[str, ...], data: Path, refused: Refused) -> None:
+    path = "x" * 300
+    message = refused(*command, path)
+    assert path in message
+    assert "File name too long" in message
+
+
 def test_adapters_alone_are_no_model(data: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "merge_and_unload" in refused("train", "--data", str(data), "--model", str(tmp_path))

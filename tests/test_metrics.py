@@ -64,6 +64,11 @@ def test_bootstrap_resamples_pairs_and_is_repeatable() -> None:
     assert paired_bootstrap(a, a**2, range(300), 3)["low"] != paired_bootstrap(a, a**2, range(300), 4)["low"]
 
 
+def test_one_user_has_no_interval() -> None:
+    gain = paired_bootstrap(np.zeros(3), np.array([0.0, 0.5, 1.0]), ["ann"] * 3, seed=0)
+    assert gain == {"mean": 0.5, "low": None, "high": None}
+
+
 def test_bootstrap_keeps_the_examples_of_a_user_together() -> None:
     draw = np.random.default_rng(0)
     a, gain = draw.random(500), 0.1 * draw.standard_normal(500)

@@ -5,6 +5,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,7 +16,7 @@ from catalog.errors import CatalogError
 from launch.compose import compose
 from launch.config import ConfigError
 from launch.policy_of_run import catalogue
-from launch.recommend import close_titles, histories_of_file, main
+from launch.recommend import _known, close_titles, histories_of_file, main
 from launch.run_directory import RunDirectory
 
 
@@ -49,6 +51,14 @@ def test_a_line_that_is_no_history_is_named(tmp_path: Path, line: str, message: 
     (tmp_path / "histories.jsonl").write_text(f'["Bolt"]\n{line}\n["Nut"]\n')
     with pytest.raises(ConfigError, match=message):
         list(histories_of_file(tmp_path / "histories.jsonl"))
+
+
+def test_a_title_is_known_in_another_spelling_of_unicode() -> None:
+    composed, decomposed = "Caf\u00e9", "Cafe\u0301"
+    titles = pa.array([decomposed, "Steel Bolt", "Steel Nut"], pa.large_string())
+    catalog: Any = SimpleNamespace(titles=titles)
+    histories = [["Steel Nut", composed], ["Lamp", decomposed]]
+    assert _known(histories, catalog) == {"Steel Nut": 2, composed: 0, "Lamp": None, decomposed: 0}
 
 
 def test_close_titles_of_a_small_catalogue_are_those_of_difflib() -> None:

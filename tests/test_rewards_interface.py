@@ -277,10 +277,20 @@ def test_check_warns_of_a_reward_that_teaches_nothing(capsys: pytest.CaptureFixt
     assert "4 of 4 groups got one and the same reward throughout" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("args", [["bonus"], ["=2"], ["bonus=[1"], ["bonus=1: 2: 3"]])
+@pytest.mark.parametrize("args", [["bonus"], ["=2"], ["bonus=[1"], ["bonus=1: 2: 3"], ["bonus=\udcff"]])
 def test_arguments_of_check_that_cannot_be_read_are_named(args: list[str]) -> None:
-    with pytest.raises(RewardError, match=f"--args '{re.escape(args[0])}': "):
+    with pytest.raises(RewardError, match=f"--args {re.escape(repr(args[0]))}: "):
         main(["rule", "--args", *args])
+
+
+def test_arguments_of_check_stand_for_what_they_do_in_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BONUS", "0.75")
+    assert main([f"{FAULTY}:Constant", "--args", "value=${oc.decode:${oc.env:BONUS}}"]) == 0
+    assert "+0.7500" in capsys.readouterr().out
+    with pytest.raises(RewardError, match=r"--args value: .*NO_SUCH_VARIABLE"):
+        main([f"{FAULTY}:Constant", "--args", "value=${oc.env:NO_SUCH_VARIABLE}"])
 
 
 @pytest.mark.parametrize("size", [["--groups", "0"], ["--groups", "-1"], ["--candidates", "0"]])

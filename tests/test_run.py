@@ -17,6 +17,7 @@ from launch.cli import main
 from launch.compare import FinishedRun, comparison, finished
 from launch.compose import load
 from launch.config import ConfigError
+from launch.policy_of_run import PolicyOfRun
 from launch.recommend import prompt_tokens, recommend
 from launch.run import _catalog_words
 
@@ -70,7 +71,8 @@ def test_its_policy_recommends_as_hugging_face_would_rank(finished_run: Path, mo
     monkeypatch.chdir(finished_run.parent.parent)  # its configuration names the cache from here
     catalog = build_catalog(load(finished_run / "config.yaml").data, str(finished_run / "checkpoints" / "step-3"))
     histories = [[catalog.title(3), catalog.title(7)], [catalog.title(5), "Acme Bolt, of another shop"]]
-    _, groups = recommend(finished_run, histories, 4)
+    asked = PolicyOfRun.of(finished_run)
+    groups = list(recommend(asked, histories, 4))
     path = finished_run / "checkpoints" / "step-3"
     policy = AutoModelForCausalLM.from_pretrained(path)
     prompts = prompt_tokens(load(finished_run / "config.yaml").data, str(path), histories)
@@ -82,7 +84,7 @@ def test_its_policy_recommends_as_hugging_face_would_rank(finished_run: Path, mo
             expected = logits.log_softmax(-1).gather(1, torch.from_numpy(tokens).long()[:, None]).sum()
             assert score == pytest.approx(float(expected), abs=1e-3)
     repeated = [[catalog.title(int(item_class)) for item_class in groups[0].item_class[:2]]]
-    _, (new,) = recommend(finished_run, repeated, 57, unseen=True)
+    (new,) = recommend(asked, repeated, 57, unseen=True)
     found = [catalog.title(int(item_class)) for item_class in new.item_class]
     assert len(found) == min(57, len(catalog.titles) - 2)
     assert not {*found} & {*repeated[0]}
