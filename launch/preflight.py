@@ -1,16 +1,18 @@
 """What can be known to fail before anything starts; a run and a dry run ask the same."""
 
+import os
 from pathlib import Path
 
 from catalog.catalog import Catalog
 from launch import trackers
-from launch.config import Config
+from launch.config import Config, ConfigError
 from launch.data_order import DataOrder
 from launch.model import check_shape
 from launch.placement import Placement, plan
 from learner.arithmetic import BatchArithmetic, check_batch, describe_batch
 from learner.config import LearnerConfig, objective_names
 from learner.deepspeed_keys import check_deepspeed
+from rollout.config import RolloutConfig
 from rollout.vllm_arguments import LengthError, check_lengths, check_vllm
 
 
@@ -26,6 +28,7 @@ def check_config(config: Config) -> Placement:
         trackers.resolve(tracker)
     if config.model.path is None:
         check_shape(config.model)
+    _check_runs(Path(config.runs))
     check_deepspeed(config.learner.deepspeed)
     check_vllm(config.rollout.vllm)
     check_batch(config.learner, config.train.prompts_per_step)
@@ -49,13 +52,26 @@ def plan_steps(config: Config, catalog: Catalog, model_path: Path) -> tuple[Data
     batch = describe_batch(
         config.learner,
         prompts_per_step=config.train.prompts_per_step,
-        group_size=config.rollout.group_size,
+        group_size=_candidates(config.rollout, len(catalog.titles)),
         steps=steps,
         train_examples=examples,
         prompt_tokens=prompt_tokens,
         title_tokens=title_tokens,
     )
     return order, steps, batch
+
+
+def _candidates(rollout: RolloutConfig, titles: int) -> int:
+    """Of a group, at most: the strategies that never repeat a title give no more than there are."""
+    repeats = rollout.strategy in ("sample", "unconstrained")
+    return rollout.group_size if repeats else min(rollout.group_size, titles)
+
+
+def _check_runs(runs: Path) -> None:
+    """Raise ConfigError for a folder of runs that can be neither written to nor made."""
+    there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"runs={runs}: no run can be written there, since {there} does not allow it")
 
 
 def _check_objective(config: LearnerConfig, staleness: int) -> None:

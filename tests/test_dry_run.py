@@ -13,8 +13,10 @@ from catalog.build import build_catalog
 from catalog.config import DataConfig
 from launch.cli import main
 from launch.compose import compose
+from launch.preflight import _candidates
 from launch.run_directory import RunDirectory
 from learner import checkpoint
+from rollout.config import RolloutConfig, Strategy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -44,6 +46,11 @@ def test_a_dry_run_prints_placement_arithmetic_and_configuration(
     assert "there is no folder Qwen/Qwen3-0.6B; the Hugging Face hub will be asked" in capsys.readouterr().out
     assert main(["train", "--dry-run", "learner.updates_per_batch=2"]) == 0
     assert "#   note: learner.updates_per_batch=2 without learner.clip_low" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("strategy", "candidates"), [("beam", 3), ("dynamic", 3), ("sample", 16)])
+def test_groups_have_no_more_candidates_than_there_are_titles(strategy: Strategy, candidates: int) -> None:
+    assert _candidates(RolloutConfig(strategy=strategy), titles=3) == candidates
 
 
 def test_a_dry_run_refuses_what_a_run_would(data: Path, tmp_path: Path, refused: Refused) -> None:

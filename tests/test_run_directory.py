@@ -23,6 +23,7 @@ from learner import checkpoint
 def test_a_runs_folder_that_cannot_be_is_named(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "file").write_text("")
     assert "runs=file: no run can be written there" in refused("train", "runs=file")
+    assert "runs=file/deeper: no run can be written there" in refused("train", "runs=file/deeper", "--dry-run")
 
 
 def test_a_damaged_catalogue_file_is_named(tmp_path: Path) -> None:
