@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +14,8 @@ from rich.text import Text
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 1000
 """Of tables in files and pipes, which have no width; rich would take 80 and cut off the columns beyond."""
+NOTHING = (0, "")
+"""What a stage has said before its first word."""
 NAME_WIDTH = 40
 """Names of a table's rows are not cut up to here, however narrow the terminal."""
 
@@ -31,9 +33,9 @@ class Stage:
 
     def update(self, done: int | None = None, detail: str | None = None) -> None:
         """`done` of the total units, and a few words on the latest one."""
-        self.done = self.done if done is None else done
-        self.detail = self.detail if detail is None else detail
         with self._printing:
+            self.done = self.done if done is None else done
+            self.detail = self.detail if detail is None else detail
             if self.plain and time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S:
                 self._print()
 
@@ -41,7 +43,7 @@ class Stage:
         """Print what it is at, once, after PLAIN_INTERVAL_S without a line."""
         with self._printing:
             silent = time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S
-            if silent and self._printed != (self.done, self.detail):
+            if silent and (self.done, self.detail) not in (self._printed, NOTHING):
                 self._print()
 
     def end(self) -> None:
@@ -68,8 +70,9 @@ def _said_in_time(stage: Stage) -> Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(PLAIN_INTERVAL_S / 10):
-            stage.say_if_silent()
+        with suppress(BrokenPipeError):  # which the stage's own next line raises where it is heard
+            while not ended.wait(PLAIN_INTERVAL_S / 10):
+                stage.say_if_silent()
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
