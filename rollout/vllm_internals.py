@@ -226,7 +226,7 @@ class PagedModel:
         return get_tp_group().broadcast(tensor.contiguous(), src=0)
 
     def copy_blocks(self, source: np.ndarray, destination: np.ndarray) -> None:
-        """Copy whole blocks of the KV cache, in every layer; they are its first dimension."""
+        """Copy whole blocks of the KV cache, in every layer; they are its first dimension. None is in both lists."""
         if not len(source):
             return
         read, written = self._to_device(source.astype(np.int64)), self._to_device(destination.astype(np.int64))
@@ -236,14 +236,13 @@ class PagedModel:
             for some, to in zip(read.split(at_once), written.split(at_once), strict=True):
                 layers.index_copy_(1, to, layers.index_select(1, some))
             return
-        first, last = int(destination[0]), int(destination[-1])
-        neighbours = last - first == len(destination) - 1 and bool((np.diff(destination) == 1).all())
+        neighbours = self.device.type == "cpu" and bool((np.diff(destination) == 1).all())
         for cache in caches:
-            copies = cache.index_select(0, read)
-            if neighbours:  # on a CPU, torch scatters with one thread
-                cache[first : last + 1] = copies
+            if neighbours:  # torch scatters with one thread, and selects only into what it takes for other memory
+                to = cache[int(destination[0]) : int(destination[-1]) + 1]
+                torch.index_select(torch.from_dlpack(cache), 0, read, out=to)
             else:
-                cache.index_copy_(0, written, copies)
+                cache.index_copy_(0, written, cache.index_select(0, read))
 
     def _to_device(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
         tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array

@@ -50,7 +50,9 @@ def test_every_beam_reads_its_own_past(seed: int, groups: int, beams: int, size:
             for beam in range(beams):
                 if alive[group] and draw.random() < 0.8:
                     parents[group, beam] = draw.choice(alive[group])
-        cache.copy(*blocks.follow(parents))
+        source, destination = blocks.follow(parents)
+        assert not set(source) & set(destination)
+        cache.copy(source, destination)
         past = {
             group * beams + beam: list(past[group * beams + parents[group, beam]])
             for group in range(groups)
