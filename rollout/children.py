@@ -26,8 +26,8 @@ class Children:
     """float32 [R, W]: what is reported and, in beam search, summed."""
     edge: torch.Tensor
     """int64 [R, W]"""
-    key: torch.Tensor
-    """[R, W]: what they are ordered by."""
+    key: torch.Tensor | None = None
+    """[R, W]: what they are ordered by, where that is not the log-probability."""
     policy: torch.Tensor | None = None
     """float64 [R, W]: log-probability among the node's children, where a search asks for it."""
 
@@ -39,7 +39,7 @@ class Children:
             self,
             logprob=torch.where(one, only, self.logprob),
             edge=torch.where(one, edge[..., None], self.edge),
-            key=torch.where(one, only.to(self.key.dtype), self.key),
+            key=None if self.key is None else torch.where(one, only.to(self.key.dtype), self.key),
         )
 
     def map(self, change: Callable[[torch.Tensor, float], torch.Tensor]) -> "Children":
@@ -89,10 +89,10 @@ def top_children(
     pieces = []
     for row, edge, raw in _expanded(trie, logits, node, fanout):
         logprob = _normalised(raw, row, normaliser)
-        found = Children(logprob, edge, logprob) if key is None else Children(logprob, edge, *key(row, edge, raw))
+        found = Children(logprob, edge) if key is None else Children(logprob, edge, *key(row, edge, raw))
         if edge.shape[1] > keep or (edge.shape[1] > 1 and key is not None):
-            order = found.key.sort(dim=1, descending=True, stable=True).indices[:, :keep]
-            found = found.gather(order)
+            by = logprob if found.key is None else found.key
+            found = found.gather(by.sort(dim=1, descending=True, stable=True).indices[:, :keep])
         pieces.append((row, found))
     return _assembled(pieces, len(fanout))
 
@@ -116,7 +116,7 @@ def draw_children(
         drawn = torch.minimum(drawn_index(raw, temperature, numbers[row]), (trie.fanout(node[row]) - 1)[:, None])
         logprob = _normalised(raw, row, normaliser).gather(1, drawn)
         logprob = torch.where(logprob > NEG_INF, logprob, torch.nan)  # nothing can be drawn
-        pieces.append((row, Children(logprob, edge.gather(1, drawn), logprob)))
+        pieces.append((row, Children(logprob, edge.gather(1, drawn))))
     return _assembled(pieces, len(fanout))
 
 
@@ -138,12 +138,16 @@ def _expanded(
     Nodes are taken in buckets of similar fan-out, so memory follows the number of edges and not the widest node.
     """
     for rows in _fanout_buckets(fanout, *(_ON_CPU if node.device.type == "cpu" else _ON_CUDA)):
-        row = torch.from_numpy(rows).to(node.device, non_blocking=True)
+        row, widest = torch.from_numpy(rows).to(node.device, non_blocking=True), int(fanout[rows].max())
         first = trie.first_edge[node[row]][:, None]
-        edge = first + torch.arange(int(fanout[rows].max()), device=node.device)
-        exists = edge < trie.first_edge[node[row] + 1][:, None]
-        edge = torch.where(exists, edge, first)
-        yield row, edge, torch.where(exists, logits[row[:, None], trie.edge_token[edge].long()].float(), NEG_INF)
+        edge = first + torch.arange(widest, device=node.device)
+        if int(fanout[rows].min()) == widest:
+            exists = None
+        else:
+            exists = edge < trie.first_edge[node[row] + 1][:, None]
+            edge = torch.where(exists, edge, first)
+        raw = logits[row[:, None], trie.edge_token[edge].long()].float()
+        yield row, edge, raw if exists is None else torch.where(exists, raw, NEG_INF)
 
 
 def _over_vocabulary(logits: torch.Tensor) -> torch.Tensor:

@@ -66,14 +66,14 @@ class Past:
 
     def trace(self, beam: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probabilities [P, K, D] of the first `depth` steps to each `beam`, both [P, K]."""
-        parent, logprob = self._parent.cpu().numpy(), self._logprob.cpu().numpy()
-        token = self._trie.edge_token[self._edge].cpu().numpy()
-        found = (*beam.shape, self._trie.num_depths)
-        tokens, logprobs = np.zeros(found, np.int32), np.zeros(found, np.float32)
-        group = np.arange(len(beam))[:, None]
-        for step in range(self._trie.num_depths - 1, -1, -1):
-            tokens[..., step], logprobs[..., step] = token[group, step, beam], logprob[group, step, beam]
+        parent, depths = self._parent.cpu().numpy(), self._trie.num_depths
+        group, beams = np.arange(len(beam))[:, None], np.empty((depths, *beam.shape), np.int64)
+        for step in range(depths - 1, -1, -1):
+            beams[step] = beam
             beam = np.where(step < depth, parent[group, step, beam], beam)
+        there = group[..., None], np.arange(depths), beams.transpose(1, 2, 0)
+        tokens = self._trie.edge_token[self._edge].cpu().numpy()[there]
+        logprobs = self._logprob.cpu().numpy()[there]
         return tokens, logprobs
 
 

@@ -34,28 +34,34 @@ class BeamBlocks:
         self.table = np.zeros((slots, 0), np.int32)
         """The blocks of each beam, from its first token on; 0 behind its last."""
         self._widen(max(int(_columns(len(prompt), block_size)) for prompt in prompts))
-        self._free = np.arange(1, num_blocks, dtype=np.int32)
         self.shared = np.zeros(len(prompts), np.int64)
         """Leading tokens of each prompt that an earlier prompt computes."""
-        known: dict[tuple[int, bytes], int] = {}
+        taken, known = 0, dict[tuple[int, bytes], int]()
         for group, prompt in enumerate(prompts):
-            self._place(group, np.asarray(prompt, np.int32), known)
+            taken = self._place(group, np.asarray(prompt, np.int32), known, taken)
+        if taken >= num_blocks:
+            raise OutOfBlocksError(f"{taken} KV-cache blocks are needed, {num_blocks - 1} are free")
+        self._free = np.arange(taken + 1, num_blocks, dtype=np.int32)
 
-    def _place(self, group: int, prompt: np.ndarray, known: dict[tuple[int, bytes], int]) -> None:
-        """Give a prompt its blocks; full ones are shared, but never that of the last token, whose output is needed."""
-        size, row = self.block_size, self.table[group * self.beams]
-        shareable, before, columns = (len(prompt) - 1) // size, 0, _columns(len(prompt), size)
-        for column in range(columns):
-            key = (before, prompt[column * size : (column + 1) * size].tobytes())
-            block = known.get(key) if column < shareable else None
-            if block is None:
-                block = int(self._take(1)[0])
+    def _place(self, group: int, prompt: np.ndarray, known: dict[tuple[int, bytes], int], taken: int) -> int:
+        """Give a prompt its blocks; full ones are shared, but never that of the last token, whose output is needed.
+
+        known: the full blocks by that before them and their own tokens. taken: the last block that is; returns it.
+        """
+        content, width, before = prompt.tobytes(), self.block_size * prompt.itemsize, 0
+        shareable, row = (len(prompt) - 1) // self.block_size, []
+        for column in range(shareable):
+            key = (before, content[column * width : (column + 1) * width])
+            before = known.setdefault(key, taken + 1)
+            if before > taken:
+                taken = before
             else:
-                self.shared[group] = (column + 1) * size
-            if column < shareable:
-                known[key] = block
-            row[column] = before = block
-        self.length[group * self.beams] = len(prompt)
+                self.shared[group] = (column + 1) * self.block_size
+            row.append(before)
+        row.append(taken + 1)
+        slot = group * self.beams
+        self.table[slot, : len(row)], self.length[slot] = row, len(prompt)
+        return taken + 1
 
     def extend(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """Make room for counts[i] more tokens of beam slots[i]."""
@@ -75,8 +81,9 @@ class BeamBlocks:
         """
         slots = np.flatnonzero(parents >= 0)
         sources = slots // self.beams * self.beams + parents.ravel()[slots]
-        first = np.zeros(len(slots), bool)
-        first[np.unique(sources, return_index=True)[1]] = True
+        heir = np.empty(len(self.length), np.int64)
+        heir[sources[::-1]] = slots[::-1]  # of several, the first
+        first = heir[sources] == slots
 
         old_table, old_length = self.table, self.length
         self.table, self.length = np.zeros_like(old_table), np.zeros_like(old_length)

@@ -1,7 +1,5 @@
 """Trie-constrained beam search as pure tensor maths: no model, no cache, no per-beam Python."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -80,7 +78,7 @@ class BeamSearch:
 
     def advance(self, frontier: Frontier, children: Children) -> None:
         """See TrieSearch: every group walks its chains, then its beams compete for one step."""
-        self._finite.note(children.logprob + children.key)
+        self._finite.note(children.logprob if children.key is None else children.logprob + children.key)
         of_last, forced = self._of_beams(frontier, children)
         self._walk(self._chains, forced, of_last.logprob[..., 0])
         self._step(of_last)
@@ -136,9 +134,8 @@ class BeamSearch:
 
     def _step(self, children: Children) -> None:
         """One token for every group, its beams competing; children [P, G, W] of every beam's node."""
-        stands = (self._node >= 0)[..., None]
-        logprob, key = (torch.where(stands, values, NEG_INF) for values in (children.logprob, children.key))
-        steps = self._best_steps(replace(children, logprob=logprob, key=key))
+        self._score = torch.where(self._node >= 0, self._score, NEG_INF)  # beams that have ended compete no more
+        steps = self._best_steps(children)
         target = self.trie.edge_target[steps.edge].long()
         possible = steps.score > NEG_INF
         ended = possible & (target < 0)
@@ -197,7 +194,7 @@ class BeamSearch:
         np.put_along_axis(logprobs, depth[..., None], pool.logprob.cpu().numpy()[..., None], 2)
         groups = []
         for group, found in enumerate(score > NEG_INF):
-            length = depth[group][found] + 1
+            length = (depth[group][found] + 1).tolist()
             groups.append(
                 Candidates(
                     tokens=[row[:n] for row, n in zip(tokens[group][found], length, strict=True)],

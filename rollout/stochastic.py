@@ -63,6 +63,7 @@ class StochasticBeamSearch(BeamSearch):
 
     def _best_steps(self, children: Children) -> Steps:
         """The G + 1 largest among the children of all beams and what has ended; smaller ones drop out of both."""
+        assert children.key is not None
         assert children.policy is not None
         width = children.key.shape[2]
         perturbed = self._drawn[..., None] + children.key
