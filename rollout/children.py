@@ -9,6 +9,7 @@ import torch
 
 from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
+from rollout.largest import first_largest
 from rollout.logsumexp import logsumexp
 
 NEG_INF = float("-inf")
@@ -92,7 +93,7 @@ def top_children(
         found = Children(logprob, edge) if key is None else Children(logprob, edge, *key(row, edge, raw))
         if edge.shape[1] > keep or (edge.shape[1] > 1 and key is not None):
             by = logprob if found.key is None else found.key
-            found = found.gather(by.sort(dim=1, descending=True, stable=True).indices[:, :keep])
+            found = found.gather(first_largest(by, keep))
         pieces.append((row, found))
     return _assembled(pieces, len(fanout))
 
@@ -146,7 +147,8 @@ def _expanded(
         else:
             exists = edge < trie.first_edge[node[row] + 1][:, None]
             edge = torch.where(exists, edge, first)
-        raw = logits[row[:, None], trie.edge_token[edge].long()].float()
+        token = trie.edge_token[edge].long()
+        raw = (logits.gather(1, token) if len(rows) == len(logits) else logits[row[:, None], token]).float()
         yield row, edge, raw if exists is None else torch.where(exists, raw, NEG_INF)
 
 

@@ -8,6 +8,7 @@ import torch
 from rollout.chains import Chains
 from rollout.children import NEG_INF
 from rollout.device_trie import DeviceTrie
+from rollout.largest import first_largest
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Pool:
         size = self.score.shape[1]
         more = _columns(others)
         joined = {name: torch.cat([values, more[name]], 1) for name, values in _columns(self).items()}
-        order = joined["score"].argsort(dim=1, descending=True, stable=True)[:, :size]
+        order = first_largest(joined["score"], size)
         return Pool(**{name: values.gather(1, order) for name, values in joined.items()})
 
 

@@ -11,6 +11,7 @@ from rollout.finite import FiniteCheck
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.history import Past, Pool, Steps
+from rollout.largest import first_largest
 
 
 class BeamSearch:
@@ -169,10 +170,9 @@ class BeamSearch:
         """The 2G best steps from the children [P, G, W] of all beams."""
         width = children.logprob.shape[2]
         score = (self._score[..., None] + children.logprob).flatten(1)
-        score, order = score.sort(dim=1, descending=True, stable=True)
-        score, order = score[:, : 2 * self.beams], order[:, : 2 * self.beams]
+        order = first_largest(score, 2 * self.beams)
         edge, logprob = (values.flatten(1).gather(1, order) for values in (children.edge, children.logprob))
-        return Steps(score, order // width, edge, logprob)
+        return Steps(score.gather(1, order), order // width, edge, logprob)
 
     def _follow(self, alive: torch.Tensor, steps: Steps, target: torch.Tensor) -> None:
         """Beams are replaced by `steps` [P, G] where these are alive; groups that have ended stay at their depth."""

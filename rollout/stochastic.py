@@ -12,6 +12,7 @@ from rollout.device_trie import DeviceTrie
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
 from rollout.history import Pool, Steps
+from rollout.largest import first_largest
 from rollout.noise import gumbel, seed_tensor
 from rollout.search import BeamSearch
 
@@ -70,8 +71,8 @@ class StochasticBeamSearch(BeamSearch):
         score = _conditioned(self._score[..., None], perturbed).flatten(1)
         drawn = perturbed - gumbel(self._seed[:, None, None], children.edge)
         policy = self._policy[..., None] + children.policy
-        score, order = score.sort(dim=1, descending=True, stable=True)
-        score, order = score[:, : self.beams], order[:, : self.beams]
+        order = first_largest(score, self.beams)
+        score = score.gather(1, order)
         rivals = torch.cat([self._pool.score, score], 1)
         smallest = rivals.topk(min(self.beams, rivals.shape[1]), 1).values[:, -1:]
         self._pool = replace(self._pool, score=torch.where(self._pool.score < smallest, NEG_INF, self._pool.score))
