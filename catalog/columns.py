@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from catalog.errors import CatalogError
 from catalog.ragged import Ragged
 
-MILLISECONDS = 10**11
-"""From here on a time is hardly one in seconds: they would lie in the year 5138."""
+UNITS = {10**17: "nanoseconds", 10**14: "microseconds", 10**11: "milliseconds"}
+"""What a time from this number on is likely to count: in seconds the smallest of them would lie in the year 5138."""
 CSV_NULLS = pa.array(pa.csv.ConvertOptions().null_values)
 """How CSV files spell a number that is missing."""
 
@@ -49,11 +49,15 @@ class Columns:
 
     @classmethod
     def of_csv(cls, file: Path, *names: str, texts: Sequence[str] = (), ids: Sequence[str] = ()) -> "Columns":
-        """The same of a CSV file in UTF-8 with a header.
+        """The same of a CSV file in UTF-8 with a header, compressed where its name ends in .gz, .bz2 or the like.
 
         texts: columns of strings, also where all are numbers. ids: columns of ids, as _csv_ids reads them.
         """
         _check_exists(file)
+        if file.suffix.lower() == ".csv" and _is_binary(file):
+            raise CatalogError(
+                f"{file}: not text in UTF-8; write it so, or, if it is compressed, name it .csv.gz or the like"
+            )
         try:
             table = pa.csv.read_csv(
                 file,
@@ -128,11 +132,12 @@ class Columns:
             raise CatalogError(
                 f"{self.file}: column {name!r} holds times above 2^63 - 1 ({error}); write seconds since 1970"
             ) from error
-        if seconds.max() >= MILLISECONDS:
-            raise CatalogError(
-                f"{self.file}: column {name!r} has times up to {seconds.max()}, which look like milliseconds: "
-                "expected seconds since 1970; divide them by 1000, or write an Arrow timestamp column"
-            )
+        for least, unit in UNITS.items():
+            if seconds.max() >= least:
+                raise CatalogError(
+                    f"{self.file}: column {name!r} has times up to {seconds.max()}, which look like {unit}: "
+                    "expected seconds since 1970; convert them, or write an Arrow timestamp column"
+                )
         return seconds
 
     def id_lists(self, name: str) -> tuple[pa.Array, np.ndarray]:
@@ -233,6 +238,12 @@ def _check_once(file: Path, present: Sequence[str], names: Sequence[str]) -> Non
     twice = [name for name in names if present.count(name) > 1]
     if twice:
         raise CatalogError(f"{file}: column {twice[0]!r} occurs twice; keep one of them")
+
+
+def _is_binary(file: Path) -> bool:
+    with file.open("rb") as content:
+        start = content.read(1024)
+    return b"\0" in start or start.startswith(b"\x1f\x8b")  # which a short gzip file may do without
 
 
 def _csv_ids(texts: pa.ChunkedArray) -> pa.ChunkedArray:

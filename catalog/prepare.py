@@ -30,7 +30,8 @@ def prepare(
 ) -> dict[str, int]:
     """Write items.parquet and {train,valid,test}.parquet to `out_dir` as the paper makes its data; return the counts.
 
-    interactions: Parquet or CSV of (user_id, item_id, timestamp). items: the same of (item_id, title).
+    interactions: Parquet or CSV (.csv, .csv.gz, .csv.bz2, ...) of (user_id, item_id, timestamp). items: the same of
+    (item_id, title).
     Kept are interactions from day `start` up to but not including day `end` (YYYY-MM-DD, UTC) with items whose title
     is present and has at most max_title_words words; then users and items with fewer than k interactions are
     removed until none is left. Each user's interactions in time order (the file's order where times are equal) give
@@ -54,12 +55,16 @@ def prepare(
     users, time = pc.dictionary_encode(log.texts("user_id")), log.seconds("timestamp")
     user = users.indices.to_numpy()
 
-    kept = np.flatnonzero((time >= _day(start, -(2**62))) & (time < _day(end, 2**62)) & usable[row_of])
-    kept = kept[_k_core(user[kept], row_of[kept], k)]
+    within = (time >= _day(start, -(2**62))) & (time < _day(end, 2**62))
+    titled = np.flatnonzero(within & usable[row_of])
+    kept = titled[_k_core(user[titled], row_of[titled], k)]
     if not len(kept):
+        first, last = np.array([time.min(), time.max()], "datetime64[s]").astype("datetime64[D]")
         raise CatalogError(
-            f"{interactions}: nothing is left of {len(time)} interactions with k={k}, start={start}, end={end}, "
-            f"max_title_words={max_title_words}; widen the window or lower k"
+            f"{interactions}: nothing is left of {len(time)} interactions from {first} to {last}. Within "
+            f"start={start} and end={end} are {within.sum()}; of these {len(titled)} have an item in {items.name} "
+            f"with a title of at most max_title_words={max_title_words} words; of these none is left where every "
+            f"user and every item must have k={k} of them. Loosen the one that leaves too few"
         )
     rows, histories = _examples(kept, user, row_of, time, max_history)
     examples = pa.table(
@@ -87,7 +92,7 @@ def prepare(
 
 
 def _columns(file: Path, *names: str) -> Columns:
-    if file.suffix.lower() == ".csv":
+    if ".csv" in (suffix.lower() for suffix in file.suffixes[-2:]):
         return Columns.of_csv(file, *names, texts=["title"], ids=["user_id", "item_id"])
     return Columns.of_parquet(file, *names)
 
@@ -155,8 +160,8 @@ def _write(out_dir: Path, items: pa.Table, splits: dict[str, pa.Table]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`rere prepare INTERACTIONS ITEMS OUT`: prepare, and print what is left."""
     parser = argparse.ArgumentParser(prog="rere prepare", description=__doc__)
-    parser.add_argument("interactions", type=Path, help="Parquet or .csv with user_id, item_id, timestamp")
-    parser.add_argument("items", type=Path, help="Parquet or .csv with item_id, title")
+    parser.add_argument("interactions", type=Path, help="Parquet, .csv or .csv.gz with user_id, item_id, timestamp")
+    parser.add_argument("items", type=Path, help="Parquet, .csv or .csv.gz with item_id, title")
     parser.add_argument("out", type=Path, help="data folder to write; must not exist")
     parser.add_argument("--k", type=int, default=5, help="fewest interactions of a user and of an item (5)")
     parser.add_argument("--start", help="first day, YYYY-MM-DD")

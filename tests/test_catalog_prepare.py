@@ -76,6 +76,19 @@ def test_csv_files_give_what_parquet_files_give(tmp_path: Path) -> None:
         assert of_csv.equals(of_parquet)
 
 
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "lz4", "zst"])
+def test_csv_files_may_be_compressed(tmp_path: Path, suffix: str) -> None:
+    files = write_csv(tmp_path, ["ann", "bob", "cid"], ["1", "2", "3"])
+    packed = [file.with_name(f"{file.name}.{suffix}") for file in files]
+    for file, other in zip(files, packed, strict=True):
+        with pa.output_stream(other) as stream:
+            stream.write(file.read_bytes())
+    assert prepare(*packed, tmp_path / "packed", k=3) == prepare(*files, tmp_path / "plain", k=3)
+    packed[0].rename(files[0])
+    with pytest.raises(CatalogError, match=r"log\.csv: not text in UTF-8"):
+        prepare(*files, tmp_path / "out", k=3)
+
+
 def write_csv(folder: Path, users: list[str], items: list[str], time: str = "2001-09-{:02d}") -> tuple[Path, Path]:
     """Files in which every user has had every item, one a day."""
     log = [f"{user},{item},{time.format(day + 1)}" for user in users for day, item in enumerate(items)]
@@ -246,8 +259,12 @@ def test_titles_as_a_dictionary_are_the_same(tmp_path: Path) -> None:
 
 def test_faults_are_named(tmp_path: Path) -> None:
     files = write(tmp_path, [("a", 0, 1), ("a", 1, 2), ("b", 0, 3)])
-    with pytest.raises(CatalogError, match="nothing is left of 3 interactions with k=5"):
+    with pytest.raises(CatalogError, match=r"nothing is left of 3 .* are 3; of these 3 have .* is left where .* k=5"):
         prepare(*files, tmp_path / "out")
+    with pytest.raises(CatalogError, match=r"from 1970-01-02 to 1970-01-04\. Within .* are 1; of these 1 have"):
+        prepare(*files, tmp_path / "out", start="1970-01-04")
+    with pytest.raises(CatalogError, match=r"are 3; of these 0 have .* max_title_words=0"):
+        prepare(*files, tmp_path / "out", max_title_words=0)
     with pytest.raises(CatalogError, match="too few for a train split"):
         prepare(*files, tmp_path / "out", k=1)
     with pytest.raises(CatalogError, match="'November' is no day"):
