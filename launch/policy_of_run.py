@@ -71,7 +71,10 @@ def _intact(folder: Path, name: str | None) -> Path:
         raise ConfigError(f"{folder} has no checkpoint yet: there is no policy to ask")
     if name is not None and name not in there:
         raise ConfigError(f"{folder} has no {name}, only {', '.join(there)}")
-    checkpoint.check(path)
+    if fault := checkpoint.find_fault(path):
+        intact = [other for other in there if checkpoint.find_fault(folder / other) is None]
+        offer = f"intact, for --checkpoint, {'is' if len(intact) == 1 else 'are'} {', '.join(intact)}"
+        raise checkpoint.CheckpointError(f"checkpoint {path}: {fault}; {offer if intact else 'no other is intact'}")
     return path
 
 

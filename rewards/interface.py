@@ -109,9 +109,10 @@ def _flat_values(name: str, returned: Any, groups: Groups) -> np.ndarray:
             f"reward {name!r} returned {_shown(returned)} for {len(groups)} groups; expected a list for each"
         ) from None
     if len(rows) != len(groups):
+        kind = "numbers" if rows and isinstance(rows[0], Real) else "lists"
         raise RewardError(
-            f"reward {name!r} returned {len(rows)} lists for {len(groups)} groups "
-            f"({name_examples(groups.example_ids.tolist())})"
+            f"reward {name!r} returned {len(rows)} {kind} for {len(groups)} groups "
+            f"({name_examples(groups.example_ids.tolist())}); expected a list for each"
         )
     return np.concatenate([np.zeros(0), *(_row(name, row, groups, index) for index, row in enumerate(rows))])
 

@@ -15,9 +15,10 @@ from catalog.build import build_catalog
 from catalog.errors import CatalogError
 from launch.compose import compose
 from launch.config import ConfigError
-from launch.policy_of_run import catalogue
+from launch.policy_of_run import PolicyOfRun, catalogue
 from launch.recommend import _known, close_titles, histories_of_file, main
 from launch.run_directory import RunDirectory
+from learner import checkpoint
 
 
 def test_options_may_stand_between_the_run_and_the_titles() -> None:
@@ -123,3 +124,21 @@ def test_the_catalogue_is_that_of_the_run_though_its_data_have_gone(
     shutil.rmtree(built.path)
     with pytest.raises(CatalogError, match="data"):
         catalogue(config, tiny_tokenizer_dir)
+
+
+def test_where_the_newest_checkpoint_is_damaged_others_are_offered(data: Path, tmp_path: Path) -> None:
+    config = compose(data=str(data), overrides=[f"runs={tmp_path}/runs"])
+    run = RunDirectory(config, "0")
+    run.close()
+    for name in ("sft", "step-1", "step-2"):
+        checkpoint.begin(run.checkpoints / name)
+        checkpoint.commit(run.checkpoints / name, {})
+    (run.checkpoints / "step-2" / "state.json").unlink()
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"step-2: .*missing; intact, for --checkpoint, are sft, step-1$"
+    ):
+        PolicyOfRun.of(run.path)
+    shutil.rmtree(run.checkpoints / "sft")
+    (run.checkpoints / "step-1" / "state.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-1: .*missing; no other is intact$"):
+        PolicyOfRun.of(run.path, "step-1")

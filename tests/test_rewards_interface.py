@@ -128,7 +128,7 @@ def test_the_order_of_groups_does_not_matter(shuffled: list[int]) -> None:
         ),
         ("OneGroupShort", r"reward 'OneGroupShort' returned 3 lists for 4 groups \(groups 0, 1, 2, 3\)"),
         ("ArrowWords", r"reward 'ArrowWords' returned 6 values \(\['Steel .* for group 0"),
-        ("Flat", r"reward 'Flat' returned 24 lists for 4 groups"),
+        ("Flat", r"reward 'Flat' returned 24 numbers for 4 groups .*; expected a list for each"),
         ("CannotStart", r"(?s)reward 'CannotStart' could not be made with args {}:.*FileNotFoundError: weights.bin"),
         ("NotCallable", "class NotCallable needs a method __call__"),
         ("WithoutCatalog", "first parameter of its __init__ must be called catalog; it takes \\(value: float"),
