@@ -49,7 +49,7 @@ class SearchWorker(WeightsWorker):
         them. Everything else is as the config of `start_search` says.
         """
         found: list[Candidates] = []
-        for batch, needed in self._batches_that_fit(prompts, strategy, size):
+        for batch, needed in list(self._batches_that_fit(prompts, strategy, size)):  # refused before anything runs
             search = self._search(strategy, seeds[batch], size)
             self._run(search, prompts[batch], needed)
             found += search.results()  # on every rank, since it checks the logits
