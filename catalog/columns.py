@@ -58,16 +58,14 @@ class Columns:
             raise CatalogError(
                 f"{file}: not text in UTF-8; write it so, or, if it is compressed, name it .csv.gz or the like"
             )
+        kinds = dict.fromkeys([*texts, *ids], pa.string())
         try:
-            table = pa.csv.read_csv(
-                file,
-                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys([*texts, *ids], pa.string())),
-            )
+            table = _read_csv(file, kinds)
         except (OSError, pa.ArrowException) as error:
+            told = " ".join(str(error).split())
             raise CatalogError(
-                f"{file}: not a readable CSV file ({error}); write it as UTF-8 text with a header, commas, and as "
-                "many values in every row"
+                f"{file}: not a readable CSV file ({told[:200]}{'...' if len(told) > 200 else ''}); write it as UTF-8 "
+                "text with a header, commas, and as many values in every row"
             ) from error
         present = table.column_names
         _check_once(file, present, names)
@@ -122,6 +120,13 @@ class Columns:
         column = self.column(name)
         if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
             return column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()).to_numpy()
+        if not self.typed and _is_text(column.type):
+            row = _first_no_time(column)
+            raise self.fault(
+                name,
+                row,
+                f"{column[row].as_py()!r} is not like the others: expected seconds since 1970, or days or ISO 8601",
+            )
         if not pa.types.is_integer(column.type):
             raise CatalogError(
                 f"{self.file}: column {name!r} is {column.type}, expected integers (seconds since 1970) or timestamps"
@@ -134,9 +139,12 @@ class Columns:
             ) from error
         for least, unit in UNITS.items():
             if seconds.max() >= least:
-                raise CatalogError(
-                    f"{self.file}: column {name!r} has times up to {seconds.max()}, which look like {unit}: "
-                    "expected seconds since 1970; convert them, or write an Arrow timestamp column"
+                row = int((seconds >= least).argmax())
+                raise self.fault(
+                    name,
+                    row,
+                    f"{seconds[row]} looks like {unit}: expected seconds since 1970; convert them, or write an Arrow "
+                    "timestamp column",
                 )
         return seconds
 
@@ -240,10 +248,34 @@ def _check_once(file: Path, present: Sequence[str], names: Sequence[str]) -> Non
         raise CatalogError(f"{file}: column {twice[0]!r} occurs twice; keep one of them")
 
 
+def _read_csv(file: Path, kinds: dict[str, pa.DataType]) -> pa.Table:
+    """A CSV file with columns of given kinds. Raises what Arrow says of it, with the number of the row."""
+    parsing = pa.csv.ParseOptions(newlines_in_values=True)
+    conversion = pa.csv.ConvertOptions(column_types=kinds)
+    try:
+        return pa.csv.read_csv(file, parse_options=parsing, convert_options=conversion)
+    except pa.ArrowException:  # by one thread, Arrow knows the row
+        reading = pa.csv.ReadOptions(use_threads=False)
+        return pa.csv.read_csv(file, read_options=reading, parse_options=parsing, convert_options=conversion)
+
+
 def _is_binary(file: Path) -> bool:
     with file.open("rb") as content:
         start = content.read(1024)
     return b"\0" in start or start.startswith(b"\x1f\x8b")  # which a short gzip file may do without
+
+
+def _first_no_time(texts: pa.Array) -> int:
+    """The first row that is no number where most are, or else no day or time."""
+    number = pc.match_substring_regex(texts, r"^-?\d+$")
+    if 2 * (pc.sum(number).as_py() or 0) > len(texts):
+        return max(0, _first(pc.invert(number)))
+    for row, text in enumerate(texts):
+        try:
+            text.cast(pa.timestamp("us"))
+        except pa.ArrowInvalid:
+            return row
+    return 0
 
 
 def _csv_ids(texts: pa.ChunkedArray) -> pa.ChunkedArray:

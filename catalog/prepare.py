@@ -41,6 +41,11 @@ def prepare(
     _check_new(out_dir)
     if max_history < 1:
         raise CatalogError(f"max_history={max_history}: a prompt needs at least one item")
+    if k < 1:
+        raise CatalogError(f"k={k}: give 1 or more; 1 leaves out nothing")
+    first_time, end_time = _day(start, -(2**62)), _day(end, 2**62)
+    if first_time >= end_time:
+        raise CatalogError(f"start={start} is not before end={end}, the first day that is left out")
     catalogue = _columns(items, "item_id", "title")
     log = _columns(interactions, "user_id", "item_id", "timestamp")
     index = ItemIndex(catalogue, "item_id")
@@ -55,7 +60,7 @@ def prepare(
     users, time = pc.dictionary_encode(log.texts("user_id")), log.seconds("timestamp")
     user = users.indices.to_numpy()
 
-    within = (time >= _day(start, -(2**62))) & (time < _day(end, 2**62))
+    within = (time >= first_time) & (time < end_time)
     titled = np.flatnonzero(within & usable[row_of])
     kept = titled[_k_core(user[titled], row_of[titled], k)]
     if not len(kept):
@@ -94,7 +99,14 @@ def prepare(
 def _columns(file: Path, *names: str) -> Columns:
     if ".csv" in (suffix.lower() for suffix in file.suffixes[-2:]):
         return Columns.of_csv(file, *names, texts=["title"], ids=["user_id", "item_id"])
+    if file.is_file() and not _begins_with(file, b"PAR1"):
+        raise CatalogError(f"{file}: its content is no Parquet, and its name does not end in .csv or .csv.gz")
     return Columns.of_parquet(file, *names)
+
+
+def _begins_with(file: Path, magic: bytes) -> bool:
+    with file.open("rb") as content:
+        return content.read(len(magic)) == magic
 
 
 def _check_new(out_dir: Path) -> None:

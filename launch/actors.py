@@ -44,6 +44,9 @@ def _own_sigterm() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except BaseException:
+        signal.alarm(0)  # of Ray's own answer to it, which would abort the driver 3 s later
+        raise
     finally:
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)

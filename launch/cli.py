@@ -60,13 +60,13 @@ def _run(arguments: list[str]) -> int:
         return _reward(arguments[1:])
     if module := COMMANDS.get(next(iter(arguments), "")):
         return int(import_module(module).main(arguments[1:]))
-    parser = _parser()
+    parser, train = _parsers()
     options, more = parser.parse_known_args(arguments)
     if stray := [text for text in more if text.startswith("-") or "=" not in text]:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+        train.error(f"unrecognized arguments: {' '.join(stray)}")
     for group in ("cluster", "data", "model", "algorithm", "name"):
         if vars(options)[group] == "":  # of a shell's variable that is not set, say
-            parser.error(f"--{group} is empty; name one, or leave the option out")
+            train.error(f"--{group} is empty; name one, or leave the option out")
     options.overrides += more  # argparse takes overrides only before the last option or behind it
     config, resume = _composed(options)
     if _has_everything(config):
@@ -129,7 +129,8 @@ def _reward(arguments: list[str]) -> int:
     return 0 if asked else 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """That of `rere`, and that of `rere train`, the one command whose options it knows."""
     parser = argparse.ArgumentParser(prog="rere", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="fine-tune, train by RL and evaluate a recommender")
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run of this name")
     train.add_argument("overrides", nargs="*", help="section.key=value; `rere keys` lists them")
-    return parser
+    return parser, train
 
 
 def _own_message(error: BaseException) -> str | None:

@@ -72,7 +72,7 @@ class FinishedRun:
         try:
             yield json.loads((self._path / file).read_text())
         except OSError as error:
-            raise ConfigError(f"{self._path / file}: {error}; only finished runs can be compared") from error
+            raise ConfigError(f"{self._path / file}: {error.strerror}; only finished runs can be compared") from error
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(
                 f"{self._path / file} is damaged ({error!r}); only finished runs can be compared"

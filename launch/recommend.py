@@ -43,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("give the titles of one history, oldest first, or --file with a list of titles per line")
     if not all(map(_is_text, options.titles)):
         raise ConfigError("a title of the command line is not UTF-8")
+    if not all(title.strip() for title in options.titles):
+        raise ConfigError("a title of the command line is empty")
     histories = list(histories_of_file(options.file)) if options.file else [options.titles]
     if not histories:
         raise ConfigError(f"{options.file} is empty: a list of titles per line is needed")
@@ -139,7 +141,7 @@ def histories_of_file(file: Path) -> Iterator[list[str]]:
         text = io.StringIO(file.read_text(encoding="utf-8-sig"))
         lines = list(text)  # splitlines() also cuts within titles, at U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{file}: {error.strerror if isinstance(error, OSError) else error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise ConfigError(f"{file}, line {number} is empty; leave it out, so that every line has its answer")

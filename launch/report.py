@@ -68,7 +68,7 @@ th:first-child, td:first-child {{ text-align: left }}
 figure {{ margin: 0 }} figure img {{ width: 100% }} figcaption {{ color: #57606a; font-size: .9rem }}
 .group {{ margin: 1.5rem 0 }} .group p {{ margin: 0 }} .group th, .group td {{ text-align: left }}
 .group th:nth-child(n + 3), .group td:nth-child(n + 3) {{ text-align: right }}
-h1, p, .group td:nth-child(2) {{ overflow-wrap: anywhere }}
+h1, p, .group td:nth-child(2) {{ overflow-wrap: anywhere }} .group td:nth-child(2) {{ min-width: 14rem }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }}
 </style></head><body>
 <h1>{title}</h1>

@@ -1,5 +1,6 @@
 """All rollout workers of a run, as the loop sees them."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ from rollout.restarts import (
     restarts,
 )
 from rollout.streams import RolloutStream, collect, stream_rollout
+
+logger = logging.getLogger(__name__)
 
 RESTARTS = -1
 """Of a worker over a whole run: without limit, since rollout.restarts gives up on one that dies again and again."""
@@ -92,7 +95,7 @@ class RolloutFleet:
         """Of each worker, the stream that was started last."""
         self._start_timeout_s = START_TIMEOUT_S
         self._restarts = [0] * len(self.workers)
-        """Of each worker, those that a wait has made allowance for."""
+        """Of each worker, those that the log was told of."""
 
     def ready(self, timeout_s: float) -> None:
         """Wait until every engine is up; a worker that dies meanwhile starts again.
@@ -138,6 +141,7 @@ class RolloutFleet:
             if not self._confirmed(rank, self._weights):
                 limits = self.config.timeout_s, self._start_timeout_s
                 bring_back(worker, self._weights, *limits, f"rollout worker {rank}")
+                self._restarts[rank] = restarts(worker)
                 self.confirmed_loads += 1
 
     def launch(
@@ -185,6 +189,9 @@ class RolloutFleet:
                 self.confirmed_loads += 1
         for _, table in collect(flight.streams, self.config.timeout_s, self._start_timeout_s):
             yield table
+        for stream in flight.streams:
+            if stream.restarts:
+                self._restarts[stream.rank] = restarts(stream.worker)
 
     def sleep(self) -> None:
         """Have the workers let go of weights and KV cache until the next `publish`, where rollout.sleep asks for it.
@@ -238,9 +245,8 @@ class RolloutFleet:
         """
         deadline = Deadline(self.config.timeout_s, "rollout.timeout_s")
         while not ray.wait([load], timeout=deadline.left_s, fetch_local=False)[0]:
-            if (known := restarts(self.workers[rank])) == self._restarts[rank]:
+            if not self._restarted(rank):
                 raise deadline.passed(f"rollout worker {rank} has not loaded version {version}")
-            self._restarts[rank] = known
             deadline = Deadline.of_restart(self.config.timeout_s, self._start_timeout_s)
         try:
             ray.get(load)
@@ -248,5 +254,15 @@ class RolloutFleet:
             if (lost := lost_data(error)) is not None:
                 raise lost from error
             return False
+        self._restarted(rank)
         self.confirmed_loads += 1
+        return True
+
+    def _restarted(self, rank: int) -> bool:
+        """Whether Ray has put a new process in the place of one that ended while nothing was asked of it."""
+        known = restarts(self.workers[rank])
+        if known == self._restarts[rank]:
+            return False
+        self._restarts[rank] = known
+        logger.warning("rollout worker %d: its process has ended; a new one is in its place", rank)
         return True

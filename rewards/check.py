@@ -1,7 +1,10 @@
 """`rere reward check SPEC`: run a reward on sample groups and show what it gave."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from rewards.interface import make_reward, score
 from rewards.registry import resolve
 from rewards.samples import groups_of_catalog, sample_groups
 
+PATIENCE_S = 10.0
+
 
 def main(argv: Sequence[str]) -> int:
     """Check the reward that the command line names; 0 when it is fit for a run. Raises RewardError when it is not."""
@@ -41,7 +46,8 @@ def check(spec: str, args: dict[str, Any], groups: Groups, console: Console) -> 
     Raises RewardError for a reward that cannot be made, raises, or returns nonsense.
     """
     key = RewardTerm(spec).key
-    rewards = score(key, make_reward(key, resolve(spec), groups.catalog, args), groups)
+    with _patience(key):
+        rewards = score(key, make_reward(key, resolve(spec), groups.catalog, args), groups)
     for group, values in zip(groups, rewards.to_pylist(), strict=True):
         console.print(f"group {group.example_id}, user {escape(group.user_id)}", style="bold")
         console.print(f"history  {escape(' | '.join(group.history_titles))}", soft_wrap=True)
@@ -49,6 +55,22 @@ def check(spec: str, args: dict[str, Any], groups: Groups, console: Console) -> 
         console.print(_table(group, key, values), "")
     _summary(console, key, groups, rewards)
     return rewards
+
+
+@contextmanager
+def _patience(key: str) -> Iterator[None]:
+    """Say of a reward that takes long that it is still at work; it has as long as it likes."""
+
+    def say() -> None:
+        print(f"reward {key!r} has been at work for {PATIENCE_S:g} s; Ctrl-C ends it", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PATIENCE_S, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _keyword_arguments(written: Sequence[str]) -> dict[str, Any]:

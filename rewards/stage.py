@@ -135,7 +135,7 @@ class Stage:
     def late(self, work: Work, waited_s: float) -> RewardTimeoutError:
         return RewardTimeoutError(
             f"reward {self.names} gave no answer for {work.groups()} within {waited_s:g} s; "
-            f"{len(work.replica.queue)} tables wait for its actor. "
+            f"tables that wait for its actor: {len(work.replica.queue)}. "
             "If it is slow and not stuck, raise its timeout_s or its replicas"
         )
 

@@ -48,6 +48,8 @@ class RolloutStream:
     """Since the last table, or the last restart."""
     deaths: int = 0
     """Since the last table."""
+    restarts: int = 0
+    """Of its worker, that it has waited for."""
 
     def start(self) -> None:
         """Ask for the tables that have not been received yet; at most config.queue_tables of them wait."""
@@ -78,6 +80,7 @@ class RolloutStream:
         for stream in (self, *behind):
             stream.tables = None
         bring_back(self.worker, self.weights, timeout_s, start_timeout_s, str(self))
+        self.restarts += 1
         self.start()
         self.waited_s = 0.0
         for stream in behind:

@@ -89,6 +89,31 @@ def test_csv_files_may_be_compressed(tmp_path: Path, suffix: str) -> None:
         prepare(*files, tmp_path / "out", k=3)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("a,1,5|a,1,yesterday|b,2,7", r"column 'timestamp', row 1: 'yesterday' is not like the others"),
+        ("a,1,2001-09-01|a,1,2001-09-02|b,2,7", r"column 'timestamp', row 2: '7' is not like the others"),
+        ("a,1,2001-09-01|a,1,2001-13-02|b,2,2001-09-03", r"column 'timestamp', row 1: '2001-13-02' is not like"),
+        ("a,1,5|a,1|b,2,7", r"Row #3: Expected 3 columns, got 2: a,1"),
+        ('a,1,5|"a,1,6|' + "b,2,7|" * 99, r"not a readable CSV file \(.{0,203}\); write"),
+        ("a,1,5|a,1,1700000000000|b,2,7", r"column 'timestamp', row 1: 1700000000000 looks like milliseconds"),
+    ],
+)
+def test_a_fault_of_a_csv_file_is_located(tmp_path: Path, lines: str, message: str) -> None:
+    log, items = write_csv(tmp_path, ["ann"], ["1"])
+    log.write_text("user_id,item_id,timestamp\n" + lines.replace("|", "\n") + "\n")
+    with pytest.raises(CatalogError, match=message):
+        prepare(log, items, tmp_path / "out", k=1)
+
+
+def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
+    log, items = write_csv(tmp_path, ["ann"], ["1"])
+    log.rename(tmp_path / "log.jsonl")
+    with pytest.raises(CatalogError, match=r"log\.jsonl: its content is no Parquet, and its name does not"):
+        prepare(tmp_path / "log.jsonl", items, tmp_path / "out")
+
+
 def write_csv(folder: Path, users: list[str], items: list[str], time: str = "2001-09-{:02d}") -> tuple[Path, Path]:
     """Files in which every user has had every item, one a day."""
     log = [f"{user},{item},{time.format(day + 1)}" for user in users for day, item in enumerate(items)]
@@ -269,6 +294,10 @@ def test_faults_are_named(tmp_path: Path) -> None:
         prepare(*files, tmp_path / "out", k=1)
     with pytest.raises(CatalogError, match="'November' is no day"):
         prepare(*files, tmp_path / "out", start="November")
+    with pytest.raises(CatalogError, match="start=2001-01-01 is not before end=2000-01-01"):
+        prepare(*files, tmp_path / "out", start="2001-01-01", end="2000-01-01")
+    with pytest.raises(CatalogError, match="k=0: give 1 or more"):
+        prepare(*files, tmp_path / "out", k=0)
     with pytest.raises(CatalogError, match="max_history=0: a prompt needs at least one item"):
         prepare(*files, tmp_path / "out", max_history=0)
     with pytest.raises(CatalogError, match="exists"):

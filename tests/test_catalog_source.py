@@ -91,7 +91,7 @@ def test_ids_times_and_lists_of_other_widths_are_the_same(folder: Path, items: d
 @pytest.mark.parametrize(("unit", "digits"), [("milliseconds", 3), ("microseconds", 6), ("nanoseconds", 9)])
 def test_other_units_are_not_taken_for_seconds(folder: Path, unit: str, digits: int) -> None:
     write(folder / "train.parquet", EXAMPLES | {"timestamp": [1_700_000_000 * 10**digits, 5]})
-    with pytest.raises(CatalogError, match=rf"train\.parquet: column 'timestamp' .* 17000000000.* like {unit}"):
+    with pytest.raises(CatalogError, match=rf"train\.parquet: column 'timestamp', row 0: 17000000000.* like {unit}"):
         read(folder)
 
 

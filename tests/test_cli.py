@@ -86,6 +86,14 @@ def test_weights_that_are_not_there_in_whole_are_named(
         assert f"model {weights.parent}: model.safetensors has no weights in it, or not all" in message
 
 
+def test_an_option_that_is_not_known_is_refused_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--naem", "mine", "--dry-run"])
+    shown = capsys.readouterr().err
+    assert "unrecognized arguments: --naem" in shown
+    assert "--name" in shown
+
+
 @pytest.mark.parametrize("option", ["cluster", "data", "model", "algorithm", "name"])
 def test_an_empty_option_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As of a variable of the shell that is not set; the default would be trained, and with --overwrite replaced."""
@@ -133,6 +141,7 @@ def test_what_cannot_be_recommended_is_refused(data: Path, tmp_path: Path, refus
     assert "step-1: manifest.json is missing" in refused("recommend", "runs/mine", "Acme Bolt")
     assert "give the titles of one history" in refused("recommend", "runs/mine")
     assert "give the titles of one history" in refused("recommend", "runs/mine", "Acme Bolt", "--file", "histories")
+    assert "a title of the command line is empty" in refused("recommend", "runs/mine", "Acme Bolt", " ")
     assert "--count must be 1 or more" in refused("recommend", "runs/mine", "Acme Bolt", "--count", "0")
     (tmp_path / "histories").write_text('["Acme Bolt M1, Steel"]\n[]\n')
     assert "histories, line 2: a list of titles" in refused("recommend", "runs/mine", "--file", "histories")

@@ -270,6 +270,16 @@ def test_check_shows_every_group_and_its_rewards() -> None:
     assert "24 candidates in 4 groups" in text
 
 
+def test_check_says_of_a_slow_reward_that_it_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rewards.check.PATIENCE_S", 0.01)
+    lines = "import time", "def slow(group):", "    time.sleep(0.1)", "    return [0.0] * len(group.candidate_titles)"
+    (tmp_path / "mine.py").write_text("\n".join(lines) + "\n")
+    check(f"{tmp_path}/mine.py:slow", {}, sample_groups(), Console(quiet=True))
+    assert "reward 'slow' has been at work for 0.01 s; Ctrl-C ends it" in capsys.readouterr().err
+
+
 def test_check_warns_of_a_reward_that_teaches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"{FAULTY}:Constant", "--args", "value=0.25"]) == 0
     shown = capsys.readouterr().out

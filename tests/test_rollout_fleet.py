@@ -47,6 +47,18 @@ def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights
     assert sum(map(len, tables)) == len(IDS)
 
 
+def test_a_worker_that_dies_with_nothing_to_do_is_told_of_once(
+    fleet: RolloutFleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = ray.get(fleet.workers[0].health.remote())["process"]
+    kill_process(fleet.workers[0])
+    wait_for_restart(fleet.workers[0], process)
+    for version in (1, 2):
+        fleet.publish(lambda version: published(version), version)
+        fleet.loaded()
+    assert caplog.text.count("rollout worker 0: its process has ended; a new one is in its place") == 1
+
+
 def test_an_example_of_two_passes_is_sampled_twice_also_by_a_worker_that_was_restarted(
     fleet: RolloutFleet, folder: Path
 ) -> None:
@@ -89,7 +101,9 @@ def test_a_worker_that_stays_dead_is_named(fleet: RolloutFleet) -> None:
         fleet.loaded()
 
 
-def test_a_worker_that_dies_with_flights_queued_restarts_each_once(fleet: RolloutFleet, folder: Path) -> None:
+def test_a_worker_that_dies_with_flights_queued_restarts_each_once(
+    fleet: RolloutFleet, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The flight behind is running again when it is landed, and waits for room in its queue."""
     ids = np.arange(14)
     fleet.publish(lambda version: published(version), version=0)
@@ -105,6 +119,9 @@ def test_a_worker_that_dies_with_flights_queued_restarts_each_once(fleet: Rollou
     assert len(versions[2]) == len(expected)
     assert set(pa.concat_tables(versions[2])["policy_version"].to_pylist()) == {2}
     assert ray.get(fleet.workers[0].health.remote())["process"] == process  # nobody had to start it again
+    fleet.publish(lambda version: published(version), version=3)
+    fleet.loaded()
+    assert caplog.text.count("its process has ended") == 1
 
 
 @pytest.mark.parametrize("groups", [2, 14])

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -83,3 +85,21 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
     assert "Traceback" not in output
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
+
+
+def test_sigterm_that_ray_answers_while_it_starts_does_not_abort_the_driver() -> None:
+    """Ray's own answer prints its stack, hands on, and lets an alarm abort the process 3 s later."""
+    script = (
+        "import os, ray, signal, sys, time; from launch.actors import _own_sigterm\n"
+        "try:\n"
+        "    with _own_sigterm():\n"
+        "        ray.init(address='local', include_dashboard=False, num_cpus=1, object_store_memory=2**27)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "except BaseException as stop:\n"
+        "    time.sleep(5)\n"
+        "    sys.exit(130)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert "SIGTERM received" in ended.stderr
+    assert ended.returncode == 130, ended.stderr
