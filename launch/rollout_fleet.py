@@ -94,8 +94,8 @@ class RolloutFleet:
         self._latest: list[RolloutStream | None] = [None] * len(self.workers)
         """Of each worker, the stream that was started last."""
         self._start_timeout_s = START_TIMEOUT_S
-        self._restarts = [0] * len(self.workers)
-        """Of each worker, those that the log was told of."""
+        self._restarts: list[int | None] = [0] * len(self.workers)
+        """Of each worker, those that the log was told of; None: all that there are when that is looked at next."""
 
     def ready(self, timeout_s: float) -> None:
         """Wait until every engine is up; a worker that dies meanwhile starts again.
@@ -117,6 +117,7 @@ class RolloutFleet:
                 if deaths[rank] == MAX_DEATHS:
                     raise keeps_dying(f"rollout worker {rank}", "its engine started", death) from death
                 await_restart(self.workers[rank], deadline, f"rollout worker {rank}")
+                self._restarts[rank] = None
                 waiting[self.workers[rank].ready.remote()] = rank
 
     @property
@@ -141,7 +142,7 @@ class RolloutFleet:
             if not self._confirmed(rank, self._weights):
                 limits = self.config.timeout_s, self._start_timeout_s
                 bring_back(worker, self._weights, *limits, f"rollout worker {rank}")
-                self._restarts[rank] = restarts(worker)
+                self._restarts[rank] = None
                 self.confirmed_loads += 1
 
     def launch(
@@ -191,7 +192,7 @@ class RolloutFleet:
             yield table
         for stream in flight.streams:
             if stream.restarts:
-                self._restarts[stream.rank] = restarts(stream.worker)
+                self._restarts[stream.rank] = None
 
     def sleep(self) -> None:
         """Have the workers let go of weights and KV cache until the next `publish`, where rollout.sleep asks for it.
@@ -225,7 +226,7 @@ class RolloutFleet:
         for worker in self.workers:
             ray.kill(worker, no_restart=False)
         self._weights, self._loads = None, {}
-        self._latest = [None] * len(self.workers)
+        self._latest, self._restarts = [None] * len(self.workers), [None] * len(self.workers)
 
     def _confirmed(self, rank: int, weights: PublishedWeights, reload: ray.ObjectRef | None = None) -> bool:
         """Wait for a load, or for the one that took its place; False where the worker has died before or in it.
@@ -259,10 +260,9 @@ class RolloutFleet:
         return True
 
     def _restarted(self, rank: int) -> bool:
-        """Whether Ray has put a new process in the place of one that ended while nothing was asked of it."""
-        known = restarts(self.workers[rank])
-        if known == self._restarts[rank]:
-            return False
+        """Whether Ray has put a new process in the place of one that ended; the log is told of what it was not yet."""
+        before, known = self._restarts[rank], restarts(self.workers[rank])
         self._restarts[rank] = known
-        logger.warning("rollout worker %d: its process has ended; a new one is in its place", rank)
-        return True
+        if before is not None and before != known:
+            logger.warning("rollout worker %d: its process has ended; a new one is in its place", rank)
+        return before != known
