@@ -7,10 +7,10 @@ def first_largest(values: torch.Tensor, keep: int) -> torch.Tensor:
     """int64 [R, min(keep, W)] of values [R, W]: places of the largest, these first; of equal ones the first place.
 
     What a stable sort in descending order begins with. On a CPU a selection among integers that are ordered like
-    float32 values and their places is up to eight times as fast. Where NaN goes is not said.
+    float32 values and their places is up to eight times as fast. NaN comes first.
     """
     keep = min(keep, values.shape[1])
-    if values.device.type != "cpu" or values.dtype != torch.float32:
+    if values.device.type != "cpu" or values.dtype != torch.float32 or bool(values.isnan().any()):
         return values.sort(dim=1, descending=True, stable=True).indices[:, :keep]
     bits = (values + 0.0).view(torch.int32)  # no -0.0, which equals 0.0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # of negative ones, larger magnitudes are smaller
