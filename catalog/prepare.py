@@ -43,9 +43,7 @@ def prepare(
         raise CatalogError(f"max_history={max_history}: a prompt needs at least one item")
     if k < 1:
         raise CatalogError(f"k={k}: give 1 or more; 1 leaves out nothing")
-    first_time, end_time = _day(start, -(2**62)), _day(end, 2**62)
-    if first_time >= end_time:
-        raise CatalogError(f"start={start} is not before end={end}, the first day that is left out")
+    first_time, end_time = _window(start, end)
     catalogue = _columns(items, "item_id", "title")
     log = _columns(interactions, "user_id", "item_id", "timestamp")
     index = ItemIndex(catalogue, "item_id")
@@ -64,13 +62,8 @@ def prepare(
     titled = np.flatnonzero(within & usable[row_of])
     kept = titled[_k_core(user[titled], row_of[titled], k)]
     if not len(kept):
-        first, last = np.array([time.min(), time.max()], "datetime64[s]").astype("datetime64[D]")
-        raise CatalogError(
-            f"{interactions}: nothing is left of {len(time)} interactions from {first} to {last}. Within "
-            f"start={start} and end={end} are {within.sum()}; of these {len(titled)} have an item in {items.name} "
-            f"with a title of at most max_title_words={max_title_words} words; of these none is left where every "
-            f"user and every item must have k={k} of them. Loosen the one that leaves too few"
-        )
+        words = f"an item in {items.name} with a title of at most max_title_words={max_title_words} words"
+        raise _nothing_left(interactions, time, f"start={start} and end={end}", within, words, titled, k)
     rows, histories = _examples(kept, user, row_of, time, max_history)
     examples = pa.table(
         {
@@ -131,6 +124,18 @@ def _distinct(*columns: np.ndarray) -> int:
     return 1 + int(np.logical_or.reduce(changes).sum())
 
 
+def _nothing_left(
+    file: Path, time: np.ndarray, window: str, within: np.ndarray, words: str, titled: np.ndarray, k: int
+) -> CatalogError:
+    """The error that says what each filter left. within: bool [n]. titled: the rows within that have `words`."""
+    first, last = np.array([time.min(), time.max()], "datetime64[s]").astype("datetime64[D]")
+    return CatalogError(
+        f"{file}: nothing is left of {len(time)} interactions from {first} to {last}. Within {window} are "
+        f"{within.sum()}; of these {len(titled)} have {words}; of these none is left where every user and every item "
+        f"must have k={k} of them. Loosen the one that leaves too few"
+    )
+
+
 def _examples(
     kept: np.ndarray, user: np.ndarray, item: np.ndarray, time: np.ndarray, max_history: int
 ) -> tuple[np.ndarray, Ragged]:
@@ -150,6 +155,14 @@ def _short_titles(titles: pa.LargeStringArray, max_words: int) -> np.ndarray:
     trimmed = pc.utf8_trim_whitespace(pc.fill_null(titles, ""))
     words = pc.list_value_length(pc.utf8_split_whitespace(trimmed)).to_numpy()
     return (pc.utf8_length(trimmed).to_numpy() > 0) & (words <= max_words)
+
+
+def _window(start: str | None, end: str | None) -> tuple[int, int]:
+    """Seconds since 1970 at the beginning of two days; without limits where there is no day."""
+    first, after = _day(start, -(2**62)), _day(end, 2**62)
+    if first >= after:
+        raise CatalogError(f"start={start} is not before end={end}, the first day that is left out")
+    return first, after
 
 
 def _day(day: str | None, unlimited: int) -> int:

@@ -133,9 +133,10 @@ class Stage:
         return sum(len(replica.queue) for replica in self.replicas)
 
     def late(self, work: Work, waited_s: float) -> RewardTimeoutError:
+        waiting = len(work.replica.queue)
         return RewardTimeoutError(
             f"reward {self.names} gave no answer for {work.groups()} within {waited_s:g} s; "
-            f"tables that wait for its actor: {len(work.replica.queue)}. "
+            f"{waiting} {'table waits' if waiting == 1 else 'tables wait'} for its actor. "
             "If it is slow and not stuck, raise its timeout_s or its replicas"
         )
 

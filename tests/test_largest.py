@@ -23,5 +23,14 @@ def test_it_is_what_a_stable_sort_begins_with(
     assert torch.equal(first_largest(values, keep), expected)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_is_never_left_out(dtype: torch.dtype, sign: int) -> None:
+    values = torch.tensor([[1.0, 0.0, -np.inf]], dtype=dtype)
+    values[0, 1] = torch.copysign(torch.tensor(torch.nan), torch.tensor(float(sign)))
+    assert bool(torch.signbit(values[0, 1])) == (sign < 0)
+    assert first_largest(values, 2).tolist() == [[1, 0]]
+
+
 def test_all_equal_values_stay_in_their_order() -> None:
     assert first_largest(torch.zeros(2, 70_000), 3).tolist() == [[0, 1, 2]] * 2
