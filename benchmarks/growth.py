@@ -3,15 +3,17 @@
 A step here is rollout, reference, learn and sync on a random model of fixed size and random titles, so that every size
 can be varied alone. The arithmetic is what must be computed: the floating-point operations of the tokens that the
 rollout feeds and of those that the learner feeds forward and back, attention and vocabulary included. The line goes
-through the first point; nothing may grow faster than it.
+through the first point; nothing may grow faster than it. All sizes of a sweep are measured in turn, round by round,
+since a machine that others use too is slower for minutes at a time.
 """
 
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +23,10 @@ from benchmarks.in_process import InProcess, counted_forwards
 from benchmarks.shapes import SHAPES, build
 from benchmarks.sides import Side
 from catalog.trie import Trie
+from rollout.groups import Candidates
 
 FIGURES = REPOSITORY / "docs/figures"
-REPEATS = 2
+ROUNDS = 4
 SLACK = 1.5
 """How much faster than its arithmetic a step may grow before it is said, over the whole range."""
 
@@ -50,7 +53,7 @@ SWEEPS: dict[str, tuple[str, Sequence[int]]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One measured size. Seconds are the fastest of REPEATS, the least disturbed by other work on the machine."""
+    """One measured size. Seconds are the fastest of ROUNDS, the least disturbed by other work on the machine."""
 
     size: int
     seconds: float
@@ -73,25 +76,27 @@ class Stepper:
             random_trie(self.rng, titles, title_tokens, self.vocabulary, base.catalog.eos_token).save(path)
             self.step = InProcess(base.config, base.model_path, base.catalog, path)
         self.arithmetic = Arithmetic(base.model_path)
+        self.prepared: dict[tuple[int, int, int], tuple[list[list[int]], list[Candidates]]] = {}
 
-    def measure(self, prompt_tokens: int, group_size: int, groups: int) -> dict[str, float]:
-        """Fields of a Point but its size."""
+    def prepare(self, prompt_tokens: int, group_size: int, groups: int) -> float:
+        """Roll out and learn once, for `measure` to do it again; GFLOP of the arithmetic."""
         prompts = self.rng.integers(0, self.vocabulary, (groups, prompt_tokens)).astype(np.int32).tolist()
         with counted_forwards() as counted:
             candidates = self.step.rollout(prompts, group_size)
         rollout = self.arithmetic.forward(counted)
         forward = self.arithmetic.forward(packed_work(self.step.packed(prompts, candidates)))
         self.step.learn(prompts, candidates)
-        rollout_s = _fastest(lambda: self.step.rollout(prompts, group_size))
-        learn_s = _fastest(lambda: self.step.learn(prompts, candidates))
-        sync_s = _fastest(self.step.sync)
-        return {
-            "seconds": rollout_s + learn_s + sync_s,
-            "rollout_s": rollout_s,
-            "learn_s": learn_s,
-            "sync_s": sync_s,
-            "gflop": (rollout + 4 * forward) / 1e9,
-        }
+        self.prepared[prompt_tokens, group_size, groups] = prompts, candidates
+        return (rollout + 4 * forward) / 1e9
+
+    def measure(self, prompt_tokens: int, group_size: int, groups: int) -> tuple[float, float, float]:
+        """Seconds of rollout, learn and sync of what was prepared."""
+        prompts, candidates = self.prepared[prompt_tokens, group_size, groups]
+        return (
+            timed(lambda: self.step.rollout(prompts, group_size)),
+            timed(lambda: self.step.learn(prompts, candidates)),
+            timed(self.step.sync),
+        )
 
 
 def random_trie(rng: np.random.Generator, titles: int, length: int, vocabulary: int, eos: int) -> Trie:
@@ -106,23 +111,28 @@ def random_trie(rng: np.random.Generator, titles: int, length: int, vocabulary: 
     return Trie.from_titles(ended, eos_token=eos, tokenizer_fingerprint="random titles")
 
 
-def sweep(names: Sequence[str]) -> dict[str, list[Point]]:
-    """Points of some sweeps, smallest first; sizes on the same trie are measured by the same process."""
-    works = [(name, size, replace(Workload(), **{name: size})) for name in names for size in SWEEPS[name][1]]
-    works.sort(key=lambda entry: _trie(entry[2]))
-    points: dict[str, list[Point]] = {name: [] for name in names}
-    for trie, entries in groupby(works, key=lambda entry: _trie(entry[2])):
-        with Side("benchmarks.growth:Stepper", *trie, as_worker=True) as stepper:
-            for name, size, work in entries:
-                fields = stepper.call(
-                    "measure", work.prompt_tokens, work.group_size, work.groups, watched=False
-                ).result
-                points[name].append(Point(size, **fields))
-    return points
+def sweep(name: str) -> list[Point]:
+    """Points of one sweep, smallest first; sizes on the same trie are measured by the same process."""
+    sizes = SWEEPS[name][1]
+    works = [replace(Workload(), **{name: size}) for size in sizes]
+    tries = [(work.titles, work.title_tokens) for work in works]
+    steps = [(work.prompt_tokens, work.group_size, work.groups) for work in works]
+    with ExitStack() as stack:
+        started = {
+            trie: stack.enter_context(Side("benchmarks.growth:Stepper", *trie, as_worker=True)) for trie in set(tries)
+        }
+        steppers = [started[trie] for trie in tries]
 
+        def called(method: str) -> list[Any]:
+            pairs = zip(steppers, steps, strict=True)
+            return [stepper.call(method, *step, watched=False).result for stepper, step in pairs]
 
-def _trie(work: Workload) -> tuple[int, int]:
-    return work.titles, work.title_tokens
+        gflop = called("prepare")
+        seconds = np.min([called("measure") for _ in range(ROUNDS)], axis=0).tolist()
+    return [
+        Point(size, rollout_s + learn_s + sync_s, rollout_s, learn_s, sync_s, work)
+        for size, (rollout_s, learn_s, sync_s), work in zip(sizes, seconds, gflop, strict=True)
+    ]
 
 
 def growth_beyond_arithmetic(points: Sequence[Point]) -> float:
@@ -164,12 +174,8 @@ def markdown(results: dict[str, list[Point]]) -> str:
     return "\n".join(lines)
 
 
-def _fastest(call: Callable[[], object]) -> float:
-    return min(timed(call) for _ in range(REPEATS))
-
-
 def main(*names: str) -> None:
-    results = sweep(names or tuple(SWEEPS))
+    results = {name: sweep(name) for name in names or SWEEPS}
     for name, points in results.items():
         print(plot(name, points), flush=True)
     content = {name: [vars(point) for point in points] for name, points in results.items()}
