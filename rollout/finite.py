@@ -5,16 +5,21 @@ import torch
 from rollout.vllm_arguments import EngineError
 
 
+REMEDY = (
+    "start another run (NAME=) with a lower learner.optimizer.learning_rate (of SFT, "
+    "learner.sft.optimizer.learning_rate), or with rollout.dtype and learner.dtype float32 if they are bfloat16, from "
+    "an earlier checkpoint if there is one (MODEL=runs/.../step-N, learner.sft.epochs=0)"
+)
+"""What helps where weights have diverged or overflowed."""
+
+
 class LogitsError(EngineError):
     """The model's logits give no probabilities to choose by."""
 
     def __str__(self) -> str:
         return (
             "the model's logits are not finite (NaN, or infinite), or leave no token that the trie allows: its "
-            "weights have diverged or overflow; start another run (NAME=) with a lower "
-            "learner.optimizer.learning_rate (of SFT, learner.sft.optimizer.learning_rate), or with rollout.dtype and "
-            "learner.dtype float32 if they are bfloat16, from an earlier checkpoint if there is one "
-            "(MODEL=runs/.../step-N, learner.sft.epochs=0)"
+            f"weights have diverged or overflowed; {REMEDY}"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rollout.finite import REMEDY
 from rollout.host_memory import WORTH_RETURNING, return_freed_memory
 from rollout.vllm_internals import LOADING_NAMES, OTHER_VLLM, WORKER_NAMES, check_names
 from rollout.vllm_layout import HeldWeights
@@ -47,8 +48,11 @@ class WeightsWorker(SleepWorker):
         self.wake("weights")
         one_rank = self.vllm_config.parallel_config.tensor_parallel_size == 1
         held = HeldWeights(model, by_place=self._by_place or not one_rank)
-        with torch.no_grad(), set_current_vllm_config(self.vllm_config), _watch_packing(model, held):
-            _reload(model, self.model_config, tensors)
+        faults: list[str] = []  # raised when vLLM is done: a load that ends halfway leaves no way to load again
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config), _watch_packing(model, held, faults):
+            _reload(model, self.model_config, tensors, faults)
+        if faults:
+            raise WeightsError(faults[0])
         tied_copy, _ = _tied(model)
         for module_name, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -71,7 +75,8 @@ def _check_dtype(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Non
             )
 
 
-def _reload(model: Any, model_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+def _reload(model: Any, model_config: Any, tensors: Mapping[str, torch.Tensor], faults: list[str]) -> None:
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
@@ -83,7 +88,9 @@ def _reload(model: Any, model_config: Any, tensors: Mapping[str, torch.Tensor]) 
         finalize_layerwise_reload(model, model_config)
     head, embedding = _tied(model)
     if head is not None and head.weight.device.type == "cpu":
-        _repack_tied_head(head, embedding)
+        head.weight = embedding.weight  # which a reload packs anew, but not the head
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+        faults.extend(_product_faults("lm_head", head, embedding.weight))
 
 
 def _tied(model: Any) -> tuple[Any, Any]:
@@ -100,15 +107,6 @@ def _tied(model: Any) -> tuple[Any, Any]:
     return None, None
 
 
-def _repack_tied_head(head: Any, embedding: Any) -> None:
-    """A reload packs the embedding anew on CPU but leaves a tied head with the old weights."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    head.weight = embedding.weight
-    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
-    _check_product("lm_head", head, embedding.weight)
-
-
 def _repack_experts(layer: Any) -> None:
     """A reload leaves experts as they arrived where the kernel, on CPU, takes packed ones."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
@@ -117,8 +115,8 @@ def _repack_experts(layer: Any) -> None:
 
 
 @contextmanager
-def _watch_packing(model: torch.nn.Module, held: HeldWeights) -> Iterator[None]:
-    """While open: whenever vLLM packs a layer, note the checksums of what it packs and check what comes out."""
+def _watch_packing(model: torch.nn.Module, held: HeldWeights, faults: list[str]) -> Iterator[None]:
+    """While open: whenever vLLM packs a layer, note the checksums of what it packs, and the faults of what comes out."""
     watched = [(name, module) for name, module in model.named_modules() if hasattr(module, "quant_method")]
     for module_name, module in watched:
         method: Any = module.quant_method
@@ -132,7 +130,7 @@ def _watch_packing(model: torch.nn.Module, held: HeldWeights) -> Iterator[None]:
                 if getattr(layer, name).numel() < tensor.numel():
                     held.note(module_name, layer, name, tensor)
             if hasattr(layer, "cpu_linear"):
-                _check_product(module_name, layer, plain["weight"])
+                faults.extend(_product_faults(module_name, layer, plain["weight"]))
 
         method.process_weights_after_loading = watch
     try:
@@ -142,11 +140,14 @@ def _watch_packing(model: torch.nn.Module, held: HeldWeights) -> Iterator[None]:
             module.quant_method.__dict__.pop("process_weights_after_loading", None)
 
 
-def _check_product(name: str, layer: Any, weight: torch.Tensor) -> None:
-    """Raise WeightsError unless the layer multiplies a probe as `weight` does."""
+def _product_faults(name: str, layer: Any, weight: torch.Tensor) -> list[str]:
+    """What is wrong where the layer does not multiply a probe as `weight` does."""
     probe = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float32).sin().to(weight.dtype)[None]
     expected = torch.nn.functional.linear(probe, weight).float()
     found = layer.cpu_linear(probe, weight, None).float()
     error, scale = float((found - expected).abs().max()), float(expected.abs().max())
-    if not error <= PROBE_TOLERANCE[weight.dtype] * (scale + 1e-6):
-        raise WeightsError(f"{name}: the packed weights differ from those that were loaded (by {error:.3g})")
+    if error <= PROBE_TOLERANCE[weight.dtype] * (scale + 1e-6):
+        return []
+    if not bool(weight.isfinite().all()):
+        return [f"the weights of {name} arrived with values that are not finite (NaN, or infinite); {REMEDY}"]
+    return [f"{name}: the packed weights differ from those that were loaded (by {error:.3g})"]

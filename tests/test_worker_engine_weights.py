@@ -57,6 +57,23 @@ def test_missing_and_mistyped_weights_are_errors(worker_engine: Any, model: Any)
         worker_engine.load_weights([WeightBucket.pack(named)])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing is packed, and logits tell")
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"])
+def test_weights_that_are_not_finite_are_refused_and_others_load_after_them(
+    worker_engine: Any, model: Any, name: str
+) -> None:
+    named, prompts = named_weights(model), ragged_prompts(64)[:6]
+    before = generate(worker_engine, prompts, 8)
+    broken = [(other, tensor * torch.nan if other == name else tensor) for other, tensor in named]
+    try:
+        with pytest.raises(WeightsError, match=rf"{name.removesuffix('.weight')} .* not finite .*learning_rate"):
+            worker_engine.load_weights([WeightBucket.pack(broken)])
+    finally:
+        assert worker_engine.load_weights([WeightBucket.pack(named)]) == checksum(named)
+    for old, again in zip(before, generate(worker_engine, prompts, 8), strict=True):
+        np.testing.assert_array_equal(old.score, again.score)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is vLLM's sleep mode")
 def test_an_engine_that_sleeps_holds_nothing_and_wakes_with_the_next_weights(
     worker_engine: Any, model: Any, monkeypatch: pytest.MonkeyPatch
