@@ -20,7 +20,7 @@ def read_arrow(path: Path, *names: str) -> pa.RecordBatch:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         batch.select(names)
         return batch
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         raise CatalogError(
             f"{path}: not a readable catalogue file ({error}); delete {path.parent} and build it again"
         ) from error

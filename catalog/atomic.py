@@ -1,8 +1,10 @@
 """Files and folders that appear whole or not at all, also where several processes write the same one."""
 
 import errno
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,9 @@ REFUSALS = (
     errno.ESTALE,
 )
 """What a file system answers where nothing can be written, by no fault of the program."""
+
+ABANDONED_S = 3600.0
+"""Age from which a folder that no process holds is one whose process was killed."""
 
 
 class CannotWrite(OSError):
@@ -71,13 +76,17 @@ def check_writable(path: Path) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill, which is renamed to `path` at the end; removed when the body raises.
 
+    What processes that were killed have left of theirs is removed an hour later, by the next that makes `path`.
     Where another process has made `path` meanwhile, that one is kept and this one removed: for folders whose name says
     what is in them. Raises OSError when the folder cannot be renamed for any other reason.
     """
     with writing(path):
+        _remove_abandoned(path)
         temporary = _beside(path)
         temporary.mkdir()
+        at_work = os.open(temporary, os.O_RDONLY)
         try:
+            _lock(at_work)
             yield temporary
             try:
                 temporary.rename(path)
@@ -85,8 +94,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
         finally:
+            os.close(at_work)
             if temporary.exists():
                 shutil.rmtree(temporary)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Folders beside `path` in which processes that were killed had begun to make it."""
+    for folder in path.parent.glob(f".{path.name}.????????"):
+        try:
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:  # gone meanwhile, or no folder
+            continue
+        try:
+            if _lock(opened) and time.time() - os.fstat(opened).st_mtime > ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(opened)
+
+
+def _lock(opened: int) -> bool:
+    """Hold a file until it is closed; False where another process does, or its file system has no locks."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _takes_no_files(folder: Path, error: OSError) -> bool:

@@ -24,7 +24,7 @@ from catalog.source import Source
 from catalog.statistics import catalog_stats
 from catalog.template import check_template, prompt_end, response_texts
 from catalog.token_boundaries import check_prompt_ends, check_titles_follow
-from catalog.tokenizer import Report, encode_titles, load_tokenizer, on_all_cores, silent
+from catalog.tokenizer import Report, check_response, encode_titles, load_tokenizer, on_all_cores, silent
 from catalog.tokenizer_fingerprint import known_fingerprint, remembered_fingerprint, tokenizer_fingerprint
 from catalog.trie import Trie
 
@@ -120,6 +120,7 @@ def _write(
     class_of_item, titles = _classes(data.titles)
     texts = titles.to_pylist()
     context, responses = prompt_end(config.template), response_texts(config.template, texts)
+    check_response(tokenizer, response_texts(config.template, [""])[0])
     title_tokens = encode_titles(tokenizer, context, responses, [f"title {title!r}" for title in texts], report)
     kept, merged = _distinct(title_tokens)
     if len(kept) < len(texts):  # the tokenizer normalises Unicode, and two titles differ only there

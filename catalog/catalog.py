@@ -85,7 +85,7 @@ class Catalog:
         try:
             description = json.loads((path / DESCRIPTION).read_text())
             self._description: dict[str, Any] = {key: description[key] for key in DESCRIBED}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CatalogError(
                 f"{path}: not a built catalogue, there is no {DESCRIPTION}. Catalogues are the folders of data.cache, "
                 "named by the fingerprint in runs/NAME/catalogue.json; one that is damaged is built again once deleted"
@@ -137,16 +137,19 @@ class Catalog:
 
     def check_whole(self, fingerprint: str) -> None:
         """Raise CatalogError unless it has this fingerprint, and files of the sizes with which it was built."""
-        stats = self.stats
-        built = [
-            stats["items"],
-            stats["classes"],
-            stats["trie"]["nodes"],
-            *(stats["examples"][split] for split in SPLITS),
-        ]
         sizes = [len(self.item_ids), len(self.titles), self.trie.num_nodes, *map(len, self._splits.values())]
-        if self.fingerprint != fingerprint or sizes != built:
+        whole = self.trie.num_classes == len(self.titles) and (self.path / "tokenizer").is_dir()
+        if self.fingerprint != fingerprint or sizes != self._sizes_when_built() or not whole:
             raise CatalogError(f"{self.path}: holds files of another catalogue; delete it and build it again")
+
+    def _sizes_when_built(self) -> list[int] | None:
+        """Of `check_whole`; None where the description does not say them."""
+        try:
+            stats = self.stats
+            nodes, examples = stats["trie"]["nodes"], [stats["examples"][split] for split in SPLITS]
+            return [stats["items"], stats["classes"], nodes, *examples]
+        except (KeyError, TypeError):
+            return None
 
     def title(self, item_class: int) -> str:
         return self.titles[item_class].as_py()

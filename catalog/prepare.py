@@ -1,6 +1,7 @@
 """From raw interactions to a data folder: time window, k-core, histories, splits by time."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,7 +91,7 @@ def prepare(
 
 
 def _columns(file: Path, *names: str) -> Columns:
-    if ".csv" in (suffix.lower() for suffix in file.suffixes[-2:]):
+    if re.search(r"\.csv(\.(gz|bz2|lz4|zst))?$", file.name.lower()):
         return Columns.of_csv(file, *names, texts=["title"], ids=["user_id", "item_id"])
     if file.is_file() and not _begins_with(file, b"PAR1"):
         raise CatalogError(f"{file}: its content is no Parquet, and its name does not end in .csv or .csv.gz")

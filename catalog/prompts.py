@@ -30,8 +30,9 @@ class PromptEncoder:
     """Tokens of the prompts of one template over the titles of one catalogue.
 
     Between two titles a prompt has a constant text. Where the tokenizer always ends a token at some place in it, what
-    stands before and behind that place can be encoded apart. The place is found by trial, and each title is tried
-    on both sides of it; a template or tokenizer without such a place has its prompts encoded whole.
+    stands before and behind that place can be encoded apart. The place is one where the tokenizer splits texts before
+    it looks for tokens, and each title is tried on both sides of it; a template or tokenizer without such a place has
+    its prompts encoded whole.
 
     >>> encoder = PromptEncoder(tokenizer, template, titles)
     >>> encoder.encode(histories)           # Ragged of item classes in, Ragged of tokens out
@@ -72,9 +73,18 @@ class PromptEncoder:
 
     def _pieces_of_all_titles(self) -> Ragged | None:
         for cut in range(1, len(_joint(self.template))):
-            if self._pieces_at(cut, self.titles[:TRIAL_TITLES]):
+            if self._splits_at(cut) and self._pieces_at(cut, self.titles[:TRIAL_TITLES]):
                 return self._pieces_at(cut, self.titles)
         return None
+
+    def _splits_at(self, cut: int) -> bool:
+        """Whether no token can reach over this place of the joint, whatever stands around it, by some titles."""
+        pre_tokenizer, joint = self.tokenizer.backend_tokenizer.pre_tokenizer, _joint(self.template)
+        some = self.titles[:TRIAL_TITLES]
+        return pre_tokenizer is not None and all(
+            any(end == len(left) + cut for _, (_, end) in pre_tokenizer.pre_tokenize_str(left + joint + right))
+            for left, right in zip(some, some[::-1], strict=True)
+        )
 
     def _pieces_at(self, cut: int, titles: list[str]) -> Ragged | None:
         """Tokens of each of C titles as the only one, the first, one between and the last: 4 C lists.

@@ -153,7 +153,7 @@ def _info_lines(file: Path) -> tuple[list[str], list[int]]:
 def _csv_columns(file: Path) -> Columns:
     """A CSV file of ReRe's, its history_item_id column ("[3, 14]") made a column of lists."""
     texts = ("history_item_id", "item_title")
-    columns = Columns.of_csv(file, "user_id", *texts, "item_id", "timestamp", texts=texts, ids=("user_id",))
+    columns = Columns.of_csv(file, "user_id", *texts, "item_id", "timestamp", texts=texts, ids=("user_id", "item_id"))
     lists = columns.column("history_item_id")
     wrong = pc.invert(pc.match_substring_regex(lists, r"^\[\s*(\d+(\s*,\s*\d+)*)?\s*\]$"))
     if pc.any(wrong).as_py():
@@ -169,7 +169,7 @@ def _csv_columns(file: Path) -> Columns:
         raise CatalogError(
             f"{file}: column 'history_item_id' holds ids that are no 64-bit integers ({error})"
         ) from error
-    return Columns(file, columns.table.set_column(place, "history_item_id", numbers), columns.names)
+    return Columns(file, columns.table.set_column(place, "history_item_id", numbers), columns.names, columns.typed)
 
 
 def _check_same_titles(columns: Columns, titles: pa.LargeStringArray, info: str) -> None:

@@ -45,9 +45,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer itself puts before a text: [bos], or nothing."""
-    special = tokenizer.encode("")
-    return special[:1] if special and special[0] == tokenizer.bos_token_id else []
+    """What the tokenizer itself puts before a text: often the beginning-of-sequence token, or nothing."""
+    text, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    places = range(len(whole) - len(text) + 1)
+    return whole[: next((place for place in places if whole[place : place + len(text)] == text), 0)]
 
 
 @contextmanager
@@ -75,11 +76,10 @@ def encode_batch(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> 
 
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[str]) -> Ragged:
-    """Token ids of each prompt; the beginning-of-sequence token first where the tokenizer itself adds one."""
+    """Token ids of each prompt, behind what the tokenizer itself puts before a text."""
     tokens, start = encode_batch(tokenizer, prompts), start_tokens(tokenizer)
-    if not start:
-        return tokens
-    return Ragged(np.insert(tokens.flat, tokens.start[:-1], start[0]), tokens.start + np.arange(len(tokens) + 1))
+    places, starts = np.repeat(tokens.start[:-1], len(start)), np.tile(np.array(start, np.int32), len(tokens))
+    return Ragged(np.insert(tokens.flat, places, starts), tokens.start + len(start) * np.arange(len(tokens) + 1))
 
 
 def encode_titles(
@@ -115,6 +115,15 @@ def encode_titles(
         )
     _check_round_trip(tokenizer, context, tokens, responses, names, report)
     return titles.append(tokenizer.eos_token_id)
+
+
+def check_response(tokenizer: "PreTrainedTokenizerBase", response: str) -> None:
+    """Raise CatalogError where the response without a title contains the end-of-sequence token."""
+    if tokenizer.eos_token_id in encode_batch(tokenizer, [response])[0]:
+        raise CatalogError(
+            f"data.template.response contains the end-of-sequence token {tokenizer.eos_token!r}, which follows every "
+            "title by itself: leave it out"
+        )
 
 
 def _check_round_trip(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT_PROBE = (
     'Pack of 10, 3/8" x 36\', 12.5 kg – naïve Größe\n \n### Response:\n"工业 Ltd."\n\t\t  don\'t <|endoftext|>'
+    " Cafe\u0301 A\u030a ｶﾞ ﬁne ½ m² İSTANBUL zero\u200bwidth"
 )
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
 """Files of a Hugging Face directory that say nothing about its tokenizer."""
@@ -41,8 +42,9 @@ def known_fingerprint(path: str | Path, cache: Path) -> str:
     if (remembered := remembered_fingerprint(path, cache)) is not None:
         return remembered
     fingerprint = tokenizer_fingerprint(load_tokenizer(path))
-    with atomic_file(_fingerprint_file(path, cache)) as temporary:
-        temporary.write_text(fingerprint)
+    if Path(path).is_dir():
+        with atomic_file(_fingerprint_file(path, cache)) as temporary:
+            temporary.write_text(fingerprint)
     return fingerprint
 
 

@@ -146,7 +146,9 @@ class Trie:
         return tokens[::-1]
 
     def title_tokens(self, item_class: int) -> list[int]:
-        """Tokens of an item class, end-of-sequence last."""
+        """Tokens of an item class, end-of-sequence last. Raises IndexError for one that is not there, as -1."""
+        if item_class < 0:
+            raise IndexError(f"there is no item class {item_class}")
         edge = self._class_edge[item_class]
         return [*self.path(int(np.searchsorted(self.first_edge, edge, side="right")) - 1), self.eos_token]
 
@@ -187,12 +189,16 @@ class Trie:
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
             metadata = batch.schema.metadata
             arrays = {name: batch.column(name).values.to_numpy(zero_copy_only=True) for name in batch.schema.names}
-            return cls(
+            trie = cls(
                 **arrays,
                 eos_token=int(metadata[b"eos_token"]),
                 tokenizer_fingerprint=metadata[b"tokenizer_fingerprint"].decode(),
             )
-        except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError) as error:
+            edges, nodes = len(trie.edge_token), trie.num_nodes
+            if (len(trie.edge_target), int(trie.first_edge[-1]), int(trie.level_start[-1])) != (edges, edges, nodes):
+                raise ValueError("its arrays do not belong together")
+            return trie
+        except (OSError, pa.ArrowException, ValueError, AttributeError, KeyError, TypeError) as error:
             raise TrieError(
                 f"{path}: not a readable trie ({error}); delete {path.parent} and build the catalogue again"
             ) from error

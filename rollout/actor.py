@@ -131,7 +131,7 @@ class RolloutWorker:
         if policy_version != self._version:
             raise StaleWeights(self._rank, self._version, policy_version)
         try:
-            passes = passes or [0] * len(example_ids)
+            passes = [0] * len(example_ids) if passes is None else passes
             yield from self._tables(split, example_ids, passes, policy_version, seed, group_size, strategy)
         finally:
             self._now("idle")

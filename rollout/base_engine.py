@@ -68,6 +68,10 @@ class BaseEngine(ABC):
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
         longest = config.max_completion_tokens if strategy == "unconstrained" else self._trie.max_tokens
         check_requests(arrays, seeds, strategy, longest, self._vocab_size, self._max_model_len)
+        if strategy == "dynamic" and len(target_classes) != len(arrays):
+            raise EngineError(
+                f"{len(arrays)} prompts came with {len(target_classes)} target classes: every prompt needs one"
+            )
         if not arrays:
             return []
         with self._that_may_die():

@@ -126,7 +126,8 @@ def drawn_index(logits: torch.Tensor, temperature: float | torch.Tensor, numbers
 
     logits: [R, W], -inf for what is never drawn. temperature: one, or [R, 1]. numbers: float64 [R, D].
     """
-    cumulative = (logits.double() / temperature).softmax(1).cumsum(1)
+    below = logits.double() - logits.amax(1, keepdim=True)  # which no temperature divides beyond what is finite
+    cumulative = (below / temperature).softmax(1).cumsum(1)
     drawn = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
     return drawn.clamp_max(logits.shape[1] - 1)
 

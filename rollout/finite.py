@@ -4,7 +4,6 @@ import torch
 
 from rollout.vllm_arguments import EngineError
 
-
 REMEDY = (
     "start another run (NAME=) with a lower learner.optimizer.learning_rate (of SFT, "
     "learner.sft.optimizer.learning_rate), or with rollout.dtype and learner.dtype float32 if they are bfloat16, from "

@@ -55,7 +55,8 @@ class StochasticBeamSearch(BeamSearch):
 
         def perturbed(row: torch.Tensor, edge: torch.Tensor, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             policy = raw.double().log_softmax(1)
-            drawn = policy if self.temperature == 1 else (raw.double() / self.temperature).log_softmax(1)
+            below = raw.double() - raw.amax(1, keepdim=True)  # which no temperature divides beyond what is finite
+            drawn = policy if self.temperature == 1 else (below / self.temperature).log_softmax(1)
             return drawn + gumbel(seed[row][:, None], edge), policy
 
         return top_children(

@@ -57,7 +57,7 @@ class TrieRequest:
             "trie_request": self.label,
             "trie_node": self.node,
             "trie_temperature": self.temperature,
-            "trie_seed": self.seed % 2**64,  # vLLM takes no larger integers
+            "trie_seed": int(self.seed) % 2**64,  # vLLM takes no larger integers
             "trie_sample": self.sample,
         }
 
@@ -185,8 +185,8 @@ class TrieMask:
         self, values: torch.Tensor, row: torch.Tensor, nodes: torch.Tensor, sampling: Sampling
     ) -> torch.Tensor:
         """bool [E]: which edge each row draws. values, row: [E], logits and row of each edge; nodes: [R]."""
-        scaled = values.double() / sampling.divisor[row]
-        weight = (scaled - _segment_max(scaled, row, len(nodes))[row]).exp()
+        below = (values - _segment_max(values, row, len(nodes))[row]).double()
+        weight = (below / sampling.divisor[row]).exp()
         total = weight.new_zeros(len(nodes)).scatter_add(0, row, weight)
         before = total.cumsum(0) - total
         passed = weight.cumsum(0) - before[row] <= (sampling.number * total)[row]

@@ -1,11 +1,14 @@
 """vLLM's engine arguments, as far as they are known without an engine: which are ours, and what fits into one."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from rollout.config import RolloutConfig, Strategy
 
+LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+"""vLLM's environment variable for lengths beyond a model's positions."""
 DEFAULT_MAX_MODEL_LEN = 2048
 """Most tokens of a prompt with its completion, where neither the model nor rollout.vllm.max_model_len says less."""
 OWNED = {
@@ -79,12 +82,31 @@ def read_model_config(model_path: str | Path) -> dict[str, Any]:
 
 
 def max_model_len(model_config: dict[str, Any], config: RolloutConfig) -> int:
-    """Most tokens of a prompt with its completion. Raises EngineError as `check_vllm`."""
-    if (stated := _stated_length(config.vllm)) is not None:
-        return stated
+    """Most tokens of a prompt with its completion.
+
+    Raises EngineError as `check_vllm`, and for more than the model has positions, where these are not scaled.
+    """
     sources = (model_config, model_config.get("text_config") or {})
-    positions = [source.get(name) for source in sources for name in ("max_position_embeddings", "n_positions")]
-    return min([DEFAULT_MAX_MODEL_LEN, *filter(None, positions)])
+    known = [source.get(name) for source in sources for name in ("max_position_embeddings", "n_positions")]
+    positions = min(filter(None, known), default=None)
+    stated = _stated_length(config.vllm)
+    if stated is None:
+        return min(DEFAULT_MAX_MODEL_LEN, positions or DEFAULT_MAX_MODEL_LEN)
+    scaled = any(_scales(source.get(name)) for source in sources for name in ("rope_scaling", "rope_parameters"))
+    if positions and stated > positions and not scaled and os.environ.get(LONGER, "0") == "0":
+        raise EngineError(
+            f"rollout.vllm.max_model_len={stated}: the model has {positions} positions; lower it (with {LONGER}=1 "
+            "vLLM takes more, though what a model gives there may be NaN)"
+        )
+    return stated
+
+
+def _scales(rope: Any) -> bool:
+    """Whether rotary positions, or those of some kind of layer, reach further than the model has positions."""
+    if not isinstance(rope, dict):
+        return False
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return kind != "default" or any(map(_scales, rope.values()))
 
 
 def _stated_length(theirs: dict[str, Any]) -> int | None:

@@ -116,7 +116,7 @@ def _repack_experts(layer: Any) -> None:
 
 @contextmanager
 def _watch_packing(model: torch.nn.Module, held: HeldWeights, faults: list[str]) -> Iterator[None]:
-    """While open: whenever vLLM packs a layer, note the checksums of what it packs, and the faults of what comes out."""
+    """While open: whenever vLLM packs a layer, note the checksums of what it packs, and faults of what comes out."""
     watched = [(name, module) for name, module in model.named_modules() if hasattr(module, "quant_method")]
     for module_name, module in watched:
         method: Any = module.quant_method

@@ -76,7 +76,8 @@ def checksum(tensors: Iterable[tuple[str, torch.Tensor | np.ndarray]]) -> int:
     """Checksum of named tensors, in [0, 2**63).
 
     Tensors carry their Hugging Face names, a tied one once. The order of tensors does not matter; every other change
-    does: any single changed element changes it for certain, and exchanged elements, rows or tensors almost surely.
+    does: any single changed element (of up to 4 bytes) changes it for certain, and exchanged elements, rows or tensors
+    almost surely.
     """
     return combine(tensor_checksum(name, tensor) for name, tensor in tensors)
 

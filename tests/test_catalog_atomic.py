@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +89,32 @@ def test_a_folder_that_another_process_made_meanwhile_is_kept(tmp_path: Path) ->
         (tmp_path / "folder" / "file").write_text("theirs")
     assert (tmp_path / "folder" / "file").read_text() == "theirs"
     assert names(tmp_path) == ["folder"]
+
+
+def test_what_killed_processes_left_is_removed_once_nobody_works_on_it(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys
+from pathlib import Path
+from catalog.atomic import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "half").write_text("a half")
+    os.utime(temporary, (0, 0))
+    print(temporary.name, flush=True)
+    signal.pause()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "folder")]
+    killed, working = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2))
+    try:
+        left, kept = (process.stdout.readline().strip() for process in (killed, working))  # type: ignore[union-attr]
+        killed.kill()
+        killed.wait()
+        (tmp_path / ".folder.a_minute").mkdir()
+        with atomic_folder(tmp_path / "folder"):
+            assert {left, kept, ".folder.a_minute"} & set(names(tmp_path)) == {kept, ".folder.a_minute"}
+    finally:
+        working.kill()
+        working.communicate()
+        killed.communicate()
 
 
 @pytest.mark.parametrize("path", ["folder", "folder/in/a/file"])

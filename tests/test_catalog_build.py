@@ -244,6 +244,9 @@ def test_files_of_another_catalogue_are_noticed(tmp_path: Path, tiny_tokenizer_d
         with pytest.raises(CatalogError, match=f"{own}: holds files of another catalogue; delete it and build"):
             build_catalog(mine, str(tiny_tokenizer_dir))
         shutil.copy(whole / name, own / name)
+    shutil.rmtree(own / "tokenizer")
+    with pytest.raises(CatalogError, match=f"{own}: holds files of another catalogue"):
+        build_catalog(mine, str(tiny_tokenizer_dir))
     shutil.rmtree(own)
     shutil.copytree(built.path, own)
     with pytest.raises(CatalogError, match=f"{own}: holds files of another catalogue"):

@@ -66,10 +66,10 @@ def test_csv_files_give_what_parquet_files_give(tmp_path: Path) -> None:
         dict(zip(("user_id", "item_id", "rating", "timestamp"), map(list, zip(*rows, strict=True)), strict=True))
     )
     for name, table in (("items", items), ("log", log)):
-        pq.write_table(table, tmp_path / f"{name}.parquet")
+        pq.write_table(table, tmp_path / f"{name}.csv.parquet")
         pa.csv.write_csv(table, tmp_path / f"{name}.CSV")
     assert prepare(tmp_path / "log.CSV", tmp_path / "items.CSV", tmp_path / "csv") == prepare(
-        tmp_path / "log.parquet", tmp_path / "items.parquet", tmp_path / "parquet"
+        tmp_path / "log.csv.parquet", tmp_path / "items.csv.parquet", tmp_path / "parquet"
     )
     for name in ("items", "train", "valid", "test"):
         of_csv, of_parquet = (pq.read_table(tmp_path / kind / f"{name}.parquet") for kind in ("csv", "parquet"))

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from catalog.config import TemplateConfig
@@ -61,3 +62,18 @@ def test_real_titles_are_joined_exactly(shared_dir: Path, golden_dir: Path) -> N
     prompts, whole = encoder.encode(histories), encode_prompts(tokenizer, encoder.texts(histories))
     assert np.array_equal(prompts.flat, whole.flat)
     assert np.array_equal(prompts.start, whole.start)
+
+
+def test_tokens_that_reach_from_title_to_title_are_found_whatever_the_titles() -> None:
+    """A tokenizer that splits nothing beforehand: by its merges '!,' a cut behind the comma holds for some pairs."""
+    letters = {letter: place for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz0123456789!,: \n#")}
+    merges = [("!", ","), (" ", "x"), (",", " ")]
+    vocabulary = {**letters, **{"".join(pair): len(letters) + place for place, pair in enumerate(merges)}}
+    model = Tokenizer(models.BPE(vocab={**vocabulary, "<e>": len(vocabulary)}, merges=merges))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<e>")
+    titles = [f"x{i}!" if i % 2 == 0 else f"n{i}" for i in range(40)]
+    template = TemplateConfig(prompt="a: {history}#\n", item="{title}", separator=", ", response="{title}\n")
+    encoder, shown = PromptEncoder(tokenizer, template, titles), Ragged.from_lists([[1, 3], [0, 1], [2, 4]])
+    prompts, whole = encoder.encode(shown), encode_prompts(tokenizer, encoder.texts(shown))
+    assert prompts.flat.tolist() == whole.flat.tolist()
+    assert prompts.start.tolist() == whole.start.tolist()

@@ -182,7 +182,8 @@ def test_a_byte_order_mark_belongs_to_no_title(tmp_path: Path) -> None:
         ({"history_item_id": "[5]"}, ["train.csv", "'history_item_id'", "row 0", "item 5 is not in info.txt"]),
         ({"item_title": "Screw"}, ["train.csv", "'item_title'", "row 0", "'Screw'", "info.txt"]),
         ({"history_item_id": "[99999999999999999999]"}, ["train.csv", "'history_item_id'", "64-bit"]),
-        ({"item_id": "nine"}, ["train.csv", "'item_id'", "strings"]),
+        ({"item_id": "nine"}, ["train.csv", "'item_id'", "row 0", "'nine' is not in info.txt"]),
+        ({"timestamp": "yesterday"}, ["train.csv", "'timestamp'", "row 0", "'yesterday'", "seconds since 1970"]),
         ({"timestamp": "18446744073709551615"}, ["train.csv", "'timestamp'"]),
     ],
 )

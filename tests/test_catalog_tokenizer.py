@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from catalog.byte_bpe import train_byte_bpe
 from catalog.errors import CatalogError
 from catalog.token_boundaries import check_prompt_ends, check_titles_follow
-from catalog.tokenizer import encode_batch, encode_prompts, encode_titles, load_tokenizer
+from catalog.tokenizer import check_response, encode_batch, encode_prompts, encode_titles, load_tokenizer
 from catalog.tokenizer_fingerprint import known_fingerprint, tokenizer_fingerprint
 
 CONTEXT = "\n\n### Response:\n"
@@ -97,6 +97,12 @@ def test_a_title_with_the_end_of_sequence_is_named(tokenizer: PreTrainedTokenize
         encode_titles(tokenizer, CONTEXT, ["Bolt\n", "a<|endoftext|>\n"], ["title 'a'", "title 'b'"])
 
 
+def test_a_response_that_ends_itself_is_the_templates_fault(tokenizer: PreTrainedTokenizerFast) -> None:
+    check_response(tokenizer, "\n")
+    with pytest.raises(CatalogError, match=r"data\.template\.response contains the end-of-sequence token .*leave it"):
+        check_response(tokenizer, "\n<|endoftext|>")
+
+
 def test_prompts_begin_as_the_tokenizer_begins_them() -> None:
     tokenizer = word_tokenizer(["Bolt"], bos_token="<s>")
     assert encode_prompts(tokenizer, ["Bolt", "Bolt Bolt"])[1].tolist() == [2, 3, 3] == tokenizer.encode("Bolt Bolt")
@@ -104,6 +110,10 @@ def test_prompts_begin_as_the_tokenizer_begins_them() -> None:
     tokenizer.backend_tokenizer.post_processor = closing
     assert tokenizer.encode("Bolt") == [3, 1]
     assert encode_prompts(tokenizer, ["Bolt"])[0].tolist() == [3]  # a title goes on from here
+    both = processors.TemplateProcessing(single="<s> <eos> $A <eos>", special_tokens=[("<s>", 2), ("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = both  # as GLM's, whose first two tokens are no bos
+    prompts = encode_prompts(tokenizer, ["Bolt", "Bolt Bolt"])
+    assert [prompts[0].tolist(), prompts[1].tolist()] == [[2, 1, 3], [2, 1, 3, 3]]
 
 
 def test_what_a_tokenizer_was_used_for_changes_no_tokens() -> None:

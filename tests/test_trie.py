@@ -1,5 +1,6 @@
 """The trie against a dict of dicts, on random titles with shared prefixes and titles that are prefixes of others."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,8 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
         pa.table({"title": ["Bolt"]}),
         pa.table({"first_edge": [[0, 1]]}),
         pa.table({"first_edge": [[0, 1]]}).replace_schema_metadata({"eos_token": "7"}),
+        pa.table({"first_edge": [[0, 1]]}).replace_schema_metadata({"eos_token": "seven"}),
+        pa.table({"first_edge": pa.array([], pa.list_(pa.int64()))}),
     ],
 )
 def test_an_arrow_file_of_another_kind_is_named(tmp_path: Path, table: pa.Table) -> None:
@@ -150,6 +153,19 @@ def test_an_arrow_file_of_another_kind_is_named(tmp_path: Path, table: pa.Table)
         writer.write_table(table)
     with pytest.raises(TrieError, match=rf"trie\.arrow: not a readable trie .*delete {tmp_path} and build"):
         Trie.load(path)
+
+
+def test_arrays_of_several_tries_are_noticed(tmp_path: Path) -> None:
+    path, other = tmp_path / "trie.arrow", trie_of([(1, 2), (3,)])
+    for name in ("first_edge", "edge_target", "level_start"):
+        replace(trie_of([(1, 2)]), **{name: getattr(other, name)}).save(path)
+        with pytest.raises(TrieError, match=rf"trie\.arrow: not a readable trie .*delete {tmp_path} and build"):
+            Trie.load(path)
+
+
+def test_an_item_class_that_is_none_has_no_title() -> None:
+    with pytest.raises(IndexError, match="no item class -1"):
+        trie_of([(1, 2), (3,)]).title_tokens(-1)
 
 
 @given(SETS_OF_TITLES)

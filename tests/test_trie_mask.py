@@ -72,6 +72,18 @@ def test_samples_have_their_probabilities_at_the_temperature(temperature: float)
         assert chi2.sf(statistic, often.sum() - 1) > 1e-3
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310])
+def test_at_the_lowest_temperatures_the_likeliest_is_drawn(temperature: float) -> None:
+    row = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2)) * 2
+    requests = [TrieRequest("a", 0, temperature, seed) for seed in range(8)]
+    sampling, every = Sampling.of(requests, [0] * 8, torch.device("cpu")), torch.arange(8)
+    constrained, free = row.repeat(8, 1), row.repeat(8, 1)
+    mask_of(TRIE).constrain_(constrained, every, torch.zeros(8, dtype=torch.int64), sampling)
+    mask_of(TRIE).normalise_(free, every, sampling)
+    assert constrained.argmax(1).tolist() == [int(masked(TRIE, 0, row, "vocabulary").argmax())] * 8
+    assert free.argmax(1).tolist() == [int(row.argmax())] * 8
+
+
 def test_a_request_that_does_not_say_where_it_stands_is_refused() -> None:
     assert TrieRequest.of(TrieRequest("a", 3).extra_args()) == TrieRequest("a", 3)
     assert TrieRequest.of(TrieRequest("a", None).extra_args()).node is None

@@ -29,11 +29,36 @@ def test_a_model_without_end_of_sequence_is_an_error(tmp_path: Path) -> None:
 def test_lengths_that_do_not_fit_are_known_without_an_engine(tmp_path: Path, model_config: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0, **model_config}))
     check_lengths(tmp_path, RolloutConfig(), 100, 28)
-    check_lengths(tmp_path, RolloutConfig(vllm={"max_model_len": 256}), 200, 28)
     with pytest.raises(EngineError, match=r"longest prompt has 101 tokens.*engine's 128: lower data"):
         check_lengths(tmp_path, RolloutConfig(), 101, 28)
     with pytest.raises(EngineError, match=r"completions up to 64.*128: lower rollout\.max_completion_tokens or data"):
         check_lengths(tmp_path, RolloutConfig(strategy="unconstrained", max_completion_tokens=64), 100, 28)
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear"},
+                "sliding_attention": {"rope_type": "default"},
+            }
+        },
+    ],
+)
+def test_more_tokens_than_positions_need_scaled_ones_or_vllms_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: dict[str, Any]
+) -> None:
+    plain = {"eos_token_id": 0, "max_position_embeddings": 128, "rope_parameters": {"rope_type": "default"}}
+    longer = RolloutConfig(vllm={"max_model_len": 256})
+    (tmp_path / "config.json").write_text(json.dumps({**plain, **scaled}))
+    check_lengths(tmp_path, longer, 200, 28)
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    with pytest.raises(EngineError, match=r"rollout\.vllm\.max_model_len=256: the model has 128 positions; lower it"):
+        check_lengths(tmp_path, longer, 200, 28)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    check_lengths(tmp_path, longer, 200, 28)
 
 
 def test_a_prompt_too_long_for_an_engine_names_what_to_lower() -> None:
