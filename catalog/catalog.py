@@ -106,7 +106,7 @@ class Catalog:
 
     @classmethod
     def load(cls, path: str | Path) -> "Catalog":
-        """Map a built catalogue. Raises CatalogError or TrieError naming a file that is missing or damaged."""
+        """Map a built catalogue. Raises CatalogError naming a file that is missing or damaged."""
         return cls(Path(path))
 
     def __reduce__(self) -> tuple[Callable[[str], "Catalog"], tuple[str]]:

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from catalog.errors import CatalogError
 from catalog.ragged import Ragged
 
 PADDING = -1
 """Where a title has ended; no token."""
 
 
-class TrieError(ValueError):
+class TrieError(CatalogError):
     """Titles that make no trie, or a damaged trie file."""
 
 

@@ -16,7 +16,6 @@ import pyarrow as pa
 from catalog.catalog import Catalog
 from catalog.errors import CatalogError
 from catalog.metrics import ndcg_per_example, paired_bootstrap
-from catalog.trie import TrieError
 from launch.compose import load
 from launch.config import ConfigError
 from launch.progress import Progress
@@ -88,7 +87,7 @@ class FinishedRun:
         try:
             folder = StartedWith.of(self.config).catalogue(self.config.data)
             catalog = Catalog.load(folder) if folder else None
-        except (ConfigError, CatalogError, TrieError):
+        except (ConfigError, CatalogError):
             return None
         if catalog is None:
             return None

@@ -170,9 +170,10 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor | slice, Children]], rows: in
         return pieces[0][1]
     width = max(found.edge.shape[1] for _, found in pieces)
     whole = pieces[0][1].map(lambda values, padding: values.new_full((rows, width), padding))
+    columns = whole.columns()
     for row, found in pieces:
         for name, values in found.columns().items():
-            whole.columns()[name][row, : values.shape[1]] = values
+            columns[name][row, : values.shape[1]] = values
     return whole
 
 
