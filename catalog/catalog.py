@@ -138,8 +138,10 @@ class Catalog:
     def check_whole(self, fingerprint: str) -> None:
         """Raise CatalogError unless it has this fingerprint, and files of the sizes with which it was built."""
         sizes = [len(self.item_ids), len(self.titles), self.trie.num_nodes, *map(len, self._splits.values())]
-        whole = self.trie.num_classes == len(self.titles) and (self.path / "tokenizer").is_dir()
-        if self.fingerprint != fingerprint or sizes != self._sizes_when_built() or not whole:
+        target, classes = self.trie.edge_target, len(self.titles)
+        leads_astray = target.max(initial=0) >= self.trie.num_nodes or -target.min(initial=0) != classes
+        whole = sizes == self._sizes_when_built() and (self.path / "tokenizer").is_dir() and not leads_astray
+        if self.fingerprint != fingerprint or not whole:
             raise CatalogError(f"{self.path}: holds files of another catalogue; delete it and build it again")
 
     def _sizes_when_built(self) -> list[int] | None:

@@ -22,6 +22,7 @@ from catalog.config import DataConfig, GeneratedConfig, TemplateConfig
 from catalog.errors import CatalogError
 from catalog.interactions import SPLITS
 from catalog.tokenizer import PARALLEL, load_tokenizer
+from catalog.trie import Trie
 
 SMALL = GeneratedConfig(items=60, users=60, duplicates=0.1, seed=1)
 TITLES = ["Acme Bolt", "Acme Nut", "Acme Bolt", "Acme Bolt, Pack of 2"]
@@ -243,6 +244,14 @@ def test_files_of_another_catalogue_are_noticed(tmp_path: Path, tiny_tokenizer_d
         with pytest.raises(CatalogError, match=f"{own}: holds files of another catalogue; delete it and build"):
             build_catalog(mine, str(tiny_tokenizer_dir))
         shutil.copy(whole / name, own / name)
+    trie = Trie.load(own / "trie.arrow")
+    for wrong in (trie.num_nodes, -2 - trie.num_classes):
+        targets = trie.edge_target.copy()
+        targets[0] = wrong
+        replace(trie, edge_target=targets).save(own / "trie.arrow")
+        with pytest.raises(CatalogError, match=f"{own}: holds files of another catalogue"):
+            build_catalog(mine, str(tiny_tokenizer_dir))
+    shutil.copy(whole / "trie.arrow", own / "trie.arrow")
     shutil.rmtree(own / "tokenizer")
     with pytest.raises(CatalogError, match=f"{own}: holds files of another catalogue"):
         build_catalog(mine, str(tiny_tokenizer_dir))
