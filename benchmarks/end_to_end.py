@@ -52,7 +52,7 @@ class Ours:
         clock = Clock()
         with clock("rollout"):
             tables = rollouts.land(rollouts.launch("train", np.asarray(example_ids), seed=0))
-            scoring = [rewards.submit(table, "train") for table in tables]
+            scoring = [rewards.submit(table, "train") for _, table in tables]
             rollouts.sleep()
         with clock("reward"):
             scored = list(rewards.results(scoring))
@@ -77,8 +77,8 @@ class Ours:
 
     def roll_out(self, groups: int) -> None:
         """Rollouts alone, spread over the workers."""
-        example_ids = np.arange(groups)
-        ray.wait(list(self.actors.rollouts.land(self.actors.rollouts.launch("train", example_ids, seed=0))))
+        example_ids, rollouts = np.arange(groups), self.actors.rollouts
+        ray.wait([ref for _, ref in rollouts.land(rollouts.launch("train", example_ids, seed=0))])
 
     def _sync(self) -> None:
         self.actors.rollouts.publish(self.actors.learner.export, version=self.version)

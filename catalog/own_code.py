@@ -75,7 +75,7 @@ def _module_of_file(place: str, root: Path) -> ModuleType:
     if loader.name in sys.modules:
         return sys.modules[loader.name]
     module = ModuleType(loader.name)
-    module.__file__ = str(file)
+    module.__file__, module.__package__ = str(file), ""
     sys.modules[loader.name] = module
     try:
         loader.exec_module(module)

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _open_standard_streams()
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not as of nohup
+        signal.signal(signal.SIGHUP, _interrupt)
     _quiet_libraries()
     try:
         code = _run(arguments)

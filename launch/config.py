@@ -1,5 +1,6 @@
 """The whole configuration as dataclasses, and the checks that need nothing else."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +158,17 @@ def check(config: Config) -> None:
     _require(bool(config.rewards), "rewards", config.rewards, "at least one reward is needed, such as [{name: rule}]")
     plain = config.name == Path(config.name).name and config.name[:1] not in ("", ".")
     _require(plain, "name", config.name, "must be a plain folder name that does not begin with a dot")
-    _require(len(config.name.encode()) <= 200, "name", config.name, "is too long for the name of a folder")
+    _require(config.name.isprintable(), "name", repr(config.name), "must be text that can be shown")
+    _require(len(os.fsencode(config.name)) <= 200, "name", config.name, "is too long for the name of a folder")
+    check_paths(config)
+    trackers = train.trackers
+    _require(len(set(trackers)) == len(trackers), "train.trackers", trackers, "names one twice; name each once")
+    _require(
+        learner.lora.rank == 0 or bool(learner.lora.target_modules),
+        "learner.lora.target_modules",
+        learner.lora.target_modules,
+        "adapters (learner.lora.rank) need modules; [all-linear] names all linear layers but the head",
+    )
     _require(
         not learner.inclusion_weights or rollout.strategy == "stochastic_beam",
         "learner.inclusion_weights",
@@ -190,6 +201,22 @@ def check(config: Config) -> None:
         "a rollout worker and a learner rank on each GPU, in turn, need as many rollout.workers as learner.ranks, "
         "rollout.tensor_parallel=1 and train.staleness=0",
     )
+
+
+def check_paths(config: Config) -> None:
+    """Raise ConfigError for folders whose names DeepSpeed and vLLM would take for patterns: other files would fit."""
+    for key, path in (
+        ("name", Path(config.runs, config.name)),
+        ("data.cache", Path(config.data.cache)),
+        ("model.path", Path(config.model.path or "")),
+    ):
+        whole = str(path.resolve())
+        _require(
+            not any(sign in whole for sign in "*?["),
+            key,
+            whole,
+            "DeepSpeed and vLLM take *, ? and [ in a path for a pattern; rename it",
+        )
 
 
 def _require(holds: bool, key: str, value: Any, expectation: str) -> None:

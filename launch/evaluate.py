@@ -29,7 +29,7 @@ def evaluate(
     flight = fleet.launch(split, example_ids, config.train.seed, group_size=config.train.eval_beams, strategy="beam")
     rank_of: dict[int, int] = {}
     invalid = 0
-    for table in fleet.land(flight):
+    for _, table in fleet.land(flight):
         ids, ranks, wrong = fetch(_hit_ranks.remote(table), config.rollout.timeout_s, "counting the hits of a table")
         rank_of.update(zip(ids.tolist(), ranks.tolist(), strict=True))
         invalid += wrong

@@ -10,7 +10,7 @@ from pathlib import Path
 from catalog.build import build_catalog
 from catalog.catalog import Catalog
 from launch.compose import load
-from launch.config import Config, ConfigError
+from launch.config import Config, ConfigError, check_paths
 from launch.run_directory import RunDirectory
 from launch.started_with import StartedWith
 from learner import checkpoint
@@ -36,6 +36,7 @@ class PolicyOfRun:
         if not run.is_dir():
             raise ConfigError(f"run {run} does not exist")
         config = replace(load(run / "config.yaml"), name=run.resolve().name, runs=str(run.resolve().parent))
+        check_paths(config)
         path = _intact(run / "checkpoints", name)
         return PolicyOfRun(config, path, catalogue(config, path))
 

@@ -55,7 +55,7 @@ class RolloutFleet:
     >>> fleet.ready(timeout_s=300)
     >>> fleet.publish(learner.export, version=0)                # and again after every learner step
     >>> flight = fleet.launch("train", example_ids, seed=0)
-    >>> for table_ref in fleet.land(flight): ...                # as they finish, each once, whatever dies meanwhile
+    >>> for rank, table_ref in fleet.land(flight): ...          # as they finish, each once, whatever dies meanwhile
 
     Calls on a worker run in the order of their submission, so a rollout launched before `publish` keeps the older
     weights and one launched after it has the newer, without the driver waiting in between.
@@ -182,14 +182,13 @@ class RolloutFleet:
         self._latest = list(streams)
         return Flight(streams, self._weights)
 
-    def land(self, flight: Flight) -> Iterator[ray.ObjectRef]:
-        """Table references of a flight as they finish."""
+    def land(self, flight: Flight) -> Iterator[tuple[int, ray.ObjectRef]]:
+        """(worker rank, reference of a table) of a flight as they finish, those of one worker in their order."""
         for stream in flight.streams:
             if not self._confirmed(stream.rank, flight.weights, stream.reload):
                 stream.restart(self.config.timeout_s, self._start_timeout_s)
                 self.confirmed_loads += 1
-        for _, table in collect(flight.streams, self.config.timeout_s, self._start_timeout_s):
-            yield table
+        yield from collect(flight.streams, self.config.timeout_s, self._start_timeout_s)
         for stream in flight.streams:
             if stream.restarts:
                 self._restarts[stream.rank] = None

@@ -130,7 +130,7 @@ def _tell_how_to_go_on(
         runs, cluster = directory.path.parent, config.cluster
         words = ["RESUME=1", f"NAME={shlex.quote(directory.path.name)}"]
         words += [f"CLUSTER={shlex.quote(cluster.name)}"] if cluster.device == "gpu" else []  # as the environment is
-        words += [f"ARGS={shlex.quote(f'runs={runs}')}"] if runs != Path(Config().runs) else []
+        words += [f"ARGS={shlex.quote(f'runs={shlex.quote(str(runs))}')}"] if runs != Path(Config().runs) else []
         error.add_note(f"{' '.join(words)} goes on from {newest}")
 
 

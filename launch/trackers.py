@@ -47,7 +47,7 @@ class Trackers:
         for name in names:
             try:
                 self._trackers[name] = resolve(name)(run, config)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.close()
                 raise ConfigError(
                     f"train.trackers: {name!r} could not be made:\n{traceback_below(error, __file__)}"
@@ -65,6 +65,6 @@ class Trackers:
     def _call(self, name: str, method: Callable[[], None]) -> None:
         try:
             method()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del self._trackers[name]
             self._say(f"tracker {name} raised and gets nothing more:\n{traceback_below(error, __file__)}")

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 
 from launch.actors import Actors
 from launch.config import TrainConfig
@@ -48,11 +49,12 @@ def train(
                 )
                 launched += 1
             with clock("rollout"):
-                scoring = [rewards.submit(table, "train") for table in rollouts.land(flights.popleft())]
+                scoring = [(rank, rewards.submit(table, "train")) for rank, table in rollouts.land(flights.popleft())]
                 if config.staleness == 0:
                     rollouts.sleep()
             with clock("reward"):
-                groups = list(rewards.results(scoring))
+                scoring.sort(key=itemgetter(0))  # so that what a step learns does not depend on who is first
+                groups = list(rewards.results([scored for _, scored in scoring]))
             with clock("learn"):
                 metrics = learner.step(groups)
             with clock("sync"):

@@ -41,7 +41,7 @@ def try_groups(actors: Actors, config: Config) -> None:
     train = np.arange(len(catalog.examples("train")))
     longest = longest_prompts(catalog, "train", train, len(rollouts.workers))
     flight = rollouts.launch("train", longest, seed=0)
-    scoring = [rewards.submit(table, "train") for table in rollouts.land(flight)]
+    scoring = [rewards.submit(table, "train") for _, table in rollouts.land(flight)]
     groups = list(rewards.results(scoring))
     rewards.metrics(groups)
     rollouts.sleep()  # the learner comes next

@@ -102,7 +102,7 @@ def discard(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Drop what writes and deletions that were interrupted have left in a folder of checkpoints."""
-    for pattern in (".*.partial", ".*.deleted"):
+    for pattern in (".*.partial", ".*.deleted", ".*.universal"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
 

@@ -15,14 +15,22 @@ Model = TypeVar("Model", bound=nn.Module)
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Freeze `model` and put trainable adapters into its linear layers (peft), keeping its class and its forward.
 
-    Raises ValueError naming the target modules when none of them is in the model, or when one is the output head or
-    has its weight.
+    Raises ValueError naming a target module that is not in the model, is the output head, or has its weight.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     all_linear = config.target_modules == ["all-linear"]
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    for target in () if all_linear else config.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+            linear = {
+                name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            }
+            raise ValueError(
+                f"learner.lora.target_modules: no module of the model is called {target!r}; its linear layers are "
+                f"{', '.join(sorted(linear))}"
+            )
     for name, module in model.named_modules():
         if not any(name == target or name.endswith(f".{target}") for target in config.target_modules):
             continue

@@ -27,6 +27,8 @@ TOTALS = ("loss", "completion_tokens", "packed_tokens")
 """Metrics of an update that are summed over all ranks; the others are means over the candidates that were fed."""
 MEANS = ("loss", "kl", "clipped", "grad_norm")
 """Metrics that a step reports as the mean of its updates; the others are those of its first pass over the groups."""
+OF_ALL_UPDATES = ("loss", "grad_norm")
+"""Metrics of an update that it has also where no candidates were fed."""
 
 
 @dataclass
@@ -242,20 +244,27 @@ class PolicyUpdate:
         names, ranks = zip(*self._engine.of_all_ranks((self._metric_names, own)), strict=True)
         self._objective.check_names(set().union(*names))
         summed = {name: sum(of_rank[name] for of_rank in ranks) for name in own}
-        candidates = max(summed.pop("candidates"), 1.0)
-        means = {name: value if name in TOTALS else value / candidates for name, value in summed.items()}
+        candidates = summed.pop("candidates")
+        means = {name: value if name in TOTALS else value / max(candidates, 1.0) for name, value in summed.items()}
         return {**means, "candidates": candidates}
 
 
 def _of_step(updates: list[dict[str, float]], first_pass: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step out of those of its updates; the learning rate is that of the first."""
-    candidates = [update["candidates"] for update in first_pass]
+    """Metrics of a step out of those of its updates; the learning rate is that of the first.
+
+    An update that was fed no candidates has no means over them.
+    """
 
     def of_all(name: str) -> float:
-        values = [update[name] for update in (updates if name in MEANS else first_pass)]
+        counted = updates if name in MEANS else first_pass
+        if name not in OF_ALL_UPDATES:
+            counted = [update for update in counted if update["candidates"]]
+        values = [update[name] for update in counted]
         if name in MEANS:
-            return float(np.mean(values))
-        return sum(values) if name in TOTALS else float(np.average(values, weights=candidates))
+            return float(np.mean(values)) if values else 0.0
+        if name in TOTALS:
+            return sum(values)
+        return float(np.average(values, weights=[update["candidates"] for update in counted])) if values else 0.0
 
     names = [name for name in first_pass[0] if name not in ("candidates", "lr")]
     return {**{name: of_all(name) for name in names}, "lr": first_pass[0]["lr"]}

@@ -40,6 +40,11 @@ class SASRecShape:
                 f"SASRec: hidden={self.hidden}, layers={self.layers} and heads={self.heads} must be 1 or more, and "
                 "hidden a multiple of heads"
             )
+        if self.max_history < 1 or not 0 <= self.dropout < 1:
+            raise RewardError(
+                f"SASRec: max_history={self.max_history} must be 1 or more, and dropout={self.dropout} 0 or more and "
+                "below 1"
+            )
 
 
 class SASRec(nn.Module):

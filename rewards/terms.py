@@ -8,6 +8,9 @@ from rewards.errors import RewardError
 from rewards.interface import check_written
 from rewards.registry import resolve
 
+LEAST_SHARE = 0.0001
+"""Of a CPU or GPU: Ray counts in such parts."""
+
 
 def stages_of(terms: Sequence[RewardTerm]) -> list[list[RewardTerm]]:
     """Terms by the actors that compute them: every heavy term alone, and at last all light ones, if any, together.
@@ -44,6 +47,10 @@ def _check(terms: Sequence[RewardTerm]) -> None:
         for name in ("num_cpus", "num_gpus"):
             if getattr(term, name) < 0:
                 raise RewardError(f"reward {term.key!r}: {name}={getattr(term, name)} must not be negative")
+            if 0 < getattr(term, name) < LEAST_SHARE:
+                raise RewardError(
+                    f"reward {term.key!r}: {name}={getattr(term, name)} must be 0 or {LEAST_SHARE} or more"
+                )
         if term.num_gpus > 1 and term.num_gpus % 1:
             raise RewardError(
                 f"reward {term.key!r}: num_gpus={term.num_gpus} must be a whole number where it is above 1"

@@ -37,6 +37,13 @@ class SASRecTraining:
     seed: int = 0
     # Seed of the weights, the order and the dropout.
 
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.patience < 0 or self.batch < 1 or not 0 < self.lr < math.inf:
+            raise RewardError(
+                f"SASRec: epochs={self.epochs} and batch={self.batch} must be 1 or more, patience={self.patience} 0 "
+                f"or more, and lr={self.lr} greater than 0 and finite"
+            )
+
 
 def train_sasrec(
     catalog: TitleCatalog,

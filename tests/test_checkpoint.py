@@ -95,6 +95,14 @@ def test_a_checkpoint_stands_until_the_one_that_replaces_it_does(tmp_path, monke
     assert checkpoint.find_fault(best) is None
 
 
+def test_what_interrupted_writes_removals_and_conversions_left_is_swept(tmp_path):
+    write(tmp_path, "step-1")
+    for left in ("partial", "deleted", "universal"):
+        (tmp_path / f".step-1.{left}" / "zero").mkdir(parents=True)
+    checkpoint.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
 def test_a_write_that_failed_leaves_nothing(tmp_path):
     (checkpoint.begin(tmp_path / "step-1") / "model.safetensors").write_bytes(b"half of i")
     checkpoint.discard(tmp_path / "step-1")

@@ -294,6 +294,12 @@ def test_an_adapter_on_the_output_head_is_refused():
         add_adapters(lm, LoraConfig(rank=2, target_modules=["q_proj", "lm_head"]))
 
 
+def test_an_adapter_on_what_the_model_has_not_is_refused():
+    message = r"no module of the model is called 'qproj'; its linear layers are .*q_proj"
+    with pytest.raises(ValueError, match=message):
+        add_adapters(LlamaForCausalLM(TINY_LLAMA), LoraConfig(rank=2, target_modules=["q_proj", "qproj"]))
+
+
 def test_an_adapter_on_what_the_output_head_is_tied_to_is_refused():
     adapters = LoraConfig(rank=2, target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(ValueError, match=r"the output head is tied to model\.embed_tokens"):

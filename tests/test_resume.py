@@ -181,6 +181,9 @@ def test_a_checkpoint_of_another_kind_is_refused_before_anything_starts(
     assert saved["learner"]["zero_stage"] == 1
 
 
+ARGS_OF_MY_RUNS = """'runs='"'"'my runs'"'"''"""  # for two shells: the user's and that of make
+
+
 @pytest.mark.parametrize(
     ("name", "run_name", "more", "words"),
     [
@@ -188,6 +191,12 @@ def test_a_checkpoint_of_another_kind_is_refused_before_anything_starts(
         ("sft", "mine", [], "NAME=mine goes on from runs/mine/checkpoints"),
         ("sft", "mine", ["--cluster", "1xGPU"], "NAME=mine CLUSTER=1xGPU goes on from runs/mine/checkpoints"),
         ("sft", "my own", ["runs=else"], "NAME='my own' ARGS=runs=else goes on from else/my own/checkpoints"),
+        (
+            "sft",
+            "mine",
+            ["runs=my runs"],
+            """NAME=mine ARGS='runs='"'"'my runs'"'"'' goes on from my runs/mine/checkpoints""",
+        ),
     ],
 )
 def test_whatever_ends_a_run_says_how_it_goes_on(

@@ -235,6 +235,12 @@ def test_a_file_that_does_not_run_is_named(tmp_path: Path) -> None:
         assert re.search(r'Traceback .*\n  File ".*broken.py", line 1, in <module>', str(caught.value))
 
 
+def test_a_file_in_no_package_has_no_relative_imports(tmp_path: Path) -> None:
+    (tmp_path / "relative.py").write_text("from .other import near\n")
+    with pytest.raises(RewardError, match="attempted relative import with no known parent package"):
+        resolve(f"{tmp_path}/relative.py:near")
+
+
 def test_a_file_without_the_reward_lists_its_own(tmp_path: Path) -> None:
     own = "def near(group):\n    return [0.0]\ndef _apart(group):\n    return [0.0]\n"
     (tmp_path / "mine.py").write_text(f"from rewards.group import Group\n{own}")

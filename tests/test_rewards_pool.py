@@ -186,6 +186,7 @@ def test_terms_are_checked_before_any_actor_starts(catalog: Catalog) -> None:
         ([RewardTerm("rule", timeout_s=1e30)], "at most 1e8"),
         ([RewardTerm("rule", replicas=0)], "replicas=0 must be 1 or more"),
         ([RewardTerm("rule", num_gpus=-1)], "num_gpus=-1 must not be negative"),
+        ([RewardTerm("rule", num_cpus=0.00001)], "num_cpus=1e-05 must be 0 or 0.0001 or more"),
         ([RewardTerm("rule", num_gpus=1.5)], "num_gpus=1.5 must be a whole number where it is above 1"),
         ([RewardTerm("rule", num_cpus=math.nan)], "num_cpus=nan must be finite"),
         ([RewardTerm("rule", timeout_s=math.inf)], "timeout_s=inf must be finite"),

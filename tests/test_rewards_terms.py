@@ -247,10 +247,18 @@ class CycleCatalog(SampleCatalog):
         return Cycle()
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"patience": -1}, {"batch": 0}, {"lr": -1.0}, {"lr": math.nan}, {"dropout": 2.0}]
+)
+def test_sasrec_names_what_cannot_be_trained_with(wrong: dict[str, float]) -> None:
+    with pytest.raises(RewardError, match="{}={}".format(*next(iter(wrong.items())))):
+        SASRecShape(num_classes=2, **wrong) if "dropout" in wrong else SASRecTraining(**wrong)  # type: ignore[arg-type]
+
+
 def test_sasrec_that_diverges_is_not_kept(tmp_path: Path) -> None:
     file = tmp_path / "sasrec.safetensors"
     with pytest.raises(RewardError, match="the loss is nan after epoch"):
-        train_sasrec(CycleCatalog(), file, SASRecTraining(batch=100, lr=math.inf), hidden=16, max_history=4)
+        train_sasrec(CycleCatalog(), file, SASRecTraining(batch=100, lr=1e30), hidden=16, max_history=4)
     with pytest.raises(RewardError, match=r"a score of this SASRec model is not finite.*--lr"):  # after a last step
         train_sasrec(CycleCatalog(), file, SASRecTraining(epochs=1, lr=1e20), hidden=16, max_history=4)
     assert not file.exists()

@@ -35,7 +35,7 @@ def fleet(ray_session: None, small_catalog: Catalog, folder: Path) -> Iterator[R
 
 
 def landed(fleet: RolloutFleet, flight: Flight) -> list[pa.Table]:
-    return [ray.get(ref) for ref in fleet.land(flight)]
+    return [ray.get(ref) for _, ref in fleet.land(flight)]
 
 
 def test_a_fleet_sleeps_though_a_worker_has_died_and_wakes_with_the_next_weights(fleet: RolloutFleet) -> None:

@@ -42,6 +42,11 @@ class Fails(Lines):
     def close(self):
         raise AssertionError("it was left out before")
 
+class Exits(Fails):
+    def log(self, phase, step, metrics):
+        if phase == "train":
+            raise SystemExit("no licence")
+
 class CannotBeMade(Lines):
     def __init__(self, run, config):
         raise PermissionError("who are you?")
@@ -81,15 +86,18 @@ def test_a_tracker_is_given_all_metrics(tracked: Any) -> None:
     ]
 
 
-def test_a_tracker_that_raises_is_left_out_and_the_others_are_not(tracked: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "error"), [("Fails", "ConnectionError: no network"), ("Exits", "SystemExit: no licence")]
+)
+def test_a_tracker_that_raises_is_left_out_and_the_others_are_not(tracked: Any, name: str, error: str) -> None:
     said: list[str] = []
-    run = RunDirectory(tracked("Fails", "Lines"), "0", say=said.append)
+    run = RunDirectory(tracked(name, "Lines"), "0", say=said.append)
     for step in (1, 2):
         run.log("train", step, {"loss": 1.0})
     run.close()
     assert len(said) == 1
-    assert "trackers.py:Fails raised and gets nothing more" in said[0]
-    assert "ConnectionError: no network" in said[0]
+    assert f"trackers.py:{name} raised and gets nothing more" in said[0]
+    assert error in said[0]
     assert [line["loss"] for line in run.metrics("train", steps=2)] == [1.0, 1.0]
     assert (run.path / "lines").read_text().count("{'loss': 1.0}") == 2
 

@@ -30,7 +30,7 @@ def actors(notes: list[str]) -> Any:
 
     return SimpleNamespace(
         rollouts=SimpleNamespace(
-            launch=launch, land=lambda flight: ["table"], publish=publish, loaded=lambda: None, sleep=lambda: None
+            launch=launch, land=lambda flight: [(0, "table")], publish=publish, loaded=lambda: None, sleep=lambda: None
         ),
         rewards=SimpleNamespace(
             submit=lambda table, split: table,
@@ -88,3 +88,11 @@ def test_rollouts_are_of_weights_no_older_than_asked_for(
     config = TrainConfig(prompts_per_step=2, staleness=staleness, eval_every=3)
     run(actors, config, iter([0.1]), steps=5)
     assert [note for note in notes if note.startswith("roll")] == [f"roll out at {version}" for version in versions]
+
+
+def test_groups_are_learned_worker_by_worker_whoever_is_first(actors: Any) -> None:
+    learned: list[list[str]] = []
+    actors.rollouts.land = lambda flight: [(1, "1a"), (0, "0a"), (1, "1b"), (0, "0b")]
+    actors.learner.step = lambda groups: learned.append(groups) or {"loss": 0.0}
+    run(actors, TrainConfig(prompts_per_step=4), iter([]), steps=1)
+    assert learned == [["0a", "0b", "1a", "1b"]]

@@ -38,7 +38,7 @@ def actors_of(catalog: Catalog, asked: Asked, checked: list[object], workers: in
             catalog=catalog,
             workers=[None] * workers,
             launch=launch,
-            land=lambda flight: ["table"],
+            land=lambda flight: [(0, "table")],
             sleep=lambda: None,
         ),
         rewards=SimpleNamespace(

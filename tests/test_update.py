@@ -10,7 +10,7 @@ import torch
 from learner.config import LearnerConfig
 from learner.experience import Experience
 from learner.mismatch import MismatchError
-from learner.update import PolicyUpdate
+from learner.update import PolicyUpdate, _of_step
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7], [8], [9, 10]]
 
@@ -134,3 +134,16 @@ class FakeEngine:
 
     def of_all_ranks(self, value: Any) -> list[Any]:
         return [value]
+
+
+def test_updates_that_were_fed_nothing_count_in_no_mean_over_candidates() -> None:
+    def update(candidates: float, **values: float) -> dict[str, float]:
+        zero = dict.fromkeys(("loss", "kl", "logprob", "grad_norm", "packed_tokens"), 0.0)
+        return {**zero, **values, "candidates": candidates, "lr": 1e-3}
+
+    fed = [update(1.0, loss=1.0, kl=0.5, logprob=-6.0, packed_tokens=7.0), update(3.0, loss=2.0, kl=0.1, logprob=-2.0)]
+    step = _of_step([*fed, update(0.0)], [*fed, update(0.0)])
+    assert step == pytest.approx(
+        {"loss": 1.0, "kl": 0.3, "logprob": -3.0, "grad_norm": 0.0, "packed_tokens": 7.0, "lr": 1e-3}
+    )
+    assert _of_step([update(0.0)], [update(0.0)])["logprob"] == 0.0

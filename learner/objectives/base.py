@@ -110,7 +110,7 @@ class Objective:
             returned = self.advantages_of([np.array(group) for group in rewards], normalize_std)
             with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
                 advantages = [np.asarray(group, np.float32) for group in returned]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ObjectiveError(f"the advantages of {self} raised:\n{traceback_below(error, __file__)}") from error
         if len(advantages) != len(rewards):
             raise ObjectiveError(
@@ -132,7 +132,7 @@ class Objective:
         """
         try:
             returned = self.contributions(batch, config)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ObjectiveError(f"objective {self} raised:\n{traceback_below(error, __file__)}") from error
         self._check(returned, len(batch.logp))
         return returned
