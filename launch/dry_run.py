@@ -6,6 +6,7 @@ from catalog.build import find_catalog
 from launch.compose import load, to_yaml
 from launch.config import Config
 from launch.continuation import changes, since_its_checkpoint
+from launch.idle_keys import idle_keys
 from launch.model import find_model
 from launch.preflight import check_config, plan_steps
 from launch.run_directory import RunDirectory
@@ -30,7 +31,7 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     for line in since_its_checkpoint(config):
         print(f"# {line}")
     print("# batch")
-    for line in batch_lines(config, resume):
+    for line in (*batch_lines(config, resume), *idle_keys(config)):
         print(f"#   {line}")
     if taken is not None:
         print(f"# {taken}")

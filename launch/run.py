@@ -21,6 +21,7 @@ from launch.config import Config
 from launch.continuation import changes, since_its_checkpoint
 from launch.data_order import DataOrder
 from launch.evaluate import eval_examples, evaluate
+from launch.idle_keys import idle_keys
 from launch.learner_gang import LearnerLost
 from launch.model import architecture, parameters, prepare_model
 from launch.placement import Placement, check_this_machine
@@ -81,7 +82,7 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     order, steps, batch = plan_steps(config, catalog, model_path)
     if resume:
         RunDirectory.check_steps(config, steps)
-    for line in batch.lines():
+    for line in (*batch.lines(), *idle_keys(config)):
         progress.line(line)
     with ExitStack() as opened, Actors(config, placement, catalog, model_path, steps) as actors:  # checks its devices
         progress.line(f"what rewards and other actors print: {actors.logs}/worker-*")
