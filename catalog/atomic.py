@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import time
@@ -25,6 +26,8 @@ REFUSALS = (
 )
 """What a file system answers where nothing can be written, by no fault of the program."""
 
+UNFINISHED = ".unfinished"
+"""How the names of files and folders end that are not renamed yet."""
 ABANDONED_S = 3600.0
 """Age from which a folder that no process holds is one whose process was killed."""
 
@@ -101,7 +104,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _remove_abandoned(path: Path) -> None:
     """Folders beside `path` in which processes that were killed had begun to make it."""
-    for folder in path.parent.glob(f".{path.name}.????????"):
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????{UNFINISHED}"):
         try:
             opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:  # gone meanwhile, or no folder
@@ -139,4 +142,4 @@ def _replaceable(path: Path) -> Path:
 def _beside(path: Path) -> Path:
     """A name of one's own in the folder of `path`; it ends otherwise, so that no pattern of finished files fits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}{UNFINISHED}")

@@ -185,7 +185,7 @@ class TrieMask:
         self, values: torch.Tensor, row: torch.Tensor, nodes: torch.Tensor, sampling: Sampling
     ) -> torch.Tensor:
         """bool [E]: which edge each row draws. values, row: [E], logits and row of each edge; nodes: [R]."""
-        below = (values - _segment_max(values, row, len(nodes))[row]).double()
+        below = values.double() - _segment_max(values, row, len(nodes))[row]
         weight = (below / sampling.divisor[row]).exp()
         total = weight.new_zeros(len(nodes)).scatter_add(0, row, weight)
         before = total.cumsum(0) - total

@@ -108,9 +108,12 @@ with atomic_folder(Path(sys.argv[1])) as temporary:
         left, kept = (process.stdout.readline().strip() for process in (killed, working))  # type: ignore[union-attr]
         killed.kill()
         killed.wait()
-        (tmp_path / ".folder.a_minute").mkdir()
+        (others := tmp_path / ".folder.20261128").mkdir()
+        (recent := tmp_path / ".folder.01234567.unfinished").mkdir()
+        os.utime(others, (0, 0))
         with atomic_folder(tmp_path / "folder"):
-            assert {left, kept, ".folder.a_minute"} & set(names(tmp_path)) == {kept, ".folder.a_minute"}
+            there = set(names(tmp_path))
+        assert there & {left, kept, others.name, recent.name} == {kept, others.name, recent.name}
     finally:
         working.kill()
         working.communicate()
