@@ -9,7 +9,7 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the candidates of n groups lie when they stand one group after another, N in all. Its arrays are fixed.
+    """Where the candidates of n groups lie when they stand one group after another, N in all.
 
     >>> layout = Layout.of(table)
     >>> layout.flat(table["candidate_class"])       # int32 [N]
@@ -23,7 +23,7 @@ class Layout:
     def of(cls, table: pa.Table) -> "Layout":
         """The layout of a group table; only `candidate_class` is looked at."""
         sizes = _combined(table["candidate_class"]).value_lengths().to_numpy(zero_copy_only=False)
-        return cls(_fixed(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)))
+        return cls(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
 
     @property
     def num_groups(self) -> int:
@@ -36,17 +36,17 @@ class Layout:
     @cached_property
     def sizes(self) -> np.ndarray:
         """int32 [n]"""
-        return _fixed(np.diff(self.offsets))
+        return np.diff(self.offsets)
 
     @cached_property
     def group(self) -> np.ndarray:
         """int64 [N]: the group of each candidate."""
-        return _fixed(np.repeat(np.arange(self.num_groups), self.sizes))
+        return np.repeat(np.arange(self.num_groups), self.sizes)
 
     @cached_property
     def rank(self) -> np.ndarray:
         """int64 [N]: the rank of each candidate in its group, 0 first."""
-        return _fixed(np.arange(self.num_candidates) - np.repeat(self.offsets[:-1], self.sizes))
+        return np.arange(self.num_candidates) - np.repeat(self.offsets[:-1], self.sizes)
 
     def flat(self, lists: pa.ChunkedArray | pa.ListArray) -> np.ndarray:
         """[N]: a list column of the table as one array."""
@@ -65,11 +65,6 @@ class Layout:
         found = np.zeros(self.num_groups, bool)
         found[self.group[mask]] = True
         return found
-
-
-def _fixed(values: np.ndarray) -> np.ndarray:
-    values.setflags(write=False)
-    return values
 
 
 def _combined(lists: pa.ChunkedArray | pa.ListArray) -> pa.ListArray:

@@ -148,10 +148,3 @@ def test_slices_and_chunks_are_read_right() -> None:
 def test_no_groups_have_no_rewards() -> None:
     for rewards in (rule_rewards, ranking_rewards):
         assert rewards(groups([], [])).to_pylist() == []
-
-
-@pytest.mark.parametrize("name", ["offsets", "sizes", "group", "rank"])
-def test_a_reward_cannot_move_the_candidates_of_others(name: str) -> None:
-    layout = Layout.of(groups([[1, 2], [3]], [0, 0]))
-    with pytest.raises(ValueError, match="read-only"):
-        getattr(layout, name)[:] = 7
