@@ -101,7 +101,7 @@ def discard(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Drop what writes and deletions that were interrupted have left in a folder of checkpoints."""
+    """Drop what interrupted writes, deletions and conversions to other ranks have left in a folder of checkpoints."""
     for pattern in (".*.partial", ".*.deleted", ".*.universal"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
