@@ -136,8 +136,9 @@ class Catalog:
         return self._description["stats"]
 
     def check_whole(self, fingerprint: str) -> None:
-        """Raise CatalogError unless it has this fingerprint, files of the sizes with which it was built, a tokenizer, and
-        a trie whose edges lead to nodes and titles that there are.
+        """Raise CatalogError unless it has this fingerprint, a tokenizer, and files of the sizes that were built.
+
+        The trie's edges must lead to nodes and titles that there are.
         """
         sizes = [len(self.item_ids), len(self.titles), self.trie.num_nodes, *map(len, self._splits.values())]
         target, classes = self.trie.edge_target, len(self.titles)
