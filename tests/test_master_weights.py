@@ -4,7 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from learner import master_weights
 from learner.master_weights import step_master_weights
 
 SHAPES = [(7, 5), (11,), (3, 4, 2)]
@@ -36,7 +39,11 @@ def optimizer_of(seed: int, dtype: torch.dtype, clip: float) -> SimpleNamespace:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("clip", [0.0, 0.3, 1e3])
-def test_a_step_equals_plain_pytorch(dtype: torch.dtype, clip: float) -> None:
+@pytest.mark.parametrize("elements", [1, 40, 50, 1 << 24])
+def test_a_step_equals_plain_pytorch(
+    dtype: torch.dtype, clip: float, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(master_weights, "_ON_CPU", elements)
     found, plain = optimizer_of(0, dtype, clip), optimizer_of(0, dtype, clip)
     assert step_master_weights(found) is False
     masters, weights = (
@@ -52,6 +59,18 @@ def test_a_step_equals_plain_pytorch(dtype: torch.dtype, clip: float) -> None:
         assert group.grad is None
     for weight, master in zip((t for g in found.fp16_groups for t in g), masters, strict=True):
         assert torch.equal(weight, master.bfloat16())
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 30))
+def test_pieces_are_bounded_and_no_smaller_than_they_must_be(sizes: list[int], elements: int) -> None:
+    weights = [torch.empty(size) for size in sizes]
+    pieces = list(master_weights._pieces(weights, elements))
+    assert [i for piece in pieces for i in range(len(sizes))[piece]] == list(range(len(sizes)))
+    totals = [sum(sizes[piece]) for piece in pieces]
+    for piece, total in zip(pieces, totals, strict=True):
+        assert total <= elements or piece.stop - piece.start == 1
+    for piece, total in zip(pieces[1:], totals, strict=False):
+        assert total + sizes[piece.start] > elements
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
