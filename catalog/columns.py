@@ -148,6 +148,11 @@ class Columns:
                 )
         return seconds
 
+    def instants(self, name: str) -> np.ndarray:
+        """int64 [n]: the times that `seconds` takes, in the column's own unit, which is what orders them."""
+        column = self.column(name)
+        return column.cast(pa.int64()).to_numpy() if pa.types.is_timestamp(column.type) else self.seconds(name)
+
     def id_lists(self, name: str) -> tuple[pa.Array, np.ndarray]:
         """A column of lists of ids: (all ids one behind the other, length of each list); no list is empty."""
         column = self.column(name)

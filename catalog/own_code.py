@@ -1,10 +1,12 @@
 """Code that a person names in the configuration: rewards, objectives and trackers of their own."""
 
+import ast
 import importlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -74,6 +76,7 @@ def _module_of_file(place: str, root: Path) -> ModuleType:
     loader = SourceFileLoader(str(file), str(file))  # a name that no import has, and that messages can show
     if loader.name in sys.modules:
         return sys.modules[loader.name]
+    _check_neighbours(file)
     module = ModuleType(loader.name)
     module.__file__, module.__package__ = str(file), ""
     sys.modules[loader.name] = module
@@ -85,6 +88,38 @@ def _module_of_file(place: str, root: Path) -> ModuleType:
             raise
         raise OwnCodeError(f"running {file} failed: {error!r}\n{traceback_below(error, __file__)}") from error
     return module
+
+
+def _check_neighbours(file: Path) -> None:
+    """Raise OwnCodeError where a file, or a neighbour of its, imports a neighbour and would get another module."""
+    reached = [file]
+    for importing in reached:
+        for name in _imported(importing):
+            neighbour = file.parent / f"{name}.py"
+            if not neighbour.is_file():
+                continue
+            loaded = sys.modules.get(name)
+            found = getattr(loaded or find_spec(name), "__file__" if loaded else "origin", None)
+            if found is None or Path(found).resolve() != neighbour.resolve():
+                raise OwnCodeError(
+                    f"{importing} imports {name!r}, for which Python takes {found or 'a built-in module'} and not "
+                    f"{neighbour}: give this one a name of its own"
+                )
+            if neighbour not in reached:
+                reached.append(neighbour)
+
+
+def _imported(file: Path) -> Iterator[str]:
+    """The first part of each module that a file imports by its whole name; none of a file that is no Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):
+        return
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
 
 
 def traceback_below(error: BaseException, file: str) -> str:

@@ -57,7 +57,7 @@ def prepare(
             "item_id", 0, f"neither item {first!r} nor any other is in {items.name}; give both the same ids"
         )
     users, time = pc.dictionary_encode(log.texts("user_id")), log.seconds("timestamp")
-    user = users.indices.to_numpy()
+    user, instant = users.indices.to_numpy(), log.instants("timestamp")
 
     within = (time >= first_time) & (time < end_time)
     titled = np.flatnonzero(within & usable[row_of])
@@ -65,7 +65,7 @@ def prepare(
     if not len(kept):
         words = f"an item in {items.name} with a title of at most max_title_words={max_title_words} words"
         raise _nothing_left(interactions, time, f"start={start} and end={end}", within, words, titled, k)
-    rows, histories = _examples(kept, user, row_of, time, max_history)
+    rows, histories = _examples(kept, user, row_of, instant, max_history)
     examples = pa.table(
         {
             "user_id": users.dictionary.take(pa.array(user[rows])),
@@ -83,7 +83,7 @@ def prepare(
     return {
         "interactions": len(time),
         "interactions_kept": len(kept),
-        "of_them_repeated": len(kept) - _distinct(user[kept], row_of[kept], time[kept]),
+        "of_them_repeated": len(kept) - _distinct(user[kept], row_of[kept], instant[kept]),
         "users": len(np.unique(user[kept])),
         "items": len(used),
         **{split: len(table) for split, table in splits.items()},
@@ -138,16 +138,16 @@ def _nothing_left(
 
 
 def _examples(
-    kept: np.ndarray, user: np.ndarray, item: np.ndarray, time: np.ndarray, max_history: int
+    kept: np.ndarray, user: np.ndarray, item: np.ndarray, instant: np.ndarray, max_history: int
 ) -> tuple[np.ndarray, Ragged]:
     """The target of every example as a row of the log, and its history of items; examples in time order.
 
-    kept: rows of the log. user, item, time: of every row.
+    kept: rows of the log. user, item, instant: of every row.
     """
-    by_user = kept[np.lexsort((time[kept], user[kept]))]
+    by_user = kept[np.lexsort((instant[kept], user[kept]))]
     _, lengths = np.unique(user[by_user], return_counts=True)
     targets, histories = sliding_histories(item[by_user], lengths, max_history)
-    order = np.argsort(time[by_user[targets]], kind="stable")
+    order = np.argsort(instant[by_user[targets]], kind="stable")
     return by_user[targets[order]], histories.take(order)
 
 

@@ -65,8 +65,14 @@ class Http:
         self.url, self.format, self.retries, self.backoff_s, self.batch = url, format, retries, backoff_s, batch
         headers = {"Content-Type": JSON if format == "json" else ARROW}
         if token_env:
-            if not (token := os.environ.get(token_env)):
+            token = os.environ.get(token_env, "").strip()  # files of secrets often end in a new line
+            if not token:
                 raise RewardError(f"reward 'http': the environment variable {token_env} with the token is not set")
+            if not (token.isascii() and token.isprintable()):  # which a library would show, to say so
+                raise RewardError(
+                    f"reward 'http': the token in the environment variable {token_env} has characters that a header "
+                    "cannot have; set it to printable ASCII"
+                )
             headers["Authorization"] = f"Bearer {token}"
         self.client = httpx.Client(headers=headers, timeout=timeout_s)
 
@@ -94,6 +100,8 @@ class Http:
             except httpx.TransportError as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
+            except httpx.RequestError as error:  # such as a body that is not what its headers say
+                raise RewardError(f"{where} answered what cannot be read: {error}") from error
             if response.is_success:
                 return response
             failure = f"status {response.status_code}: {_beginning(response)}"

@@ -140,6 +140,13 @@ def blocks_needed(length: int, beams: int, level_width: np.ndarray, block_size: 
     return full + int(np.minimum(beams, widest_from[np.minimum(depth, len(level_width) - 1)]).sum())
 
 
+def most_blocks_needed(length: int, beams: int, level_width: np.ndarray, block_size: int) -> int:
+    """The same of whichever prompt of at most `length` tokens needs most: one that ends just before a block does, so
+    that what is generated starts in that block and goes on in another."""
+    lengths = range(max(1, length - block_size + 1), length + 1)  # a whole block less needs a block less
+    return max(blocks_needed(shorter, beams, level_width, block_size) for shorter in lengths)
+
+
 def passes(
     start: np.ndarray, stop: np.ndarray, budget: int, max_rows: int
 ) -> Iterator[tuple[int, int, slice, np.ndarray, np.ndarray]]:

@@ -14,7 +14,7 @@ from rollout.device_trie import DeviceTrie
 from rollout.free_sampling import FreeSampleSearch
 from rollout.frontier import Frontier, TrieSearch
 from rollout.groups import Candidates
-from rollout.kv_blocks import BeamBlocks, blocks_needed, passes
+from rollout.kv_blocks import BeamBlocks, blocks_needed, most_blocks_needed, passes
 from rollout.sampling import SampleSearch
 from rollout.search import BeamSearch
 from rollout.stochastic import StochasticBeamSearch
@@ -68,7 +68,11 @@ class SearchWorker(WeightsWorker):
     def _batches_that_fit(
         self, prompts: Sequence[np.ndarray], strategy: Strategy, size: int
     ) -> Iterator[tuple[slice, int]]:
-        """Consecutive prompts whose searches fit the KV cache together, and the blocks that these need at most."""
+        """Consecutive prompts whose searches fit the KV cache together, and the blocks that these need at most.
+
+        Raises EngineError where the cache is too small for some prompt no longer than the longest here, so that a cache
+        that takes a prompt takes all shorter ones.
+        """
         model, config, trie, first = self.paged_model, self.rollout_config, self.device_trie, 0
         beams = size + (strategy == "stochastic_beam")
         level_width = trie.level_width
@@ -76,15 +80,16 @@ class SearchWorker(WeightsWorker):
             level_width = np.full(config.max_completion_tokens, beams)
         total = free = model.num_blocks - 1
         lengths = {len(prompt) for prompt in prompts}
+        most = most_blocks_needed(max(lengths), beams, level_width, model.block_size)
+        if most > total:
+            raise EngineError(
+                f"a prompt of {max(lengths)} tokens or less with {beams} beams needs {most} KV-cache blocks of "
+                f"{model.block_size} tokens, the cache has {total}: raise rollout.kv_cache_gib by a factor of "
+                f"{math.ceil(10 * most / total) / 10:.1f}"
+            )
         needs = {length: blocks_needed(length, beams, level_width, model.block_size) for length in lengths}
         for i, prompt in enumerate(prompts):
             need = needs[len(prompt)]
-            if need > total:
-                raise EngineError(
-                    f"a prompt of {len(prompt)} tokens with {beams} beams needs {need} KV-cache blocks of "
-                    f"{model.block_size} tokens, the cache has {total}: raise rollout.kv_cache_gib by a factor of "
-                    f"{math.ceil(10 * need / total) / 10:.1f}"
-                )
             if need > free:
                 yield slice(first, i), total - free
                 first, free = i, total

@@ -219,6 +219,25 @@ def test_repeated_interactions_are_kept_and_counted(tmp_path: Path) -> None:
     assert (counts["interactions_kept"], counts["of_them_repeated"]) == (14, 4)
 
 
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+@pytest.mark.parametrize("as_csv", [False, True])
+def test_interactions_within_a_second_are_in_their_order(tmp_path: Path, unit: str, as_csv: bool) -> None:
+    log, items = write(tmp_path, [(user, item, 0) for user in "abcdef" for item in (5, 1, 0)])
+    instants = pa.array([1_600_000_000_000 + 100 * place for _ in "abcdef" for place in (2, 1, 0)], pa.timestamp("ms"))
+    table = pq.read_table(log).set_column(2, "timestamp", instants.cast(pa.timestamp(unit)))
+    if as_csv:
+        pa.csv.write_csv(table, log := tmp_path / "log.csv")
+    else:
+        pq.write_table(table, log)
+    counts = prepare(log, items, tmp_path / "out", k=1)
+    assert counts["of_them_repeated"] == 0
+    examples = pa.concat_tables(
+        pq.read_table(tmp_path / "out" / f"{name}.parquet") for name in ("train", "valid", "test")
+    )
+    assert {(*row["history"], row["target"]) for row in examples.to_pylist()} == {(100, 101), (100, 101, 105)}
+    assert set(examples["timestamp"].to_pylist()) == {1_600_000_000}
+
+
 @settings(suppress_health_check=[HealthCheck.filter_too_much], deadline=None)
 @given(LOGS, st.integers(1, 4), st.integers(0, 3), st.integers(8, 13), st.integers(1, 4))
 def test_prepared_examples_equal_the_loops(

@@ -9,7 +9,7 @@ from search_oracle import random_trie
 
 from rollout.config import ForcedChains
 from rollout.device_trie import DeviceTrie
-from rollout.kv_blocks import BeamBlocks, OutOfBlocksError, blocks_needed, passes
+from rollout.kv_blocks import BeamBlocks, OutOfBlocksError, blocks_needed, most_blocks_needed, passes
 from rollout.search import BeamSearch
 
 
@@ -139,6 +139,20 @@ def test_a_search_never_needs_more_than_was_planned(
         frontier = search.frontier()
         blocks.follow(frontier.parent)
         blocks.extend(frontier.slot, frontier.count)  # raises OutOfBlocksError
+
+
+@given(
+    length=st.integers(1, 80),
+    beams=st.integers(1, 20),
+    width=st.lists(st.integers(1, 30), min_size=1, max_size=30),
+    block_size=st.sampled_from([1, 4, 16]),
+)
+def test_a_cache_that_takes_a_prompt_takes_all_shorter_ones(
+    length: int, beams: int, width: list[int], block_size: int
+) -> None:
+    level_width = np.array(width)
+    needs = [blocks_needed(shorter, beams, level_width, block_size) for shorter in range(1, length + 1)]
+    assert most_blocks_needed(length, beams, level_width, block_size) == max(needs)
 
 
 def test_little_more_is_planned_than_a_search_can_need() -> None:

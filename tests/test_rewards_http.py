@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pytest
 
@@ -113,6 +114,29 @@ def test_the_token_comes_from_the_environment(service: Service, monkeypatch: pyt
     monkeypatch.delenv("SCORER_TOKEN")
     with pytest.raises(RewardError, match="environment variable SCORER_TOKEN with the token is not set"):
         ask(service.url, token_env="SCORER_TOKEN")
+
+
+def test_a_token_that_no_header_can_hold_is_not_shown(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.answers = [title_lengths_json]
+    monkeypatch.setenv("SCORER_TOKEN", "abc\n")  # as files of secrets have it
+    ask(service.url, token_env="SCORER_TOKEN")
+    assert service.asked[0][0]["Authorization"] == "Bearer abc"
+    for secret in ("ab\nc", "äbc"):
+        monkeypatch.setenv("SCORER_TOKEN", secret)
+        with pytest.raises(RewardError, match="SCORER_TOKEN has characters that a header cannot have") as error:
+            ask(service.url, token_env="SCORER_TOKEN")
+        assert secret not in str(error.value)
+
+
+def test_a_body_that_is_not_what_its_headers_say_is_refused_at_once(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrupt(*_: Any, **__: Any) -> None:
+        raise httpx.DecodingError("incorrect header check")
+
+    monkeypatch.setattr(httpx.Client, "post", corrupt)
+    with pytest.raises(RewardError, match="answered what cannot be read: incorrect header check"):
+        ask(service.url)
 
 
 def test_a_passing_failure_is_retried(service: Service) -> None:

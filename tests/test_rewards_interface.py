@@ -266,6 +266,35 @@ def test_a_file_finds_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert resolve("with_neighbour.py:f", root=tmp_path)(None) == [0.5]  # wherever Python looks for modules
 
 
+@pytest.mark.parametrize("lazily", [False, True])
+def test_neighbours_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazily: bool) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    lines = ["def f(group):", "    import twin_of_both", "    return [twin_of_both.VALUE]"]
+    for folder, value in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "twin_of_both.py").write_text(f"VALUE = {value}\n")
+        (tmp_path / folder / "scores.py").write_text("\n".join(lines if lazily else [lines[1].strip(), *lines]) + "\n")
+    try:
+        assert resolve("one/scores.py:f", root=tmp_path)(None) == [1.0]
+        with pytest.raises(RewardError, match=r"scores.py imports 'twin_of_both'.*takes .*one/twin.* not .*two/twin"):
+            resolve("two/scores.py:f", root=tmp_path)
+    finally:
+        sys.modules.pop("twin_of_both", None)
+
+
+def test_a_neighbour_behind_a_module_of_python_is_named_where_it_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "statistics.py").write_text("")
+    (tmp_path / "idle.py").write_text("def f(group):\n    return [0.0]\n")
+    assert resolve("idle.py:f", root=tmp_path)(None) == [0.0]
+    (tmp_path / "between.py").write_text("import statistics\n")
+    (tmp_path / "meant.py").write_text("import between\n")
+    with pytest.raises(RewardError, match=r"between.py imports 'statistics', for which Python takes .*statistics.py"):
+        resolve("meant.py:f", root=tmp_path)
+
+
 def test_check_shows_every_group_and_its_rewards() -> None:
     console = Console(record=True, width=120)
     rewards = check(f"{FAULTY}:title_length", {}, sample_groups(), console)
