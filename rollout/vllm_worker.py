@@ -70,8 +70,8 @@ class SearchWorker(WeightsWorker):
     ) -> Iterator[tuple[slice, int]]:
         """Consecutive prompts whose searches fit the KV cache together, and the blocks that these need at most.
 
-        Raises EngineError where the cache is too small for some prompt no longer than the longest here, so that a cache
-        that takes a prompt takes all shorter ones.
+        Raises EngineError where the cache is too small for some prompt no longer than the longest here: a cache that
+        takes a prompt takes all shorter ones.
         """
         model, config, trie, first = self.paged_model, self.rollout_config, self.device_trie, 0
         beams = size + (strategy == "stochastic_beam")
