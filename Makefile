@@ -6,8 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 # Profiles other than `local` compute on GPUs where NVIDIA's driver lists one; DEVICE=cpu or DEVICE=gpu decides otherwise.
-ifndef DEVICE
-DEVICE := $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)),gpu,cpu),cpu)
+ifeq ($(strip $(DEVICE)),)
+override DEVICE := $(if $(filter-out local,$(CLUSTER))$(filter gpu,$(SCALE)),$(if $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)),gpu,cpu),cpu)
 endif
 $(if $(filter-out cpu gpu,$(DEVICE)),$(error DEVICE=$(DEVICE): write cpu or gpu))
 VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)

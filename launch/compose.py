@@ -15,6 +15,8 @@ from launch.group_yaml import group_yaml, read_yaml
 
 DEFAULTS = {"cluster": "local", "data": "embedded", "model": "small", "algorithm": "rere"}
 """The YAML of each group that is taken where none is named."""
+NAMED_BY = {"cluster": "cluster.name", "data": "data.path", "model": "model.path"}
+"""The key by which it shows what a group was named for."""
 DEVICES = ("name", "address", "device", "gpus", "gpus_per_node", "colocate")
 """Keys of `cluster` that say where a run computes."""
 IN_CHECKPOINTS = {"learner": ("zero_stage", "dtype"), "rollout": ("dtype",)}
@@ -34,7 +36,8 @@ def compose(
     """Defaults, then the YAML of each group, then `section.key=value` overrides; the later wins.
 
     Each is the name of a YAML or the path of one, data and model also a folder, model also a name of the Hugging Face
-    hub; an override of data.path or model.path counts as naming one. Raises ConfigError naming file, key and value.
+    hub; an override of data.path or model.path, or one of them in any of the YAMLs, counts as naming one. Raises
+    ConfigError naming file, key and value, also where a later YAML would undo what one of the first three names.
 
     started: the config.yaml of a run to continue, which takes the place of the defaults; with another cluster, see
     `_moved`. Of the YAML of another group only what must be as it was counts then, so that something else is refused.
@@ -77,22 +80,50 @@ def _tree(
     every: bool = False,
 ) -> DictConfig:
     """What `compose` makes its configuration of. every: heed all keys of YAMLs for a run that goes on, too."""
-    choices = {"cluster": cluster, **groups}
     tree = OmegaConf.structured(Config)
     if started is None:
-        default = {group: None if _names(group, overrides) else DEFAULTS[group] for group in choices}
-        choices = {group: choice or default[group] for group, choice in choices.items()}
+        for addition, origin in _group_yamls({"cluster": cluster, **groups}, overrides):
+            tree = _merge(tree, addition, origin)
     else:
         tree = _merge(tree, _saved(started), str(started))
         tree = tree if cluster is None else _moved(tree, cluster, started)
-        choices["cluster"] = None
-    for group, choice in choices.items():
-        if choice is not None:
-            addition, origin = group_yaml(group, choice)
-            tree = _merge(tree, addition if started is None or every else _fixed(addition), origin)
+        for addition, origin in (group_yaml(group, choice) for group, choice in groups.items() if choice):
+            tree = _merge(tree, addition if every else _fixed(addition), origin)
     for override in overrides:
         tree = _merge(tree, _override(override), f"override {override!r}")
     return tree
+
+
+def _group_yamls(choices: Mapping[str, str | None], overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
+    """The YAML of each group with its name for messages, in the order of merging.
+
+    choices: by group, in that order. There is no default where a path of data or model is named elsewhere. Raises
+    ConfigError where a later YAML would undo what a group names.
+    """
+    chosen = {group: group_yaml(group, choice) for group, choice in choices.items() if choice}
+    for group, key in NAMED_BY.items():
+        named = _said(chosen[group][0], key) if group in chosen else None
+        for other in list(choices)[list(choices).index(group) + 1 :]:
+            addition, origin = chosen.get(other, (OmegaConf.create(), ""))
+            if named is not None and (said := _said(addition, key, named)) != named:
+                raise ConfigError(
+                    f"{group.upper()}={choices[group]} has {key}={named!r}, and {origin}, which comes after it, "
+                    f"{said!r}: leave one of them out, or that key out of the file"
+                )
+    given = [addition for addition, _ in chosen.values()]
+    for group, default in DEFAULTS.items():
+        path = f"{group}.path"  # which clusters and algorithms have not
+        if not (group in chosen or _names(path, overrides) or any(_said(addition, path) for addition in given)):
+            chosen[group] = group_yaml(group, default)
+    return [chosen[group] for group in choices if group in chosen]
+
+
+def _said(addition: DictConfig, key: str, default: Any = None) -> Any:
+    """What a YAML has at section.key, as it is written there."""
+    section, _, name = key.partition(".")
+    whole: Any = OmegaConf.to_container(addition)
+    own = whole.get(section)
+    return own.get(name, default) if isinstance(own, dict) else default
 
 
 def _override(override: str) -> DictConfig:
@@ -195,9 +226,9 @@ def _beyond(mapping: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     return {key: part for key, part in parts.items() if part != {} or mapping[key] == {}}
 
 
-def _names(group: str, overrides: Sequence[str]) -> bool:
-    """Whether an override says where a group's data or model are, so that the settings of our own do not fit them."""
-    places = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == f"{group}.path"]
+def _names(path: str, overrides: Sequence[str]) -> bool:
+    """Whether an override says where data or a model are, so that the settings of our own do not fit them."""
+    places = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == path]
     return bool(places) and places[-1] not in ("", "null", "~")
 
 

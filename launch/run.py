@@ -126,7 +126,9 @@ def _tell_how_to_go_on(
     trace: TracebackType | None,
 ) -> None:
     """Add to whatever ends a run that it can be continued."""
-    newest = checkpoint.newest(directory.checkpoints)
+    newest, sft = checkpoint.newest(directory.checkpoints), directory.path / checkpoint.SFT
+    if newest is None and (sft / checkpoint.SFT_PROGRESS).is_file():
+        newest = sft
     if error is not None and newest is not None:
         runs, cluster = directory.path.parent, config.cluster
         words = ["RESUME=1", f"NAME={shlex.quote(directory.path.name)}"]
@@ -143,7 +145,7 @@ def fine_tune(session: Session) -> dict[str, Any]:
         pass  # `restore` loads what came after
     elif epochs and not sft.is_dir():
         with session.progress.stage("SFT", epochs) as stage:
-            for report in learner.sft(directory.path / "sft"):
+            for report in learner.sft(directory.path / checkpoint.SFT):
                 done = int(report["epoch"]) - ("valid_loss" not in report)
                 stage.update(done, sft_words(report))
                 if "valid_loss" in report:
@@ -151,7 +153,7 @@ def fine_tune(session: Session) -> dict[str, Any]:
             learner.save(sft, {"steps_done": 0})
     elif sft.is_dir():
         learner.load(sft)
-    shutil.rmtree(directory.path / "sft", ignore_errors=True)  # the epochs that led to that checkpoint
+    shutil.rmtree(directory.path / checkpoint.SFT, ignore_errors=True)  # the epochs that led to that checkpoint
     return evaluation(session, "sft", version=0)
 
 

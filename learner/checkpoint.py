@@ -26,7 +26,9 @@ from catalog.atomic import CannotWrite, writing
 MANIFEST = "manifest.json"
 STATE = "state.json"
 SFT = "sft"
-"""Name of the checkpoint of the weights before RL."""
+"""Name of the checkpoint of the weights before RL, and of the folder of its epochs beside `checkpoints`."""
+SFT_PROGRESS = "progress.json"
+"""There, once an epoch is whole."""
 WRITTEN_FOR = {"zero_stage": "learner.zero_stage", "dtype": "learner.dtype", "lora_rank": "learner.lora.rank"}
 """What of a checkpoint's state its reader must have alike, and the key of the configuration that says it."""
 REFERENCE = "reference/model.safetensors"

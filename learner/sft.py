@@ -15,7 +15,7 @@ from torch import Tensor
 
 from catalog.atomic import CannotWrite, atomic_file
 from catalog.catalog import Catalog
-from learner.checkpoint import writing_tensors
+from learner.checkpoint import SFT_PROGRESS, writing_tensors
 from learner.config import LearnerConfig, SftConfig
 from learner.engine import ZeroEngine
 from learner.policy import Policy
@@ -25,7 +25,6 @@ from learner.sft_data import SupervisedExamples
 
 REPORTS_PER_EPOCH = 20
 """At most; all ranks report at the same updates."""
-PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class SupervisedFineTuning:
             raise
         self._engine.barrier()
         if self._engine.rank == 0:
-            with atomic_file(folder / PROGRESS) as temporary:
+            with atomic_file(folder / SFT_PROGRESS) as temporary:
                 temporary.write_text(json.dumps(asdict(progress)))
             kept = {_epoch_folder(folder, epoch) for epoch in (progress.epoch, progress.best_epoch)}
             for old in set(folder.glob("epoch-*")) - kept:
@@ -122,7 +121,7 @@ class SupervisedFineTuning:
     def _restored(self, folder: Path) -> SftProgress:
         """The progress that `folder` tells of, with its weights and optimizer; what others have written is removed."""
         self._engine.on_rank_0(lambda: _remove_unless_written_by(self._engine.signature, folder))
-        if not (folder / PROGRESS).is_file():
+        if not (folder / SFT_PROGRESS).is_file():
             return SftProgress(written_by=self._engine.signature)
         progress = _read_progress(folder)
         path = _epoch_folder(folder, progress.epoch)
@@ -197,14 +196,14 @@ class SupervisedFineTuning:
 
 
 def _read_progress(folder: Path) -> SftProgress:
-    return SftProgress(**json.loads((folder / PROGRESS).read_text()))
+    return SftProgress(**json.loads((folder / SFT_PROGRESS).read_text()))
 
 
 def _remove_unless_written_by(signature: dict[str, Any], folder: Path) -> None:
     """Remove the epochs of another learner: written over in place, they would be a mixture if it came back."""
-    if not (folder / PROGRESS).is_file() or _read_progress(folder).written_by == signature:
+    if not (folder / SFT_PROGRESS).is_file() or _read_progress(folder).written_by == signature:
         return
-    (folder / PROGRESS).unlink()  # first: without it nobody reads an epoch
+    (folder / SFT_PROGRESS).unlink()  # first: without it nobody reads an epoch
     for epoch in folder.glob("epoch-*"):
         shutil.rmtree(epoch)
 

@@ -36,6 +36,7 @@ class BaseEngine(ABC):
     def __init__(self, llm: "LLM", trie_path: str | Path, config: RolloutConfig) -> None:
         check_names(llm.llm_engine, ENGINE_NAMES, OTHER_VLLM)
         call_workers(llm, "check_internals")
+        call_workers(llm, "unlink_shared_memory")
         self._llm, self._config = llm, config
         self._trie = Trie.load(Path(trie_path))
         model_config = llm.llm_engine.model_config

@@ -4,9 +4,12 @@ An engine that starts checks that each name is still there, and says which one m
 vLLM's inner modules says so itself where it moves; docs/rollout.md lists those files.
 """
 
+import glob
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +62,16 @@ def check_names(owner: Any, names: Sequence[str], remedy: str) -> None:
             f"vLLM's {type(owner).__name__} has no {', '.join(missing)}; this vLLM is not the one that "
             f"rollout/vllm_internals.py was written for: {remedy}"
         )
+
+
+def unlink_shared_memory() -> None:
+    """Remove the names of the memory by which ranks on CPUs talk, once all of them have mapped it, in a worker.
+
+    It is then freed with the last rank, however that ends; vLLM leaves it in /dev/shm, which is small in containers.
+    """
+    if engine := os.environ.get("VLLM_DIST_IDENT"):
+        for segment in Path("/dev/shm").glob(f"{glob.escape(engine)}-*-cpushm_*"):
+            segment.unlink(missing_ok=True)  # another rank may be faster
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from rollout.finite import REMEDY
 from rollout.host_memory import WORTH_RETURNING, return_freed_memory
-from rollout.vllm_internals import LOADING_NAMES, OTHER_VLLM, WORKER_NAMES, check_names
+from rollout.vllm_internals import LOADING_NAMES, OTHER_VLLM, WORKER_NAMES, check_names, unlink_shared_memory
 from rollout.vllm_layout import HeldWeights
 from rollout.vllm_sleep import SleepWorker
 from rollout.weights import WeightBucket, WeightsError
@@ -32,6 +32,10 @@ class WeightsWorker(SleepWorker):
         """Raise UnsupportedModelError where vLLM's worker lacks what loading weights or sleep needs."""
         check_names(self, WORKER_NAMES, OTHER_VLLM)
         check_names(self.model_runner, LOADING_NAMES, OTHER_VLLM)
+
+    def unlink_shared_memory(self) -> None:
+        """See rollout.vllm_internals.unlink_shared_memory."""
+        unlink_shared_memory()
 
     def load_bucket_weights(self, buckets: Sequence[WeightBucket]) -> int:
         """Replace all weights, waking a worker that sleeps; this rank's share of the checksum of what it then holds.

@@ -161,6 +161,56 @@ def test_a_folder_stands_for_itself(tmp_path: Path) -> None:
     assert config.data.path == config.model.path == str(tmp_path)
 
 
+@pytest.mark.parametrize("group", ["cluster", "data", "model", "algorithm"])
+def test_a_path_in_any_yaml_counts_as_naming_one(tmp_path: Path, group: str) -> None:
+    """So that a whole configuration can stand in one file, without the settings of our own small model and data."""
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(f"model: {{path: {tmp_path}}}\ndata: {{path: {tmp_path}}}\ntrain: {{prompts_per_step: 16}}\n")
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("{}\n")
+    profile = {"cluster": str(bare)} if group == "cluster" else {}  # no settings of `local` either
+    named = ["train.prompts_per_step=16", f"model.path={tmp_path}", f"data.path={tmp_path}"]
+    expected = compose(**profile, overrides=named)
+    config = compose(**{group: str(whole)})
+    assert replace(config, cluster=expected.cluster) == expected
+
+
+def test_the_config_of_a_run_is_a_whole_one(tmp_path: Path) -> None:
+    for number, changed in enumerate(([], [f"model.path={tmp_path}", f"data.path={tmp_path}", "train.steps=7"])):
+        first = compose(algorithm="gspo", overrides=changed)
+        save(first, tmp_path / f"{number}.yaml")
+        assert compose(algorithm=str(tmp_path / f"{number}.yaml")) == first
+
+
+@pytest.mark.parametrize(
+    ("named", "said", "message"),
+    [
+        (
+            {"model": "{folder}"},
+            "model: {path: elsewhere}",
+            r"MODEL=.* has model.path=.*later.yaml.*'elsewhere': leave",
+        ),
+        ({"model": "{folder}"}, "model: {path: null}", r"MODEL=.* has model.path=.*later.yaml.*None: leave one"),
+        ({"data": "{folder}"}, "data: {path: elsewhere}", r"DATA=.* has data.path=.*later.yaml"),
+        ({"cluster": "8xA100"}, "cluster: {name: local}", r"CLUSTER=8xA100 has cluster.name='8xA100'.*later.yaml"),
+    ],
+)
+def test_a_later_yaml_does_not_undo_what_was_named(
+    tmp_path: Path, named: dict[str, str], said: str, message: str
+) -> None:
+    later = tmp_path / "later.yaml"
+    later.write_text(f"{said}\n")
+    chosen = {group: choice.format(folder=tmp_path) for group, choice in named.items()}
+    with pytest.raises(ConfigError, match=message):
+        compose(**chosen, algorithm=str(later))
+    later.write_text("train: {steps: 3}\nmodel: {}\n")
+    assert compose(**chosen, algorithm=str(later)).train.steps == 3
+    for odd in ("model: 3", "data: [1]", "cluster: 3"):  # said as before
+        later.write_text(f"{odd}\n")
+        with pytest.raises(ConfigError, match=r"later\.yaml: "):
+            compose(**chosen, algorithm=str(later))
+
+
 def test_a_saved_config_loads_as_the_same(tmp_path: Path) -> None:
     config = compose(overrides=["rewards=[{name: rule, weight: 2, args: {a: [1]}}]", "learner.clip_low=0.2"])
     save(config, tmp_path / "config.yaml")

@@ -29,6 +29,7 @@ def test_a_gpu_is_one_that_the_driver_lists(says: str, environment: str, tmp_pat
     for words, known in (
         (["CLUSTER=8xA100"], environment),
         (["CLUSTER=8xA100", "DEVICE=cpu"], ".venv/"),
+        (["DEVICE="], ".venv/"),
         ([], ".venv/"),
     ):
         command = ["make", "-n", "launch", *words]

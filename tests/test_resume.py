@@ -227,5 +227,18 @@ def test_whatever_ends_a_run_says_how_it_goes_on(
         assert f"RESUME=1 {words}/{name}\n" in capsys.readouterr().err
 
 
+def test_a_run_that_ends_during_sft_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose(overrides=["name=mine"])
+    directory = RunDirectory(config, "none", overwrite=True)
+    ends = [RuntimeError("killed") for _ in range(2)]
+    _tell_how_to_go_on(config, directory, RuntimeError, ends[0], None)
+    (directory.path / "sft").mkdir()
+    (directory.path / "sft/progress.json").write_text("{}")
+    _tell_how_to_go_on(config, directory, RuntimeError, ends[1], None)
+    assert not hasattr(ends[0], "__notes__")
+    assert ends[1].__notes__ == ["RESUME=1 NAME=mine goes on from runs/mine/sft"]
+
+
 def test_resuming_what_never_was_is_refused(refused: Refused) -> None:
     assert "nothing to resume" in refused("train", "--name", "ghost", "--resume")

@@ -99,13 +99,18 @@ def test_scoring_forced_chains_at_once_changes_nothing(worker_engine: Any, monke
 def test_two_tensor_parallel_ranks_find_the_same_hold_all_weights_and_die_by_name(
     worker_engine: Any, tiny_model_dir: Path, trie_path: Path, tmp_path: Path
 ) -> None:
-    """Two worker processes in lockstep; their shards' checksums add up to that of the whole weights; one is killed."""
+    """Two worker processes in lockstep; their shards' checksums add up to that of the whole weights; one is killed.
+
+    Nothing is left in /dev/shm.
+    """
     prompts, files = ragged_prompts(12), [str(tmp_path / name) for name in ("prompts.json", "groups.json")]
     Path(files[0]).write_text(json.dumps(prompts))
     script = Path(__file__).with_name("generate_groups.py")
     command = [sys.executable, str(script), str(tiny_model_dir), str(trie_path), "2", *files]
+    before = set(Path("/dev/shm").iterdir())
     run = subprocess.run(command, cwd=script.parent.parent, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert not [path for path in set(Path("/dev/shm").iterdir()) - before if "cpushm" in path.name]
     answer = json.loads(Path(files[1]).read_text())
     assert answer["loaded"] == answer["sent"]
     assert answer["refused"].startswith("the weights that arrived are not those that the engine holds: missing ['")
