@@ -66,6 +66,7 @@ def test_what_is_launched_is_a_configuration(
     groups = {GROUPS[name]: value for name, value in words.items() if name in GROUPS}
     for value in groups.values():
         if value.endswith(".yaml"):
+            Path(value).parent.mkdir(parents=True, exist_ok=True)
             Path(value).write_text("{}")
         elif value.count("/") > 1 or value.startswith("models/"):
             Path(value).mkdir(parents=True, exist_ok=True)
