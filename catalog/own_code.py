@@ -98,11 +98,14 @@ def _check_neighbours(file: Path) -> None:
             neighbour = file.parent / f"{name}.py"
             if not neighbour.is_file():
                 continue
-            loaded = sys.modules.get(name)
-            found = getattr(loaded or find_spec(name), "__file__" if loaded else "origin", None)
-            if found is None or Path(found).resolve() != neighbour.resolve():
+            module = sys.modules.get(name)
+            spec = None if module else find_spec(name)
+            if not module and not spec:
+                continue  # the import says so itself
+            taken = getattr(module, "__file__", None) if module else getattr(spec, "origin", None)
+            if taken is None or Path(taken).resolve() != neighbour.resolve():
                 raise OwnCodeError(
-                    f"{importing} imports {name!r}, for which Python takes {found or 'a built-in module'} and not "
+                    f"{importing} imports {name!r}, for which Python takes {taken or 'a built-in module'} and not "
                     f"{neighbour}: give this one a name of its own"
                 )
             if neighbour not in reached:
