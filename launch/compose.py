@@ -97,25 +97,33 @@ def _tree(
 def _group_yamls(choices: Mapping[str, str | None], overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
     """The YAML of each group with its name for messages, in the order of merging.
 
-    choices: by group, in that order. There is no default where a path of data or model is named elsewhere. Raises
-    ConfigError where a later YAML would undo what a group names.
+    choices: by group, in that order. There is no default where a path of data or model is named elsewhere.
     """
     chosen = {group: group_yaml(group, choice) for group, choice in choices.items() if choice}
-    for group, key in NAMED_BY.items():
-        named = _said(chosen[group][0], key) if group in chosen else None
-        for other in list(choices)[list(choices).index(group) + 1 :]:
-            addition, origin = chosen.get(other, (OmegaConf.create(), ""))
-            if named is not None and (said := _said(addition, key, named)) != named:
-                raise ConfigError(
-                    f"{group.upper()}={choices[group]} has {key}={named!r}, and {origin}, which comes after it, "
-                    f"{said!r}: leave one of them out, or that key out of the file"
-                )
+    _check_kept(choices, chosen)
     given = [addition for addition, _ in chosen.values()]
     for group, default in DEFAULTS.items():
         path = f"{group}.path"  # which clusters and algorithms have not
         if not (group in chosen or _names(path, overrides) or any(_said(addition, path) for addition in given)):
             chosen[group] = group_yaml(group, default)
     return [chosen[group] for group in choices if group in chosen]
+
+
+def _check_kept(choices: Mapping[str, str | None], chosen: Mapping[str, tuple[DictConfig, str]]) -> None:
+    """Raise ConfigError where a later YAML would undo what a group was named for.
+
+    chosen: the YAMLs of the choices and their names, in the order of merging.
+    """
+    groups = list(chosen)
+    for place, group in enumerate(groups):
+        key = NAMED_BY.get(group, "")
+        named = _said(chosen[group][0], key)
+        for addition, origin in [chosen[later] for later in groups[place + 1 :]]:
+            if named is not None and (said := _said(addition, key, named)) != named:
+                raise ConfigError(
+                    f"{group.upper()}={choices[group]} has {key}={named!r}, and {origin}, which comes after it, "
+                    f"{said!r}: leave one of them out, or that key out of the file"
+                )
 
 
 def _said(addition: DictConfig, key: str, default: Any = None) -> Any:
