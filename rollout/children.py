@@ -1,7 +1,7 @@
 """The most likely children of trie nodes, from the model's logits."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
@@ -32,17 +32,6 @@ class Children:
     policy: torch.Tensor | None = None
     """float64 [R, W]: log-probability among the node's children, where a search asks for it."""
 
-    def only_child(self, where: torch.Tensor, edge: torch.Tensor, logprob: float) -> "Children":
-        """Where a node has but one child, that one: where and edge are like the rows [...]."""
-        first = torch.arange(self.edge.shape[-1], device=where.device) == 0
-        one, only = where[..., None], torch.where(first, logprob, NEG_INF)
-        return replace(
-            self,
-            logprob=torch.where(one, only, self.logprob),
-            edge=torch.where(one, edge[..., None], self.edge),
-            key=None if self.key is None else torch.where(one, only.to(self.key.dtype), self.key),
-        )
-
     def map(self, change: Callable[[torch.Tensor, float], torch.Tensor]) -> "Children":
         """change: makes a new column of each [R, W], given what it is padded with."""
         padding = {name: 0 if name == "edge" else NEG_INF for name in self.columns()}
@@ -51,6 +40,15 @@ class Children:
     def gather(self, index: torch.Tensor) -> "Children":
         """Those of each node at index, int64 [R, W']."""
         return self.map(lambda values, _: values.gather(1, index))
+
+    def to_host(self) -> "Children":
+        """The same on the host, with one transfer, for which it waits."""
+        if self.edge.device.type == "cpu":
+            return self
+        columns = self.columns()
+        there = torch.stack([values.double() for values in columns.values()])  # which holds each of them exactly
+        names_and_values = zip(columns.items(), there.cpu(), strict=True)
+        return Children(**{name: values.to(column.dtype) for (name, column), values in names_and_values})
 
     def columns(self) -> dict[str, torch.Tensor]:
         """Those that it has, by name."""

@@ -1,5 +1,6 @@
-"""Logits that are no numbers: noticed on the device, where nobody waits for them, and reported at the end."""
+"""Logits that are no numbers."""
 
+import numpy as np
 import torch
 
 from rollout.vllm_arguments import EngineError
@@ -22,8 +23,14 @@ class LogitsError(EngineError):
         )
 
 
+def check_finite(values: np.ndarray) -> None:
+    """Raises LogitsError where NaN is among the values. -inf is fine: of a token that cannot come."""
+    if np.isnan(values.max()):
+        raise LogitsError
+
+
 class FiniteCheck:
-    """Remembers whether a search was given NaN. A log-probability of -inf is fine: of a token that cannot come.
+    """The same on a device that nobody waits for: remembers whether a search was given NaN, and says so at the end.
 
     >>> finite = FiniteCheck(device)
     >>> finite.note(children.logprob)           # in every step, without waiting for the device

@@ -10,7 +10,6 @@ from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
-from rollout.history import Past, Steps
 from rollout.samples import IndependentSamples, as_candidates
 
 
@@ -33,7 +32,8 @@ class SampleSearch(IndependentSamples):
         self.space = space
         self._node = torch.zeros_like(self._leader)
         self._token = torch.zeros_like(self._leader, dtype=torch.int32)
-        self._past = Past(trie, self.groups, size)
+        self._taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Edges and log-probabilities [P, G] of every step; of a sample that has ended, whatever they are."""
         self._item_class = torch.full_like(self._node, -1)
         self._length = torch.zeros_like(self._node)
 
@@ -51,8 +51,7 @@ class SampleSearch(IndependentSamples):
         """See TrieSearch: every sample takes what it drew at its leader's node."""
         running = self._node >= 0
         edge, logprob = self._drawn(frontier, children)
-        step = torch.full((self.groups,), self._step, dtype=torch.int64, device=edge.device)
-        self._past.record(step, Steps(logprob, self._sample.expand(edge.shape), edge, logprob))
+        self._taken.append((edge, logprob))
         target = self.trie.edge_target[edge].long()
         self._item_class = torch.where(running & (target < 0), -1 - target, self._item_class)
         self._length = self._length + running
@@ -64,5 +63,5 @@ class SampleSearch(IndependentSamples):
         """See TrieSearch, but in the order of drawing."""
         self._finite.check()
         length, item_class = self._length.cpu().numpy(), self._item_class.cpu().numpy().astype(np.int32)
-        tokens, logprobs = self._past.trace(np.broadcast_to(np.arange(self.beams), length.shape), length)
-        return as_candidates(tokens, logprobs, length, item_class)
+        edges, logprobs = (torch.stack(steps, 2).cpu().numpy() for steps in zip(*self._taken, strict=True))
+        return as_candidates(self.trie.source.edge_token[edges], logprobs, length, item_class)

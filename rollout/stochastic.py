@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from rollout.beams import NO_SCORE, Beams, Pool, compete
 from rollout.children import NEG_INF, Children, top_children
+from rollout.compiled import compiled
 from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
+from rollout.finite import check_finite
 from rollout.frontier import Frontier
 from rollout.groups import Candidates
-from rollout.history import Pool, Steps
-from rollout.largest import first_largest
 from rollout.noise import gumbel, seed_tensor
 from rollout.search import BeamSearch
 
@@ -41,17 +42,14 @@ class StochasticBeamSearch(BeamSearch):
         """seeds: one per group. size: G. space: of the log-probabilities that are reported."""
         super().__init__(trie, len(seeds), size + 1, space, "token_by_token")
         self.size, self.temperature, self._free_chains = size, temperature, False
-        self._seed = seed_tensor(seeds, trie.device)
-        self._score = self._score.double()
-        self._score[:, 0] = gumbel(self._seed, torch.full_like(self._seed, -1))
-        self._drawn = self._policy = torch.zeros_like(self._score)
-        nothing = self._pool.score.double()
-        self._pool = replace(self._pool, score=nothing, drawn=nothing, policy=nothing)
+        self._seed = seed_tensor(seeds, torch.device("cpu"))
+        self._state = Beams.at_root(len(seeds), self.beams, trie.num_depths, carried=2, dtype=np.float64)
+        self._state.score[:, 0] = gumbel(self._seed, torch.full_like(self._seed, -1)).numpy()
+        self._pool = Pool.empty(len(seeds), self.beams, carried=2, dtype=np.float64)
 
     def children(self, frontier: Frontier, rows: slice, logits: torch.Tensor) -> Children:
         """See TrieSearch: the G + 1 whose log-probability plus noise is largest."""
-        group = torch.from_numpy(np.repeat(frontier.slot // self.beams, frontier.count)[rows])
-        seed = self._seed[group.to(self._seed.device, non_blocking=True)]
+        seed = self._seeds_of(frontier)[rows].to(logits.device, non_blocking=True)
 
         def perturbed(row: torch.Tensor, edge: torch.Tensor, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             policy = raw.double().log_softmax(1)
@@ -63,33 +61,29 @@ class StochasticBeamSearch(BeamSearch):
             self.trie, logits, frontier.node[rows], frontier.fanout[rows], self.beams, self.space, perturbed
         )
 
-    def _best_steps(self, children: Children) -> Steps:
-        """The G + 1 largest among the children of all beams and what has ended; smaller ones drop out of both."""
-        assert children.key is not None
-        assert children.policy is not None
-        width = children.key.shape[2]
-        perturbed = self._drawn[..., None] + children.key
-        score = _conditioned(self._score[..., None], perturbed).flatten(1)
-        drawn = perturbed - gumbel(self._seed[:, None, None], children.edge)
-        policy = self._policy[..., None] + children.policy
-        order = first_largest(score, self.beams)
-        score = score.gather(1, order)
-        rivals = torch.cat([self._pool.score, score], 1)
-        smallest = rivals.topk(min(self.beams, rivals.shape[1]), 1).values[:, -1:]
-        self._pool = replace(self._pool, score=torch.where(self._pool.score < smallest, NEG_INF, self._pool.score))
-        score = torch.where(score < smallest, NEG_INF, score)
-        columns = (children.edge, children.logprob, drawn, policy)
-        return Steps(score, order // width, *(values.flatten(1).gather(1, order) for values in columns))
+    def advance(self, frontier: Frontier, children: Children) -> None:
+        """See TrieSearch: the G + 1 largest among the children of all beams and what has ended go on."""
+        found = children.to_host()
+        assert found.key is not None
+        assert found.policy is not None
+        check_finite((found.logprob + found.key).numpy())
+        of_beam = np.unravel_index(frontier.slot, self._state.score.shape)
+        largest, parent = (torch.from_numpy(v[of_beam]) for v in (self._state.score, self._state.carried))
+        perturbed = parent[:, :1] + found.key
+        drawn = perturbed - gumbel(self._seeds_of(frontier)[:, None], found.edge)
+        carried = torch.stack([drawn, parent[:, 1:] + found.policy], 2).numpy()
+        score = _conditioned(largest[:, None], perturbed).numpy()
+        drop_beyond(self.beams, self._state.node, self._pool.score, score)
+        edge, logprob = found.edge.numpy(), found.logprob.numpy()
+        compete(self._arrays, self._state, self._pool, self.beams, score, edge, logprob, carried)
 
-    def _follow(self, alive: torch.Tensor, steps: Steps, target: torch.Tensor) -> None:
-        super()._follow(alive, steps, target)
-        assert steps.drawn is not None
-        assert steps.policy is not None
-        self._drawn, self._policy = steps.drawn, steps.policy
+    def _seeds_of(self, frontier: Frontier) -> torch.Tensor:
+        """int64 [T], on the host; every beam of the frontier stands at one node."""
+        return self._seed[torch.from_numpy(frontier.slot // self.beams)]
 
     def results(self) -> list[Candidates]:
         """See TrieSearch, but in the order of drawing; the score is the summed log-probability, without the noise."""
-        weight = inclusion_weights(self._pool, self.size).cpu().numpy()
+        weight = inclusion_weights(self._pool, self.size)
         groups = []
         for group, found in enumerate(super().results()):
             drawn = found.take(np.arange(min(self.size, len(found.score))))
@@ -113,10 +107,25 @@ def _conditioned(largest: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.where(values > NEG_INF, shifted, NEG_INF)
 
 
-def inclusion_weights(pool: Pool, size: int) -> torch.Tensor:
+@compiled
+def drop_beyond(keep: int, node: np.ndarray, finished: np.ndarray, score: np.ndarray) -> None:
+    """What is below the `keep` largest of a group's candidates and finished titles is set to -inf, in both.
+
+    node: int64 [P, G], -1 where no beam runs. finished: float64 [P, K]. score: float64 [R, W], of all beams' children.
+    """
+    row = 0
+    for group in range(len(node)):
+        rows = np.sum(node[group] >= 0)
+        rivals = np.append(finished[group], score[row : row + rows])
+        smallest = np.partition(rivals, len(rivals) - keep)[len(rivals) - keep]
+        for values in (finished[group], score[row : row + rows].reshape(-1)):
+            values[values < smallest] = NO_SCORE
+        row += rows
+
+
+def inclusion_weights(pool: Pool, size: int) -> np.ndarray:
     """float64 [P, size]: p / q of the first `size` titles of a pool of size + 1."""
-    assert pool.drawn is not None
-    assert pool.policy is not None
-    kappa, drawn, policy = pool.score[:, size:], pool.drawn[:, :size], pool.policy[:, :size]
-    log_inclusion = torch.log(-torch.expm1(-torch.exp(drawn - kappa)))
-    return torch.exp(policy - log_inclusion)
+    kappa, drawn, policy = pool.score[:, size:], pool.carried[:, :size, 0], pool.carried[:, :size, 1]
+    with np.errstate(divide="ignore", over="ignore"):  # of what is not there
+        log_inclusion = np.log(-np.expm1(-np.exp(drawn - kappa)))
+    return np.exp(policy - log_inclusion)

@@ -43,11 +43,7 @@ SEARCHES: dict[str, Callable[[DeviceTrie, LogprobSpace], TrieSearch]] = {
 
 
 def search(made: TrieSearch, logits: torch.Tensor, gpu: PretendedGpu | None = None) -> list[Candidates]:
-    """The candidates where a model answers logits[group, node]; on a GPU a step waits for the device once.
-
-    Twice where a beam whose further tokens are forced walks to the end of its title at once.
-    """
-    allowed = 2 if isinstance(made, BeamSearch) and made._free_chains else 1
+    """The candidates where a model answers logits[group, node]; on a GPU a step waits for the device once."""
     while True:
         before = len(gpu.waits) if gpu else 0
         frontier = made.frontier()
@@ -56,7 +52,7 @@ def search(made: TrieSearch, logits: torch.Tensor, gpu: PretendedGpu | None = No
         group = torch.from_numpy(np.repeat(frontier.slot // made.beams, frontier.count))
         group = group.to(logits.device, non_blocking=True)
         made.advance(frontier, made.children(frontier, slice(None), logits[group, frontier.node]))
-        assert gpu is None or len(gpu.waits) - before <= allowed
+        assert gpu is None or len(gpu.waits) - before <= 1
 
 
 def test_what_a_gpu_refuses_is_refused() -> None:

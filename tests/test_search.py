@@ -255,17 +255,15 @@ def test_top_children_of_nodes_of_every_width(keep: int) -> None:
 
 @settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), titles=st.integers(1, 60), vocabulary=st.sampled_from([3, 30]))
-def test_nodes_down_a_chain_are_those_of_a_walk(seed: int, titles: int, vocabulary: int) -> None:
+def test_chains_are_as_long_as_the_only_way_on(seed: int, titles: int, vocabulary: int) -> None:
     trie = random_trie(seed, titles, vocabulary, 12)
-    device_trie, node = DeviceTrie.of(trie), torch.arange(trie.num_nodes)
-    length = (torch.rand(len(node), generator=torch.Generator().manual_seed(seed)) * (device_trie.chain + 1)).long()
-    found = device_trie.down_chains(node, length, int(length.max()))
-    for start, steps, nodes in zip(node.tolist(), length.tolist(), found.tolist(), strict=True):
-        walked = [start]
-        for _ in range(steps):
-            (target,) = trie.children(walked[-1])[1].tolist()
-            walked.append(target)
-        assert nodes == walked + walked[-1:] * (int(length.max()) - steps)
+    chain, to_end = DeviceTrie.of(trie).forced
+    for start in range(trie.num_nodes):
+        node, walked = start, 0
+        while len(targets := trie.children(node)[1]) == 1 and targets[0] >= 0:
+            node, walked = int(targets[0]), walked + 1
+        assert chain[start] == walked
+        assert to_end[start] == (len(targets) == 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
