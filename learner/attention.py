@@ -38,7 +38,7 @@ def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Window | None,
+    attention_mask: Window | torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -51,6 +51,8 @@ def tree_attention(
     Raises NotImplementedError for a model that does not hand on `tree` or asks for what a tree cannot have.
     """
     asked = sorted(name for name in ("s_aux", "position_bias", "cache") if unsupported.get(name) is not None)
+    if isinstance(attention_mask, torch.Tensor):
+        asked.append("attention_mask")
     if tree is None or asked:
         reason = f"needs {asked}" if asked else "does not hand keyword arguments on to its attention"
         raise NotImplementedError(f"{type(module).__name__} {reason}: train it with learner.packing=padded")

@@ -13,7 +13,7 @@ from rollout.logsumexp import logsumexp
 _ON_CPU, _ON_CUDA = 1 << 19, 1 << 25
 # Float32 logits that exist at once.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-"""Largest difference between a model's own logits and LogprobHead's, relative to the largest."""
+"""Largest difference between two ways to the logits of one model, relative to the largest."""
 
 
 class LogprobHead(nn.Module):
@@ -59,8 +59,13 @@ class LogprobHead(nn.Module):
 
 @torch.no_grad()
 def check_head(lm: PreTrainedModel, head: LogprobHead) -> None:
-    """Raise NotImplementedError where a model does more to its logits than `head` knows of."""
+    """Raise NotImplementedError where a model does more to its logits than `head` knows of, or hides its decoder."""
     tokens = torch.arange(8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    if lm.base_model is lm:
+        raise NotImplementedError(
+            f"{type(lm).__name__} has no decoder under the name of its base_model_prefix ({lm.base_model_prefix!r}), "
+            "so that its hidden states cannot be had without logits"
+        )
     training = lm.training
     lm.eval()
     hidden = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state

@@ -163,7 +163,7 @@ def padded_batch(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence
     targets = [sequence[first:] for sequence, first in zip(sequences, first_target, strict=True)]
     return PackedBatch(
         tokens=_tensor(tokens),
-        positions=_tensor(np.broadcast_to(np.arange(width), tokens.shape)),
+        positions=_tensor(np.tile(np.arange(width), (len(tokens), 1))),
         subtree_end=None,
         attention_mask=_tensor((np.arange(width) < fed[:, None]).astype(np.int64)),
         rows=_tensor(rows),

@@ -13,7 +13,7 @@ from catalog.trie import Trie
 from learner.attention import IMPLEMENTATION, packing_refusal
 from learner.last_layer import use_last_layer
 from learner.lean_layers import use_lean_layers
-from learner.logprobs import LogprobHead, check_head
+from learner.logprobs import HEAD_TOLERANCE, LogprobHead, check_head
 from learner.packing import PackedBatch, pack_groups, packed_tokens, padded_batch
 from learner.products import compiles_every_length, rounded_rows, use_best_products
 from learner.tree_mask import TreeMask
@@ -48,15 +48,36 @@ class Policy(nn.Module):
         self.lm = lm
         self.head = LogprobHead(lm.get_output_embeddings(), lm.config, logit_mib)
         self.trie_space = None if trie is None else TrieSpace(trie)
-        if packing == "tree" and (refusal := packing_refusal(lm)) is not None:
+        lm.set_attn_implementation(_padded_attention(lm))
+        check_head(lm, self.head)
+        if packing == "tree" and (refusal := packing_refusal(lm) or self._unequal_when_packed()) is not None:
             warnings.warn(f"{type(lm).__name__} is trained on padded batches: {refusal}", stacklevel=2)
             packing = "padded"
         self.packing = packing
-        lm.set_attn_implementation(_padded_attention(lm))
-        check_head(lm, self.head)
         if packing == "tree":
             lm.set_attn_implementation(IMPLEMENTATION)
             use_last_layer(lm)
+
+    @torch.no_grad()
+    def _unequal_when_packed(self) -> str | None:
+        """Why this model cannot be fed a packed tree, found out by doing so; leaves its attention as it was."""
+        lm, implementation, training = self.lm, self.lm.config._attn_implementation, self.lm.training
+        tokens = [token % lm.config.get_text_config().vocab_size for token in range(1, 12)]
+        prompts, candidates = [tokens[:5]], [[tokens[5:8], [*tokens[5:7], tokens[0]], tokens[8:]]]
+        lm.eval()
+        expected = self(padded_batch(prompts, candidates).to(lm.device))
+        try:
+            lm.set_attn_implementation(IMPLEMENTATION)
+            found = self(pack_groups(prompts, candidates).to(lm.device))
+        except NotImplementedError as error:
+            return str(error).partition(":")[0]
+        finally:
+            lm.set_attn_implementation(implementation)
+            lm.train(training)
+        difference = float((found - expected).abs().max())
+        if difference <= HEAD_TOLERANCE[lm.dtype] * float(expected.abs().max() + 1.0):
+            return None
+        return f"its log-probabilities in a packed tree differ by {difference:.3g} from those in padded batches"
 
     def pack(self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]) -> PackedBatch:
         """The batch of some groups on the policy's device; arguments and errors as `pack_groups`."""

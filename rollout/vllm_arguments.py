@@ -109,6 +109,20 @@ def _scales(rope: Any) -> bool:
     return kind != "default" or any(map(_scales, rope.values()))
 
 
+def _unscaled_length(model_config: dict[str, Any]) -> int | None:
+    """Tokens beyond which transformers scales all rotary positions of a batch by its longest text; None for most."""
+    lengths = []
+    for source in (model_config, model_config.get("text_config") or {}):
+        named = [source.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+        ropes = [
+            rope for one in named for rope in (one, *one.values()) if isinstance(rope, dict)
+        ]  # of kinds of layers
+        if any(rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope") for rope in ropes):
+            owners = [owner.get("original_max_position_embeddings") for owner in (source, *ropes)]
+            lengths.append(next(filter(None, owners), source.get("max_position_embeddings")))
+    return min(filter(None, lengths), default=None)
+
+
 def _stated_length(theirs: dict[str, Any]) -> int | None:
     """rollout.vllm.max_model_len; None where it is not set."""
     if "max_model_len" not in theirs:
@@ -128,7 +142,8 @@ def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: 
 
     EngineError where only what the unconstrained strategy may generate does not.
     """
-    limit = max_model_len(read_model_config(model_path), config)
+    model_config = read_model_config(model_path)
+    limit, unscaled = max_model_len(model_config, config), _unscaled_length(model_config)
     more_than_limit = f"together more than the engine's {limit}"
     if prompt_tokens + title_tokens > limit:
         raise LengthError(
@@ -139,6 +154,12 @@ def check_lengths(model_path: str | Path, config: RolloutConfig, prompt_tokens: 
         raise EngineError(
             f"the longest prompt has {prompt_tokens} tokens, completions up to {config.max_completion_tokens}, "
             f"{more_than_limit}: {shorter('unconstrained')} (a model cannot take more than it has positions)"
+        )
+    if unscaled is not None and prompt_tokens + title_tokens > unscaled:
+        raise LengthError(
+            f"the longest prompt has {prompt_tokens} tokens, the longest title {title_tokens}, together more than "
+            f"{unscaled}, beyond which this model's rotary positions depend on the longest text of a batch, so that "
+            "no title has a log-probability of its own: lower data.max_prompt_tokens"
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rollout.config import RolloutConfig, Strategy
-from rollout.vllm_arguments import FIXED, OWNED, EngineError, check_lengths, check_vllm
+from rollout.vllm_arguments import FIXED, OWNED, EngineError, LengthError, check_lengths, check_vllm
 from rollout.vllm_engine import check_requests, create_llm
 from rollout.vllm_requests import create_trie_llm
 
@@ -59,6 +59,30 @@ def test_more_tokens_than_positions_need_scaled_ones_or_vllms_permission(
         check_lengths(tmp_path, longer, 200, 28)
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     check_lengths(tmp_path, longer, 200, 28)
+
+
+@pytest.mark.parametrize(
+    "model_config",
+    [
+        {"max_position_embeddings": 128, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"original_max_position_embeddings": 128, "rope_parameters": {"rope_type": "longrope"}},
+        {
+            "text_config": {
+                "rope_parameters": {"full_attention": {"rope_type": "dynamic"}},
+                "max_position_embeddings": 128,
+            }
+        },
+    ],
+)
+def test_lengths_at_which_positions_depend_on_the_batch_are_refused(
+    tmp_path: Path, model_config: dict[str, Any]
+) -> None:
+    longer = {"max_position_embeddings": 512} | model_config
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0} | longer))
+    config = RolloutConfig(vllm={"max_model_len": 256})
+    check_lengths(tmp_path, config, 100, 28)
+    with pytest.raises(LengthError, match=r"than 128, beyond which.*lower data\.max_prompt_tokens"):
+        check_lengths(tmp_path, config, 101, 28)
 
 
 def test_a_prompt_too_long_for_an_engine_names_what_to_lower() -> None:
