@@ -130,5 +130,5 @@ bench-rollout bench-learner bench-step bench-rewards: bench-%: $(READY)  ## one 
 	@$(ENV) OUT="$(OUT)" MODEL="$(if $(filter-out small,$(MODEL)),$(MODEL))" DATA="$(if $(filter-out embedded,$(DATA)),$(DATA))" \
 	  $(RUN) -m benchmarks.$(subst step,end_to_end,$*)
 
-clean:  ## remove built catalogues and what tools have cached (not the environment, not runs)
+clean:  ## remove built catalogues, small models and what tools have cached (not the environment, not runs)
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -34,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _open_standard_streams()
     signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not as of nohup
-        signal.signal(signal.SIGHUP, _interrupt)
+    for number, plain in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == plain:  # else it is ignored, as of a job in the background or of nohup
+            signal.signal(number, _interrupt)
     _quiet_libraries()
     try:
         code = _run(arguments)
@@ -191,6 +192,9 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Once: from then on all that was started is being ended, and nothing is to break that off."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

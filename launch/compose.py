@@ -1,11 +1,12 @@
 """How a configuration comes about: defaults, the YAML of each group, overrides; and how a run keeps it."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from catalog.atomic import atomic_file
@@ -23,6 +24,9 @@ IN_CHECKPOINTS = {"learner": ("zero_stage", "dtype"), "rollout": ("dtype",)}
 """Keys that the checkpoints of a run are written for."""
 NO_LIST = "AnyNode is not a ListConfig, TupleConfig, list, or tuple."
 """OmegaConf's words for a single value where a list is expected."""
+
+
+OCTAL = re.compile(r"[+-]?0[0-9_]+")
 
 
 def compose(
@@ -136,7 +140,7 @@ def _said(addition: DictConfig, key: str, default: Any = None) -> Any:
 
 def _override(override: str) -> DictConfig:
     """What one override says. Raises ConfigError where it cannot be meant so."""
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write section.key=value")
     if key == "cluster.name":
@@ -144,6 +148,11 @@ def _override(override: str) -> DictConfig:
     if key.startswith(("rewards.", "rewards[")):
         raise ConfigError(
             f"override {override!r}: write the whole list, such as rewards='[{{name: rule}},{{name: ranking}}]'"
+        )
+    if OCTAL.fullmatch(value.strip()):
+        raise ConfigError(
+            f"override {override!r}: YAML takes a number that begins with 0 for octal, or for a text; write it "
+            "without the 0, or quote it"
         )
     addition = _dotlist(override)
     if key == "rewards" and not (
@@ -248,11 +257,22 @@ def _dotlist(override: str) -> DictConfig:
 
 
 def _merge(tree: DictConfig, addition: DictConfig, origin: str) -> DictConfig:
+    if key := next(_without_value(OmegaConf.to_container(addition)), None):
+        raise ConfigError(f"{origin}: {key} is ???, which stands for no value: give one")
     try:
         return OmegaConf.merge(tree, addition)  # type: ignore[return-value]
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0].replace(NO_LIST, "expected a list, such as [...]")
         raise ConfigError(f"{origin}: {reason}{_place(error)}") from error
+
+
+def _without_value(said: Any, key: str = "") -> Iterator[str]:
+    """Keys at which OmegaConf would leave what was there before."""
+    if said == MISSING:
+        yield key
+    inner = said.items() if isinstance(said, dict) else enumerate(said) if isinstance(said, list) else ()
+    for name, value in inner:
+        yield from _without_value(value, f"{key}.{name}".lstrip("."))
 
 
 def _checked(tree: DictConfig) -> Config:

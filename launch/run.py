@@ -70,6 +70,8 @@ def _run(config: Config, placement: Placement, resume: bool, overwrite: bool) ->
     if resume:
         for line in changes(load(Path(config.runs) / config.name / "config.yaml"), config):
             progress.line(line)
+        if _newest(checkpoints := Path(config.runs) / config.name / "checkpoints") is None:
+            progress.line(f"note: {checkpoints} holds no checkpoint: the run starts from its beginning")
     with progress.stage("catalogue") as stage:
         stage.update(detail="the model and its tokenizer")
         model_path = prepare_model(config)
@@ -126,15 +128,19 @@ def _tell_how_to_go_on(
     trace: TracebackType | None,
 ) -> None:
     """Add to whatever ends a run that it can be continued."""
-    newest, sft = checkpoint.newest(directory.checkpoints), directory.path / checkpoint.SFT
-    if newest is None and (sft / checkpoint.SFT_PROGRESS).is_file():
-        newest = sft
-    if error is not None and newest is not None:
+    newest = _newest(directory.checkpoints)
+    if error is not None and newest is not None and not isinstance(error, checkpoint.CheckpointError):
         runs, cluster = directory.path.parent, config.cluster
         words = ["RESUME=1", f"NAME={shlex.quote(directory.path.name)}"]
         words += [f"CLUSTER={shlex.quote(cluster.name)}"] if cluster.device == "gpu" else []  # as the environment is
         words += [f"ARGS={shlex.quote(f'runs={shlex.quote(str(runs))}')}"] if runs != Path(Config().runs) else []
         error.add_note(f"{' '.join(words)} goes on from {newest}")
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    """Where a run goes on: its newest checkpoint, or an epoch of SFT."""
+    sft = checkpoints.parent / checkpoint.SFT
+    return checkpoint.newest(checkpoints) or (sft if (sft / checkpoint.SFT_PROGRESS).is_file() else None)
 
 
 def fine_tune(session: Session) -> dict[str, Any]:

@@ -168,6 +168,9 @@ def find_fault(path: Path, *, contents: bool = True) -> str | None:
         for name, digest in zip(read, pool.map(_sha256, (path / name for name in read)), strict=True):
             if digest != written[name][1]:
                 return f"{name} is damaged (its SHA-256 is not that of the manifest)"
+    number, done = _number(path), read_state(path).get("driver", {}).get("steps_done")
+    if number is not None and done not in (None, number):
+        return f"it is that of step {done} by its {STATE}: name it {PREFIX}{done}"
     return None
 
 
@@ -195,9 +198,14 @@ def steps_done(folder: Path) -> int:
 
 def _numbered(folder: Path) -> Iterator[tuple[Path, int]]:
     for path in folder.glob(f"{PREFIX}*"):
-        number = path.name.removeprefix(PREFIX)
-        if number.isascii() and number.isdigit() and path.is_dir():
-            yield path, int(number)
+        if (number := _number(path)) is not None and path.is_dir():
+            yield path, number
+
+
+def _number(path: Path) -> int | None:
+    """N of the name step-N; None of any other."""
+    number = path.name.removeprefix(PREFIX)
+    return int(number) if number != path.name and number.isascii() and number.isdigit() else None
 
 
 def remove(path: Path) -> None:

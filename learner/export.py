@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from catalog.atomic import CannotWrite
 from learner.engine import ZeroEngine
 from learner.lora import Adapted, merged_parameters
 from rollout.weights import WeightBucket, checksum
@@ -51,7 +52,10 @@ def weights_checksum(engine: ZeroEngine, model: PreTrainedModel) -> int:
 
 
 def save_huggingface(engine: ZeroEngine, model: PreTrainedModel, tokenizer_path: str, path: Path) -> None:
-    """Write a Hugging Face directory (weights, configuration, tokenizer) on rank 0; all ranks must call."""
+    """Write a Hugging Face directory (weights, configuration, tokenizer) on rank 0; all ranks must call.
+
+    Raises CannotWrite where the tokenizer is gone.
+    """
     weights: dict[str, Tensor] = {}
     for bucket in named_weights(engine, model):
         if engine.rank == 0:
@@ -59,6 +63,11 @@ def save_huggingface(engine: ZeroEngine, model: PreTrainedModel, tokenizer_path:
     if engine.rank == 0:
         from transformers import AutoTokenizer
 
+        if not Path(tokenizer_path).is_dir():
+            raise CannotWrite(
+                f"{path}: the tokenizer that belongs to it was in {tokenizer_path}, which is gone (`make clean` "
+                "deletes .cache, where small models are): bring it back; a run that goes on makes a small model again"
+            )
         model.save_pretrained(path, state_dict=weights)
         AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(path)
     engine.barrier()

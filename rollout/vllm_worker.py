@@ -26,7 +26,7 @@ from rollout.vllm_weights import WeightsWorker
 if not torch.cuda.is_available():
     register_kernels()  # tensor-parallel workers are processes of their own
 
-LOGITS_BYTES = (512 if torch.cuda.is_available() else 128) * 2**20
+LOGITS_BYTES = (512 if torch.cuda.is_available() else 32) * 2**20
 """Most memory of one piece of logits; more rows are scored piece by piece."""
 
 

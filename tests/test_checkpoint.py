@@ -19,10 +19,12 @@ from ray.exceptions import RayError
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from catalog.atomic import CannotWrite
 from launch.learner_gang import _blame
 from learner import checkpoint
 from learner.checkpoint import CheckpointError
 from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
+from learner.export import save_huggingface
 from learner.lost_peer import Rank0Failed
 from learner.rank import PEER_LOST, LearnerRank, _error
 
@@ -142,6 +144,23 @@ def test_a_checkpoint_whose_removal_is_interrupted_is_none(tmp_path, monkeypatch
         write(tmp_path, "step-2", keep=1)
     assert not old.exists()
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-2"]
+
+
+def test_a_checkpoint_that_has_the_name_of_another_step_is_refused(tmp_path):
+    for step in (1, 2):
+        temporary = checkpoint.begin(tmp_path / f"step-{step}")
+        (temporary / "model.safetensors").write_bytes(b"weights")
+        checkpoint.commit(tmp_path / f"step-{step}", {"driver": {"steps_done": step}})
+    checkpoint.check(tmp_path / "step-2")
+    (tmp_path / "step-2").rename(tmp_path / "step-9")
+    with pytest.raises(CheckpointError, match=r"step-9: it is that of step 2 by its state\.json: name it step-2"):
+        checkpoint.check(tmp_path / "step-9")
+
+
+def test_a_tokenizer_that_is_gone_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("learner.export.named_weights", lambda engine, model: [])
+    with pytest.raises(CannotWrite, match=r"step-1: the tokenizer that belongs to it was in .*gone, which is gone"):
+        save_huggingface(SimpleNamespace(rank=0), None, str(tmp_path / "gone"), tmp_path / "step-1")
 
 
 @pytest.mark.parametrize(

@@ -240,5 +240,33 @@ def test_a_run_that_ends_during_sft_says_that_it_goes_on(tmp_path: Path, monkeyp
     assert ends[1].__notes__ == ["RESUME=1 NAME=mine goes on from runs/mine/sft"]
 
 
+def test_a_run_goes_on_from_no_checkpoint_that_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose(overrides=["name=mine"])
+    directory = RunDirectory(config, "none", overwrite=True)
+    (directory.checkpoints / "step-3").mkdir()
+    damaged = checkpoint.CheckpointError("step-3 is damaged; step-2 is intact: delete step-3 to go on from there")
+    _tell_how_to_go_on(config, directory, checkpoint.CheckpointError, damaged, None)
+    assert not hasattr(damaged, "__notes__")
+
+
+def test_a_run_that_has_lost_its_checkpoints_says_that_it_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.run.prepare_model", start_nothing)
+    directory = RunDirectory(compose(overrides=["name=mine"]), "none")
+    directory.close()
+    for there in (False, True):
+        if there:
+            (directory.checkpoints / "step-3").mkdir()
+            monkeypatch.setattr(checkpoint, "check", lambda path, **_: None)
+            monkeypatch.setattr(checkpoint, "check_readers", lambda path, ours: None)
+        with pytest.raises(NothingStarts):
+            main(["train", "--name", "mine", "--resume"])
+        said = "note: runs/mine/checkpoints holds no checkpoint: the run starts from its beginning"
+        assert (said in capsys.readouterr().out) != there
+
+
 def test_resuming_what_never_was_is_refused(refused: Refused) -> None:
     assert "nothing to resume" in refused("train", "--name", "ghost", "--resume")

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from whole_run import SMALL, actor_processes, finish, logged_steps, start, wait_for_actor, wait_for_step
 
@@ -75,11 +78,15 @@ def test_sigterm_while_actors_start_ends_everything(tmp_path: Path) -> None:
     assert not alive
 
 
-def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 5])
+def test_ctrl_c_ends_everything_however_often(tmp_path: Path, times: int) -> None:
     process = start(tmp_path, "--name", "stopped", "--steps", "1000")
     wait_for_step(process, tmp_path / "runs" / "stopped", 1)
     started = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)
+    for _ in range(times):
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.3)
     output = finish(process)
     assert process.returncode == 130, output
     assert "Traceback" not in output
