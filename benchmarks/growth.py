@@ -146,16 +146,22 @@ def plot(name: str, points: Sequence[Point]) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     sizes = [point.size for point in points]
     figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
     axes.plot(sizes, [point.seconds for point in points], "o-", label="step")
-    for stage in ("rollout_s", "learn_s", "sync_s"):
-        axes.plot(sizes, [getattr(point, stage) for point in points], ".:", label=stage.removesuffix("_s"))
+    for stage, marker in (("learn_s", "s"), ("rollout_s", "^"), ("sync_s", "x")):  # not by colour alone
+        values = [getattr(point, stage) for point in points]
+        axes.plot(sizes, values, f"{marker}:", ms=5, label=stage.removesuffix("_s"))
     arithmetic = [points[0].seconds * point.gflop / points[0].gflop for point in points]
     axes.plot(sizes, arithmetic, "k--", label="arithmetic")
-    axes.set(xscale="log", yscale="log", xlabel=SWEEPS[name][0], ylabel="seconds")
-    axes.legend()
+    axes.set(xscale="log", yscale="log", xlabel=SWEEPS[name][0], ylabel="seconds per step")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small", handlelength=1.5)
     FIGURES.mkdir(parents=True, exist_ok=True)
     path = FIGURES / f"growth-{name.replace('_', '-')}.png"
     figure.savefig(path, dpi=110)

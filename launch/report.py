@@ -26,6 +26,7 @@ CURVES = (
     ("mismatch", "mean |rollout - learner| log-probability of a candidate"),
 )
 GROUPS_SHOWN, CANDIDATES_SHOWN, HISTORY_SHOWN = 6, 5, 5
+CURVES_EXPLAINED = "Pale: every step. Dark: the mean over the last tenth of the steps; of a validation, its value."
 
 
 def before(config: Config) -> str:
@@ -63,20 +64,25 @@ def write_report(run: RunDirectory, config: Config, summary: dict[str, Any], cat
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }}
 table {{ display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
+th:first-child, td:first-child {{ text-align: left }} td {{ font-variant-numeric: tabular-nums }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem }}
 figure {{ margin: 0 }} figure img {{ width: 100% }} figcaption {{ color: #57606a; font-size: .9rem }}
 .group {{ margin: 1.5rem 0 }} .group p {{ margin: 0 }} .group th, .group td {{ text-align: left }}
 .group th:nth-child(n + 3), .group td:nth-child(n + 3) {{ text-align: right }}
 h1, p, .group td:nth-child(2) {{ overflow-wrap: anywhere }} .group td:nth-child(2) {{ min-width: 14rem }}
+h2, h2 + p {{ break-after: avoid }} figure, .group {{ break-inside: avoid }}
+@media (max-width: 40rem) {{
+ th, td {{ padding: .25rem .35rem }} .group table {{ font-size: .85rem }} .group td:nth-child(2) {{ min-width: 8rem }}
+}}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }}
 </style></head><body>
 <h1>{title}</h1>
-<p>{html.escape(summary["data"])} · {html.escape(summary["model"])} · {summary["steps"]} steps ·
-{summary["groups"]} groups · {summary["invalid_candidates"]} invalid candidates</p>
-<h2>Test metrics</h2><p>{_evaluated(summary)}</p>{_html_table(columns, rows)}<p>{_gain(config, summary)}</p>
+<p>{html.escape(summary["data"])} · {html.escape(summary["model"])} · {html.escape(config.learner.objective)} ·
+{html.escape(config.rollout.strategy)} of {config.rollout.group_size} · {summary["steps"]:,} steps ·
+{summary["groups"]:,} groups · {summary["invalid_candidates"]} invalid candidates</p>
+<h2>Test metrics</h2><p><b>{_gain(config, summary)}</b></p><p>{_evaluated(summary)}</p>{_html_table(columns, rows)}
 <h2>Mean seconds per step</h2>{_html_table(["stage", "seconds"], timing)}
-{f'<h2>Curves</h2><div class="curves">{curves}</div>' if curves else ""}
+{f'<h2>Curves</h2><p>{CURVES_EXPLAINED}</p><div class="curves">{curves}</div>' if curves else ""}
 {_generated(run, summary["steps"], catalog)}
 <h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre>
 </body></html>
@@ -106,6 +112,7 @@ def _gain(config: Config, summary: dict[str, Any]) -> str:
     interval = "no interval: all examples are of one user"
     if gain["low"] is not None:
         interval = f"95% interval {gain['low']:+.4f} to {gain['high']:+.4f}, paired bootstrap over users"
+        interval += "; it includes 0" if gain["low"] <= 0 <= gain["high"] else ""
     over = "SFT" if config.learner.sft.epochs else "the model before"
     return f"NDCG@{k} gain of RL over {over}: {gain['mean']:+.4f}  ({interval})"
 
@@ -141,7 +148,7 @@ def _group(group: dict[str, Any], catalog: Catalog) -> str:
         )
         if rank <= CANDIDATES_SHOWN or item_class == target_class
     ]
-    table = _html_table(["", f"best of {len(ranked)} candidates", "log-probability", "reward"], rows)
+    table = _html_table(["rank", f"best of {len(ranked)} candidates", "log\u00a0p", "reward"], rows)
     target = html.escape(catalog.title(target_class))
     return f'<div class="group"><p>liked last: {liked}</p><p>next: <b>{target}</b></p>{table}</div>'
 
@@ -163,13 +170,16 @@ def _curve(steps: list[dict[str, Any]], name: str) -> str:
     from matplotlib.ticker import MaxNLocator
 
     number, value = zip(*((step["step"], step[name]) for step in steps if name in step), strict=True)
-    mean = running_mean(np.array(value), max(1, len(value) // 10))
+    last = 1 if name.startswith("ndcg@") else max(1, len(value) // 10)  # a validation is a mean already
+    mean = running_mean(np.array(value), last)[last - 1 :]
     figure = Figure(figsize=(4.2, 2.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot(number, value, lw=1, color="#9ecae1")
-    axes.plot(number, mean, "." if len(number) == 1 else "-", lw=1.6, color="#1f77b4")  # a line of one point is none
+    axes.plot(number[last - 1 :], mean, ".-" if len(number) <= 20 else "-", lw=1.6, color="#1f77b4")
+    if min(value) > 0 and max(value) > 20 * np.median(value):  # a few would flatten all others
+        axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
