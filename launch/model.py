@@ -2,62 +2,14 @@
 
 import hashlib
 import json
-from math import prod
 from pathlib import Path
 
 from catalog.atomic import atomic_folder
 from launch.config import Config, ConfigError, ModelConfig
+from launch.model_folder import check_model
 
-GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the names of classes end that generate text."""
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Of a fresh model, so that every rollout worker can run it."""
-
-
-def check_model(path: Path) -> None:
-    """Raise ConfigError naming what a Hugging Face directory lacks; of weights it reads what is in them, not these."""
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise ConfigError(f"model {path}: adapters alone; merge them into their model (PEFT: merge_and_unload)")
-        raise ConfigError(f"model {path}: config.json is missing; MODEL= takes a Hugging Face directory")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise ConfigError(f"model {path}: no weights (*.safetensors) in it")
-    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
-        raise ConfigError(f"model {path}: no tokenizer (tokenizer.json) in it")
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"model {path}: config.json is not JSON: {error}") from error
-    if not config.get("architectures"):
-        raise ConfigError(f"model {path}: config.json names no architecture")
-    if config.get("is_encoder_decoder") or not architecture(path).endswith(GENERATES):
-        raise ConfigError(f"model {path}: {architecture(path)} is no causal language model (such as Qwen2ForCausalLM)")
-    parameters(path)
-
-
-def architecture(path: Path) -> str:
-    """The class that a Hugging Face directory names, such as Qwen2ForCausalLM."""
-    return json.loads((path / "config.json").read_text())["architectures"][0]
-
-
-def parameters(path: Path) -> int:
-    """Weights in the safetensors files of a Hugging Face directory; 0 where it has none.
-
-    Raises ConfigError naming a file that is none, or that is cut off.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    total = 0
-    for file in path.glob("model*.safetensors"):
-        try:
-            with safe_open(file, "numpy") as weights:
-                total += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise ConfigError(
-                f"model {path}: {file.name} has no weights in it, or not all ({error}): fetch it again; what "
-                "git clones without Git LFS is a pointer of some lines"
-            ) from error
-    return total
 
 
 def download(name: str) -> Path:

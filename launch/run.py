@@ -23,7 +23,8 @@ from launch.data_order import DataOrder
 from launch.evaluate import eval_examples, evaluate
 from launch.idle_keys import idle_keys
 from launch.learner_gang import LearnerLost
-from launch.model import architecture, parameters, prepare_model
+from launch.model import prepare_model
+from launch.model_folder import architecture, parameters
 from launch.placement import Placement, check_this_machine
 from launch.preflight import check_config, plan_steps
 from launch.progress import Progress, Stage

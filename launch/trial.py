@@ -8,7 +8,7 @@ from catalog.catalog import Catalog
 from launch.actors import Actors
 from launch.config import Config, ConfigError
 from launch.evaluate import eval_examples, evaluate
-from launch.model import architecture
+from launch.model_folder import architecture
 from rollout.actor import ChecksumMismatch
 
 

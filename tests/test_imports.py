@@ -14,7 +14,7 @@ from rollout.imports import collector_at_rest
 def test_the_driver_of_a_run_leaves_large_libraries_to_its_actors(tiny_model_dir: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import launch.run; from launch.compose import compose; "
-        "from launch.model import parameters; from launch.placement import check_this_machine, plan; "
+        "from launch.model_folder import parameters; from launch.placement import check_this_machine, plan; "
         "from launch.run_directory import RunDirectory; "
         "config = compose(); check_this_machine(config, plan(config)); RunDirectory(config, '0').close(); "
         f"assert parameters(Path({str(tiny_model_dir)!r})) > 0; "
