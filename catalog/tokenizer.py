@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PARALLEL = "TOKENIZERS_PARALLELISM"
 BATCH = 8192
+LEAST_TOKENS = 4
+"""Beside those that settings may add: where transformers finds no file of tokens, it makes do with one or two."""
 Report = Callable[[str], None]
 """Is told in words how far long work is."""
 
@@ -32,10 +34,19 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise CatalogError(f"{path}: no tokenizer could be loaded ({error}); give a Hugging Face directory") from error
+    except Exception as error:  # files that are damaged raise whatever reading them came to
+        raise CatalogError(
+            f"{path}: no tokenizer could be loaded ({type(error).__name__}: {' '.join(str(error).split())}); give a "
+            "Hugging Face directory"
+        ) from error
     if not tokenizer.is_fast:
         raise CatalogError(f"{path}: a fast tokenizer (tokenizer.json) is needed; convert it with transformers")
+    added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if len(tokenizer.get_vocab().keys() - added) < LEAST_TOKENS:
+        raise CatalogError(
+            f"{path}: the tokenizer has special tokens and no others, so the file of its vocabulary is missing "
+            "(tokenizer.json, vocab.json with merges.txt, tokenizer.model)"
+        )
     if tokenizer.eos_token_id is None:
         raise CatalogError(
             f"{path}: the tokenizer has no end-of-sequence token, so no title could end; "

@@ -166,6 +166,36 @@ def test_a_tokenizer_without_an_end_or_of_python_code_is_refused(
         load_tokenizer(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class"),
+    [("qwen2", "Qwen2Tokenizer"), ("llama", "LlamaTokenizer"), ("t5", "T5Tokenizer")],
+)
+def test_a_tokenizer_without_a_vocabulary_is_refused(model_type: str, tokenizer_class: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    added = {str(token): {"content": f"<tool_{token}>", "special": False} for token in range(9)}
+    settings = {"tokenizer_class": tokenizer_class, "eos_token": "</s>", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CatalogError, match="special tokens and no others"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": ["</s>"]}'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(tiny_tokenizer_dir: Path, tmp_path: Path, file: str, content: str) -> None:
+    path = shutil.copytree(tiny_tokenizer_dir, tmp_path / "damaged")
+    (path / file).write_text(content)
+    with pytest.raises(CatalogError, match=r"damaged: no tokenizer could be loaded \(\w+: .*\); give a"):
+        load_tokenizer(path)
+
+
 def test_golden_prompts_have_their_published_length(golden_dir: Path) -> None:
     tokenizer = load_tokenizer(golden_dir / "model")
     examples = pq.read_table(golden_dir / "examples.parquet").to_pydict()
