@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from catalog.catalog import Catalog
 from catalog.trie import Trie
@@ -19,6 +19,7 @@ from learner.experience import Experience
 from learner.export import named_weights, save_huggingface, weight_buckets, weights_checksum
 from learner.lora import adapter_weights, add_adapters, with_own_adapters
 from learner.policy import Policy
+from learner.pretrained import load_pretrained
 from learner.random_state import random_state, restore_random_state
 from learner.reference import Reference, shares_weights
 from learner.sft import SupervisedFineTuning
@@ -167,7 +168,7 @@ class Learner:
 
     def _load_model(self, model_path: str, trainable: bool) -> PreTrainedModel:
         config = self._config
-        lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[config.dtype])
+        lm = load_pretrained(model_path, DTYPES[config.dtype])
         drop_invalid_sampling(lm)
         if trainable:  # the reference is in evaluation mode
             without_dropout(lm)
