@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 CPU_BLOCK_SIZE = 32
+LONGEST_REASON = 300
+"""Characters of what vLLM says of a model."""
 WORKER_EXTENSION = "rollout.vllm_worker.SearchWorker"
 """Methods of every vLLM worker; the requests engine only loads weights by it. vLLM extends its worker class once per
 process, so both engines name the same."""
@@ -92,8 +94,8 @@ def create_llm(
     worker_extension: "module.Class" whose methods `llm.collective_rpc` may call on every worker. first_runner: use
     Model Runner V1 also where V2 is the default. overrides: further engine arguments; `config.vllm` wins over them.
     Sampling defaults of the model's generation_config are ignored.
-    Raises EngineError for a model without an end-of-sequence token, too little KV cache memory, or an argument in
-    `config.vllm` that the project decides itself.
+    Raises EngineError for a model without an end-of-sequence token or that vLLM refuses, too little KV cache memory,
+    or an argument in `config.vllm` that the project decides itself.
     """
     check_vllm(config.vllm)
     model_config = read_model_config(model_path)
@@ -135,7 +137,7 @@ def create_llm(
                 f"rollout.kv_cache_gib={config.kv_cache_gib} is wrong here: {reason} Change rollout.kv_cache_gib or "
                 f"rollout.vllm.max_model_len (now {arguments['max_model_len']})"
             ) from error
-        raise
+        raise EngineError(f"vLLM does not start with model {model_path}: {_reason(error)}") from error
     if not on_gpu:
         return_freed_memory()
     return llm
@@ -156,6 +158,12 @@ def has_died(llm: "LLM") -> bool:
     executor: Any = llm.llm_engine.model_executor
     workers = getattr(executor, "workers", None) or ()
     return getattr(executor, "is_failed", False) or not all(worker.proc.is_alive() for worker in workers)
+
+
+def _reason(error: ValueError) -> str:
+    """What vLLM says in a line, without the lists of all that it would take."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def _unknown_argument(name: str) -> str:

@@ -1,6 +1,7 @@
 """What is refused before, or while, a vLLM engine is made."""
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,24 @@ from rollout.vllm_requests import create_trie_llm
 def test_too_little_memory_for_any_request_is_an_error(tiny_model_dir: Path) -> None:
     with pytest.raises(EngineError, match=r"rollout.kv_cache_gib=0.0001"):
         create_llm(tiny_model_dir, RolloutConfig(kv_cache_gib=0.0001))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architectures": ["FooForCausalLM"]}, r"Model architectures \['FooForCausalLM'\] are not supported"),
+        ({"num_hidden_layers": 3, "layer_types": None}, r"weights were not initialized .*model\.layers\.2\."),
+    ],
+)
+def test_a_model_that_vllm_refuses_is_an_error_of_a_line(
+    tiny_model_dir: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(EngineError, match=rf"^vLLM does not start with model {model}: .*{reason}") as error:
+        create_llm(model, RolloutConfig())
+    assert len(str(error.value)) < 600
 
 
 def test_a_model_without_end_of_sequence_is_an_error(tmp_path: Path) -> None:
