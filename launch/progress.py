@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from catalog.visible import visible
+
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 1000
 """Of tables in files and pipes, which have no width; rich would take 80 and cut off the columns beyond."""
@@ -111,8 +113,9 @@ class Progress:
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table between its title and a blank line; the first column is text, the others are figures.
 
-        Brackets and backslashes in it are shown as they are: titles have them.
+        Brackets and backslashes in it are shown as they are, and control characters spelled out: titles have them.
         """
+        title, columns, rows = visible(title), list(map(visible, columns)), [list(map(visible, row)) for row in rows]
         self.line(title)
         table = Table(show_edge=False, pad_edge=False)
         widest = max((len(row[0]) for row in rows), default=0)

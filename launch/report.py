@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from catalog.atomic import atomic_file
 from catalog.catalog import Catalog
+from catalog.visible import visible
 from launch.compose import to_yaml
 from launch.config import Config, ConfigError
 from launch.progress import Progress
@@ -48,15 +49,15 @@ def write_report(run: RunDirectory, config: Config, summary: dict[str, Any], cat
     k = max(config.train.eval_ks)
     valid = run.metrics("valid", summary["steps"])
     curves = "".join(
-        f"<figure><img alt='{html.escape(title)}' src='{_curve(logged, name)}'>"
-        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+        f"<figure><img alt='{_html(title)}' src='{_curve(logged, name)}'>"
+        f"<figcaption>{_html(title)}</figcaption></figure>"
         for logged, name, title in (
             (valid, f"ndcg@{k}", f"NDCG@{k} on the validation split"),
             *((steps, name, title) for name, title in CURVES),
         )
         if any(name in step for step in logged)
     )
-    title = html.escape(summary["name"])
+    title = _html(summary["name"])
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -77,8 +78,8 @@ h2, h2 + p {{ break-after: avoid }} figure, .group {{ break-inside: avoid }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .85rem }}
 </style></head><body>
 <h1>{title}</h1>
-<p>{html.escape(summary["data"])} · {html.escape(summary["model"])} · {html.escape(config.learner.objective)} ·
-{html.escape(config.rollout.strategy)} of {config.rollout.group_size} · {summary["steps"]:,} steps ·
+<p>{_html(summary["data"])} · {_html(summary["model"])} · {_html(config.learner.objective)} ·
+{_html(config.rollout.strategy)} of {config.rollout.group_size} · {summary["steps"]:,} steps ·
 {summary["groups"]:,} groups · {summary["invalid_candidates"]} invalid candidates</p>
 <h2>Test metrics</h2><p><b>{_gain(config, summary)}</b></p><p>{_evaluated(summary)}</p>{_html_table(columns, rows)}
 <h2>Mean seconds per step</h2>{_html_table(["stage", "seconds"], timing)}
@@ -117,9 +118,13 @@ def _gain(config: Config, summary: dict[str, Any]) -> str:
     return f"NDCG@{k} gain of RL over {over}: {gain['mean']:+.4f}  ({interval})"
 
 
+def _html(text: str) -> str:
+    return html.escape(visible(text))
+
+
 def _html_table(columns: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{_html(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -139,7 +144,7 @@ def _generated(run: RunDirectory, steps: int, catalog: Catalog) -> str:
 
 def _group(group: dict[str, Any], catalog: Catalog) -> str:
     history = catalog.examples("train").history_classes(group["example_id"])[-HISTORY_SHOWN:]
-    liked = " · ".join(f"<bdi>{html.escape(catalog.title(item_class))}</bdi>" for item_class in history)  # any script
+    liked = " · ".join(f"<bdi>{_html(catalog.title(item_class))}</bdi>" for item_class in history)  # any script
     target_class, ranked = group["target_class"], group["candidate_class"]
     rows = [
         [str(rank), _candidate(item_class, target_class, catalog), f"{sum(logprobs):.2f}", f"{reward:+.3f}"]
@@ -149,7 +154,7 @@ def _group(group: dict[str, Any], catalog: Catalog) -> str:
         if rank <= CANDIDATES_SHOWN or item_class == target_class
     ]
     table = _html_table(["rank", f"best of {len(ranked)} candidates", "log\u00a0p", "reward"], rows)
-    target = html.escape(catalog.title(target_class))
+    target = _html(catalog.title(target_class))
     return f'<div class="group"><p>liked last: {liked}</p><p>next: <b>{target}</b></p>{table}</div>'
 
 

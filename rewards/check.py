@@ -18,6 +18,7 @@ from rich.table import Table
 from yaml import YAMLError
 
 from catalog.catalog import Catalog
+from catalog.visible import visible
 from rewards.config import RewardTerm
 from rewards.errors import RewardError
 from rewards.group import Group, Groups
@@ -49,9 +50,9 @@ def check(spec: str, args: dict[str, Any], groups: Groups, console: Console) -> 
     with _patience(key):
         rewards = score(key, make_reward(key, resolve(spec), groups.catalog, args), groups)
     for group, values in zip(groups, rewards.to_pylist(), strict=True):
-        console.print(f"group {group.example_id}, user {escape(group.user_id)}", style="bold")
-        console.print(f"history  {escape(' | '.join(group.history_titles))}", soft_wrap=True)
-        console.print(f"target   {escape(group.target_title)}", soft_wrap=True)
+        console.print(f"group {group.example_id}, user {_shown(group.user_id)}", style="bold")
+        console.print(f"history  {_shown(' | '.join(group.history_titles))}", soft_wrap=True)
+        console.print(f"target   {_shown(group.target_title)}", soft_wrap=True)
         console.print(_table(group, key, values), "")
     _summary(console, key, groups, rewards)
     return rewards
@@ -92,6 +93,11 @@ def _keyword_arguments(written: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in args.items()}
 
 
+def _shown(text: str) -> str:
+    """A text of the data as rich's markup of itself."""
+    return escape(visible(text))
+
+
 def _table(group: Group, key: str, values: list[float]) -> Table:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("rank", justify="right")
@@ -103,7 +109,7 @@ def _table(group: Group, key: str, values: list[float]) -> Table:
         zip(group.candidate_classes, group.candidate_titles, group.scores, values, strict=True)
     ):
         hit = item_class == group.target_class
-        shown = escape(candidate) or "(no title)"
+        shown = _shown(candidate) or "(no title)"
         row = (str(rank), "hit" if hit else "", shown, f"{of_search:.2f}", f"{value:+.4f}")
         table.add_row(*row, style="bold green" if hit else None)
     return table

@@ -69,6 +69,14 @@ def test_a_table_shows_brackets_of_titles(capsys: pytest.CaptureFixture[str]) ->
     assert all(f"{title} " in printed for title in titles)
 
 
+def test_a_table_spells_control_characters_out(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress().table("after Bolt\x1b]0;x\x07", ["recommended", "item"], [["Nut\x1b[31m\0 \u202etloB", "1\n"]])
+    printed = capsys.readouterr().out
+    assert r"after Bolt\x1b]0;x\x07" in printed
+    assert r"Nut\x1b[31m\x00 \u202etloB" in printed
+    assert not {"\x1b", "\0", "\x07", "\u202e"} & {*printed}
+
+
 def test_a_step_says_what_was_logged() -> None:
     step = {"groups_with_hit": 0.125, "reward": 0.001, "loss": 1.6e-4, "timing_s/step": 0.5}
     assert step_words([step], {}) == "hit 12%  reward +0.0010  loss +1.6e-04  0.50 s/step"
@@ -124,6 +132,25 @@ def test_the_report_shows_what_was_generated_last(catalog: Catalog, tmp_path: Pa
     assert rows[:5] == [(str(rank), title, "-1.25", "-0.500") for rank, title in enumerate(shown, 1)]
     assert rows[5:] == [("7", f"{catalog.title(7)} ✓", "-1.25", "+1.000")]
     assert all(catalog.title(c) in page for c in catalog.examples("train").history_classes(0)[-5:])
+
+
+def test_the_report_spells_control_characters_of_titles_out(
+    data: Path, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    titles = [f"Bolt\0\x1b[{item}m \u202etuN" for item in range(40)]
+    pq.write_table(pa.table({"item_id": list(range(40)), "title": titles}), data / "items.parquet")
+    config = compose(data=str(data), overrides=[f"runs={tmp_path}/runs", f"data.cache={tmp_path}/cache"])
+    catalog = build_catalog(config.data, str(tiny_tokenizer_dir))
+    run = RunDirectory(config, catalog.fingerprint)
+    group = {"example_id": [0], "target_class": [2], "candidate_class": [[3]]}
+    scores = {"candidate_logprobs": [[[-0.5]]], "reward": [[0.0]]}
+    pq.write_table(pa.table(group | scores), run.rollouts / "step-1.parquet")
+    ranks = evaluated(config, [0, -1])
+    write_report(run, config, summarise(config, catalog, run, ranks, ranks, 1, 3), catalog)
+    run.close()
+    page = (run.path / "report.html").read_text()
+    assert not {"\0", "\x1b", "\u202e"} & {*page}
+    assert all(rf"Bolt\x00\x1b[{item}m \u202etuN" in page for item in (0, 1, 2, 3))
 
 
 def test_the_mean_of_a_curve_begins_with_what_there_is() -> None:

@@ -157,6 +157,15 @@ def test_check_shows_every_group_and_its_rewards() -> None:
     assert "24 candidates in 4 groups" in text
 
 
+def test_check_spells_control_characters_of_titles_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.samples.TITLES", ["Bolt\x1b[31m [white]\0"] * 10)
+    console = Console(record=True, width=200)
+    check(f"{FAULTY}:title_length", {}, sample_groups(), console)
+    text = console.export_text()
+    assert r"Bolt\x1b[31m [white]\x00" in text
+    assert not {"\x1b", "\0"} & {*text}
+
+
 def test_check_says_of_a_slow_reward_that_it_is_at_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
