@@ -57,10 +57,18 @@ class Http:
         RETRIED, after backoff_s, then twice as long each time. batch: groups per request. Raises RewardError for a bad
         value or an unset variable.
         """
-        if format not in ("json", "arrow") or timeout_s <= 0 or retries < 0 or backoff_s < 0 or batch < 1:
+        if not isinstance(url, str) or not isinstance(token_env, str | None):
             raise RewardError(
-                f"reward 'http': format={format!r} must be json or arrow, timeout_s={timeout_s} greater than 0, "
-                f"retries={retries} and backoff_s={backoff_s} 0 or more, batch={batch} 1 or more"
+                f"reward 'http': url={url!r} and token_env={token_env!r} must be texts: quote them in YAML"
+            )
+        numbers = all(isinstance(value, int | float) for value in (timeout_s, backoff_s))
+        whole = all(isinstance(value, int) for value in (retries, batch))
+        in_range = numbers and whole and timeout_s > 0 and retries >= 0 and backoff_s >= 0 and batch >= 1
+        if format not in ("json", "arrow") or not in_range:
+            raise RewardError(
+                f"reward 'http': format={format!r} must be json or arrow, timeout_s={timeout_s!r} greater than 0, "
+                f"retries={retries!r} and backoff_s={backoff_s!r} 0 or more, batch={batch!r} 1 or more; retries and "
+                "batch are whole numbers"
             )
         self.url, self.format, self.retries, self.backoff_s, self.batch = url, format, retries, backoff_s, batch
         headers = {"Content-Type": JSON if format == "json" else ARROW}

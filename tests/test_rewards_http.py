@@ -219,8 +219,15 @@ def test_what_is_no_address_is_named(url: str) -> None:
         ({"retries": -1}, "retries=-1 and backoff_s=0.5 0 or more"),
         ({"backoff_s": -1.0}, r"backoff_s=-1\.0 0 or more"),
         ({"batch": 0}, "batch=0 1 or more"),
+        ({"batch": 1.5}, r"batch=1\.5 1 or more; retries and batch are whole"),
+        ({"retries": "3"}, "retries='3' and backoff_s"),
+        ({"timeout_s": [1]}, r"timeout_s=\[1\] greater than 0"),
+        ({"timeout_s": float("nan")}, "timeout_s=nan greater than 0"),
+        ({"format": {"json": None}}, r"format=\{'json': None\} must be json or arrow"),
+        ({"url": {"::": None}}, r"url=\{'::': None\} and token_env=None must be texts: quote them"),
+        ({"token_env": 7}, "token_env=7 must be texts"),
     ],
 )
 def test_bad_arguments_are_refused(argument: dict[str, Any], message: str) -> None:
     with pytest.raises(RewardError, match=message):
-        Http(SampleCatalog(), "http://h", **argument)
+        Http(SampleCatalog(), **{"url": "http://h"} | argument)
