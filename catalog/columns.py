@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from catalog.errors import CatalogError
+from catalog.errors import CatalogError, name_files
 from catalog.ragged import Ragged
 
 UNITS = {10**17: "nanoseconds", 10**14: "microseconds", 10**11: "milliseconds"}
@@ -241,10 +241,12 @@ def _check_exists(file: Path) -> None:
         return
     if file.is_dir():
         raise CatalogError(f"{file}: a folder; write it as one file")
+    if file.exists():
+        raise CatalogError(f"{file}: not a regular file; write it as one")
     if not file.parent.is_dir():
         raise CatalogError(f"{file}: missing; there is no folder {file.parent}")
-    beside = sorted(path.name for path in file.parent.iterdir())
-    raise CatalogError(f"{file}: missing; the folder holds {', '.join(beside) or 'nothing'}")
+    beside = (path.name for path in file.parent.iterdir())
+    raise CatalogError(f"{file}: missing; the folder holds {name_files(beside)}")
 
 
 def _check_once(file: Path, present: Sequence[str], names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.columns import Columns, ItemIndex
-from catalog.errors import CatalogError
+from catalog.errors import CatalogError, name_files
 from catalog.interactions import SPLITS, Interactions, SplitTable, sliding_histories
 
 FORMATS = """a data folder holds one of
@@ -52,7 +52,7 @@ class Source:
             raise CatalogError(f"{folder / folders[0]}: a folder; write it as one file")
         missing = [name for name in names if name not in present]
         if missing:
-            found = ", ".join(sorted(present)) or "nothing"
+            found = name_files(present)
             raise CatalogError(f"{folder / missing[0]}: missing; the folder holds {found}, but {FORMATS}")
         return cls(tuple(folder / name for name in names), read)
 

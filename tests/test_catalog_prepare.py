@@ -325,6 +325,12 @@ def test_faults_are_named(tmp_path: Path) -> None:
         prepare(tmp_path / "nowhere.parquet", files[1], tmp_path / "out")
     with pytest.raises(CatalogError, match=r"log\.parquet: missing; there is no folder .*nowhere"):
         prepare(tmp_path / "nowhere" / "log.parquet", files[1], tmp_path / "out")
+    for number in range(30):
+        (tmp_path / f"a{number:02}").touch()
+    with pytest.raises(CatalogError, match=r"nowhere\.parquet: missing; the folder holds a00, [a0-9, ]* and 22 more$"):
+        prepare(tmp_path / "nowhere.parquet", files[1], tmp_path / "out")
+    with pytest.raises(CatalogError, match=r"/dev/null: not a regular file; write it as one"):
+        prepare(Path("/dev/null"), files[1], tmp_path / "out")
     (tmp_path / "parts.parquet").mkdir()
     with pytest.raises(CatalogError, match=r"parts\.parquet: a folder; write it as one file"):
         prepare(tmp_path / "parts.parquet", files[1], tmp_path / "out")

@@ -358,6 +358,14 @@ def test_a_link_that_leads_nowhere_is_a_missing_file(folder: Path) -> None:
         Source.of(folder)
 
 
+def test_a_folder_of_many_files_is_not_listed_in_whole(folder: Path) -> None:
+    (folder / "train.parquet").unlink()
+    for number in range(30):
+        (folder / f"a{number:02}").touch()
+    with pytest.raises(CatalogError, match=r"folder holds a00, [a0-9, ]*, a09 and 23 more, but"):
+        Source.of(folder)
+
+
 def test_fingerprint_is_of_the_contents(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     before = Source.of(folder).fingerprint()
     moved = tmp_path_factory.mktemp("moved")
