@@ -103,5 +103,5 @@ def _object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"model {file.parent}: {file.name} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"model {file.parent}: {file.name} is not a JSON object, but {str(content)[:40]}")
+        raise ConfigError(f"model {file.parent}: {file.name} is not a JSON object, but {json.dumps(content)[:40]}")
     return content

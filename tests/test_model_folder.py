@@ -65,7 +65,7 @@ def sharded(index: Any) -> Change:
         (written("tokenizer_config.json", "[]"), "tokenizer_config.json is not a JSON object, but []"),
         (written("generation_config.json", "{"), "generation_config.json is not JSON: Expecting property name"),
         (written("config.json", "[]"), "config.json is not a JSON object, but []"),
-        (written("config.json", "null"), "config.json is not a JSON object, but None"),
+        (written("config.json", "null"), "config.json is not a JSON object, but null"),
         (written("config.json", b"\xff\xfe\x00{"), "config.json is not JSON: 'utf-8' codec can't decode"),
         (written("config.json", "[" * 100_000), "config.json is not JSON: maximum recursion depth"),
         (with_config(architectures=[None]), "config.json names no architecture"),
