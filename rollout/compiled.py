@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 import numba
 from llvmlite.binding import ffi
 
-ffi.lib._fntab.setdefault("__dict__", {})
+getattr(ffi.lib, "_fntab", {}).setdefault("__dict__", {})
 """vLLM 0.32, as it starts on a CPU, asks whatever a module holds for its attributes, and would be given a function of
 that name by numba's LLVM."""
 
