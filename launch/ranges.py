@@ -84,7 +84,6 @@ SHARES = (
     "learner.reference_sync_alpha",
 )
 TIMES = ("cluster.start_timeout_s", "rollout.timeout_s", "learner.timeout_s")
-COUNTS = ("data.max_history",)
 GENERATED = ("data.generated.items", "data.generated.users")
 SHARES_BELOW_1 = ("learner.lora.dropout",)
 """Keys by the range that their values lie in, where they are set."""
@@ -109,7 +108,6 @@ def out_of_range(config: Any) -> Iterator[tuple[str, Any, str]]:
         (POSITIVE, ABOVE_0),
         (FINITE, NOT_INFINITE),
         (TIMES, A_TIME),
-        (COUNTS, A_COUNT),
         (GENERATED, A_MILLION),
         (NOT_NEGATIVE, AT_LEAST_0),
         (SEEDS, A_SEED),
@@ -118,6 +116,9 @@ def out_of_range(config: Any) -> Iterator[tuple[str, Any, str]]:
     ):
         for key in keys:
             yield from _outside(key, _value(config, key), allowed)
+    for key in (*POSITIVE, *NOT_NEGATIVE):
+        if isinstance(value := _value(config, key), int):
+            yield from _outside(key, value, A_COUNT)
     for key in OPTIMIZERS:
         yield from _optimizer_out_of_range(key, _value(config, key))
 

@@ -75,6 +75,8 @@ def test_every_committed_group_composes(group: str) -> None:
         ("learner.beta=.inf", "learner.beta=inf: must be finite"),
         ("rollout.timeout_s=1e30", "rollout.timeout_s=1e+30: must be 1e8 (three years) or less"),
         ("data.max_history=99999999999999999999", "data.max_history=99999999999999999999: must be 10^8 or less"),
+        ("train.steps=99999999999999999999", "train.steps=99999999999999999999: must be 10^8 or less"),
+        ("learner.threads=1000000000", "learner.threads=1000000000: must be 10^8 or less"),
         ("data.generated.items=1000000000000", "data.generated.items=1000000000000: must be 1,000,000 or less"),
         ("train.eval_ks=[[1]]", "each cut-off must lie between 1 and train.eval_beams"),
         (f"name={'x' * 300}", "is too long for the name of a folder"),
