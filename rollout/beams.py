@@ -211,8 +211,8 @@ def compete(
     of every beam of the frontier, whether it still runs or not. A beam without a row there has one child, for nothing.
     """
     groups, size = beams.node.shape
-    row, rows = np.full(size, -1), 0
-    best_score, best = np.empty(keep, score.dtype), np.empty((keep, 2), np.int64)
+    row, rows, width = np.full(size, -1), 0, score.shape[1]
+    best_score, best = np.empty(keep, score.dtype), np.empty(keep, np.int64)
     for group in range(groups):
         found = 0
         for beam in range(size):
@@ -221,7 +221,7 @@ def compete(
                 row[beam], rows = rows, rows + 1
             if beams.node[group, beam] < 0:
                 continue
-            for column in range(score.shape[1] if row[beam] >= 0 else 1):
+            for column in range(width if row[beam] >= 0 else 1):
                 value = score[row[beam], column] if row[beam] >= 0 else beams.score[group, beam]
                 if value > NO_SCORE and (found < keep or value > best_score[keep - 1]):
                     found = min(found + 1, keep)
@@ -229,7 +229,7 @@ def compete(
                     while place > 0 and best_score[place - 1] < value:
                         best_score[place], best[place] = best_score[place - 1], best[place - 1]
                         place -= 1
-                    best_score[place], best[place, 0], best[place, 1] = value, beam, column
+                    best_score[place], best[place] = value, beam * width + column
         _take(trie, beams, pool, group, best_score[:found], best[:found], row, edge, logprob, carried)
 
 
@@ -246,37 +246,41 @@ def _take(
     logprob: np.ndarray,
     carried: np.ndarray,
 ) -> None:
-    """Of the best continuations (beam, column), those that end go into the pool, and the others run on."""
+    """Of the best continuations, int64 beam * W + column, those that end go into the pool, and the others run on."""
     size, depth, found = beams.node.shape[1], beams.depth[group], len(score)
     edges, gains = np.empty(found, np.int64), np.empty(found, np.float32)
+    along = np.zeros((found, carried.shape[2]))
     for rank in range(found):
-        beam, column = best[rank]
-        forced = row[beam] < 0
-        edges[rank] = trie.first_edge[beams.node[group, beam]] if forced else edge[row[beam], column]
-        gains[rank] = np.float32(0) if forced else logprob[row[beam], column]
+        beam, column = best[rank] // edge.shape[1], best[rank] % edge.shape[1]
+        if row[beam] < 0:
+            edges[rank], gains[rank] = trie.first_edge[beams.node[group, beam]], 0
+        else:
+            edges[rank], gains[rank] = edge[row[beam], column], logprob[row[beam], column]
+            for number in range(carried.shape[2]):
+                along[rank, number] = carried[row[beam], column, number]
     for rank in range(min(found, size)):
         target = trie.edge_target[edges[rank]]
         if target < 0:
-            beam, column = best[rank]
-            along = carried[row[beam], column] if row[beam] >= 0 else beams.carried[group, beam]
-            _enter(pool, group, score[rank], -1 - target, beam, depth, gains[rank], along)
+            beam = best[rank] // edge.shape[1]
+            _enter(pool, group, score[rank], -1 - target, beam, depth, gains[rank], along[rank])
     running = 0
     for rank in range(found):
         target = trie.edge_target[edges[rank]]
         if running == size or score[rank] <= pool.score[group, -1]:  # scores only fall
             break
         if target >= 0:
-            beam, column = best[rank]
+            beam = best[rank] // edge.shape[1]
             beams.node[group, running] = target
             beams.origin[group, running] = beams.past_beam[group, depth, running] = beam
             beams.token[group, running] = trie.edge_token[edges[rank]]
             beams.score[group, running] = score[rank]
             beams.past_edge[group, depth, running] = edges[rank]
             beams.past_logprob[group, depth, running] = gains[rank]
-            if row[beam] >= 0:
-                beams.carried[group, running] = carried[row[beam], column]
+            for number in range(carried.shape[2]):
+                beams.carried[group, running, number] = along[rank, number]
             running += 1
-    beams.node[group, running:] = beams.origin[group, running:] = -1
+    for beam in range(running, size):
+        beams.node[group, beam] = beams.origin[group, beam] = -1
     beams.depth[group] += 1
 
 
@@ -285,13 +289,13 @@ def finish_free(trie: TrieArrays, beams: Beams, pool: Pool) -> None:
     """Groups whose running beams are all forced to the ends of their titles walk there, for nothing."""
     nothing = np.zeros((0, 1), np.float32)
     groups, size = beams.node.shape
-    beams.row[:], beams.length[:], beams.ends[:] = -1, 0, False
     for group in range(groups):
         free = True
         for node in beams.node[group]:
             free = free and (node < 0 or trie.forced_to_end[node])
         for beam in range(size):
             node = beams.node[group, beam]
+            beams.row[group, beam], beams.length[group, beam], beams.ends[group, beam] = -1, 0, False
             if free and node >= 0:
                 beams.length[group, beam], beams.ends[group, beam] = trie.chain[node], True
     walk(trie, beams, pool, nothing)
@@ -335,11 +339,12 @@ def _enter(
         _insert(pool.beam[group], place, beam)
         _insert(pool.depth[group], place, depth)
         _insert(pool.logprob[group], place, logprob)
-        _insert(pool.carried[group], place, carried)
+        for number in range(len(carried)):
+            _insert(pool.carried[group, :, number], place, carried[number])
 
 
 @compiled
-def _insert(values: np.ndarray, place: int, value: float | np.floating | np.ndarray) -> None:
+def _insert(values: np.ndarray, place: int, value: float | np.floating) -> None:
     for later in range(len(values) - 1, place, -1):
         values[later] = values[later - 1]
     values[place] = value

@@ -8,7 +8,6 @@ import torch
 
 from rollout.beams import NO_SCORE, Beams, Pool, compete
 from rollout.children import NEG_INF, Children, top_children
-from rollout.compiled import compiled
 from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
 from rollout.finite import check_finite
@@ -73,7 +72,7 @@ class StochasticBeamSearch(BeamSearch):
         drawn = perturbed - gumbel(self._seeds_of(frontier)[:, None], found.edge)
         carried = torch.stack([drawn, parent[:, 1:] + found.policy], 2).numpy()
         score = _conditioned(largest[:, None], perturbed).numpy()
-        drop_beyond(self.beams, self._state.node, self._pool.score, score)
+        drop_beyond(self.beams, frontier.slot, score, self._pool.score)
         edge, logprob = found.edge.numpy(), found.logprob.numpy()
         compete(self._arrays, self._state, self._pool, self.beams, score, edge, logprob, carried)
 
@@ -107,20 +106,18 @@ def _conditioned(largest: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.where(values > NEG_INF, shifted, NEG_INF)
 
 
-@compiled
-def drop_beyond(keep: int, node: np.ndarray, finished: np.ndarray, score: np.ndarray) -> None:
+def drop_beyond(keep: int, slot: np.ndarray, score: np.ndarray, finished: np.ndarray) -> None:
     """What is below the `keep` largest of a group's candidates and finished titles is set to -inf, in both.
 
-    node: int64 [P, G], -1 where no beam runs. finished: float64 [P, K]. score: float64 [R, W], of all beams' children.
+    slot: int64 [R], group * G + beam. score: float64 [R, W], of the beams' children. finished: float64 [P, G].
     """
-    row = 0
-    for group in range(len(node)):
-        rows = np.sum(node[group] >= 0)
-        rivals = np.append(finished[group], score[row : row + rows])
-        smallest = np.partition(rivals, len(rivals) - keep)[len(rivals) - keep]
-        for values in (finished[group], score[row : row + rows].reshape(-1)):
-            values[values < smallest] = NO_SCORE
-        row += rows
+    groups, beams = finished.shape
+    candidates = np.full((groups * beams, score.shape[1]), NO_SCORE)
+    candidates[slot] = score
+    rivals = np.concatenate([finished, candidates.reshape(groups, -1)], 1)
+    smallest = np.partition(rivals, -keep, 1)[:, -keep]
+    finished[finished < smallest[:, None]] = NO_SCORE
+    score[score < smallest[slot // beams, None]] = NO_SCORE
 
 
 def inclusion_weights(pool: Pool, size: int) -> np.ndarray:
