@@ -27,6 +27,7 @@ NO_LIST = "AnyNode is not a ListConfig, TupleConfig, list, or tuple."
 
 
 OCTAL = re.compile(r"[+-]?0[0-9_]+")
+"""Numbers that YAML 1.1 does not read as people do."""
 
 
 def compose(

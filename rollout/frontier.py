@@ -14,7 +14,7 @@ from rollout.groups import Candidates
 class Frontier:
     """What must be scored next: R beams, each at T_r successive nodes of a forced chain, T in all.
 
-    Arrays on the host are known after one transfer; tensors stay on the device.
+    Arrays are on the host, tensors on the device.
     """
 
     slot: np.ndarray
@@ -48,7 +48,7 @@ class TrieSearch(Protocol):
     """Of every group: beam b of group g has the slot g * beams + b."""
 
     def frontier(self) -> Frontier:
-        """What must be scored now; empty when every group is done. The one transfer to the host."""
+        """What must be scored now; empty when every group is done. This or `advance` waits for the device, once."""
         ...
 
     def children(self, frontier: Frontier, rows: slice, logits: torch.Tensor) -> Children:

@@ -25,6 +25,10 @@ class BeamSearch:
     from its logits; the host has them compete, in compiled loops. Driven as TrieSearch says.
     """
 
+    _carried: int = 0
+    _dtype: type = np.float32
+    """Numbers that a beam carries along, and the precision of scores."""
+
     def __init__(
         self,
         trie: DeviceTrie,
@@ -38,8 +42,8 @@ class BeamSearch:
         self._free_chains = space == "trie"
         """Whether a beam with one title below it needs no more scores: its tokens all have log-probability 0."""
         self._arrays = TrieArrays.of(trie)
-        self._state = Beams.at_root(groups, beams, trie.num_depths)
-        self._pool = Pool.empty(groups, beams)
+        self._state = Beams.at_root(groups, beams, trie.num_depths, self._carried, self._dtype)
+        self._pool = Pool.empty(groups, beams, self._carried, self._dtype)
 
     def frontier(self) -> Frontier:
         """See TrieSearch."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rollout.beams import NO_SCORE, Beams, Pool, compete
+from rollout.beams import NO_SCORE, Pool, compete
 from rollout.children import NEG_INF, Children, top_children
 from rollout.config import LogprobSpace
 from rollout.device_trie import DeviceTrie
@@ -30,6 +30,10 @@ class StochasticBeamSearch(BeamSearch):
     The noise is a function of (seed, edge), so a group does not depend on the others nor on how it is batched.
     """
 
+    _carried = 2
+    _dtype = np.float64
+    """Of every beam the log-probabilities of its prefix: under what is drawn from, and under the policy."""
+
     def __init__(
         self,
         trie: DeviceTrie,
@@ -42,9 +46,7 @@ class StochasticBeamSearch(BeamSearch):
         super().__init__(trie, len(seeds), size + 1, space, "token_by_token")
         self.size, self.temperature, self._free_chains = size, temperature, False
         self._seed = seed_tensor(seeds, torch.device("cpu"))
-        self._state = Beams.at_root(len(seeds), self.beams, trie.num_depths, carried=2, dtype=np.float64)
         self._state.score[:, 0] = gumbel(self._seed, torch.full_like(self._seed, -1)).numpy()
-        self._pool = Pool.empty(len(seeds), self.beams, carried=2, dtype=np.float64)
 
     def children(self, frontier: Frontier, rows: slice, logits: torch.Tensor) -> Children:
         """See TrieSearch: the G + 1 whose log-probability plus noise is largest."""

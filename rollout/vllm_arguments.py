@@ -114,9 +114,8 @@ def _unscaled_length(model_config: dict[str, Any]) -> int | None:
     lengths = []
     for source in (model_config, model_config.get("text_config") or {}):
         named = [source.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-        ropes = [
-            rope for one in named for rope in (one, *one.values()) if isinstance(rope, dict)
-        ]  # of kinds of layers
+        by_kind = [rope for one in named for rope in one.values() if isinstance(rope, dict)]  # of layer
+        ropes = named + by_kind
         if any(rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope") for rope in ropes):
             owners = [owner.get("original_max_position_embeddings") for owner in (source, *ropes)]
             lengths.append(next(filter(None, owners), source.get("max_position_embeddings")))
